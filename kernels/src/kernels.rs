@@ -1,0 +1,341 @@
+//! The one trait between the model and a device: steps of a DeepSeek-V2 model at fused granularity.
+//!
+//! Shapes: T rows (tokens), d hidden width, E experts, K experts a token, S = T x K slots, H heads.
+//! Every buffer is a matrix `[rows, cols]`; heads and experts are column or row blocks of it. Floats
+//! have the dtype [`Kernels::float`]; indices are `U32`. A wrong shape or dtype is our own mistake and
+//! asserts; only memory can run out ([`OutOfMemory`]).
+//!
+//! Invariants every implementation keeps:
+//!   * one output element is one fused-multiply-add chain over its reduction index in ascending order,
+//!     so that it does not depend on the other rows, on row splits or on the number of threads
+//!   * `*_backward_weight` adds to its gradient and continues the same chain over rows, so that a
+//!     batch in one piece or in several gives the same bits
+//!   * no method shows a host slice of device memory
+
+use crate::arena::{Arena, OutOfMemory, Owner};
+use crate::buffer::{Buffer, DType};
+
+/// Result of an operation that may need memory.
+pub type Result<T> = std::result::Result<T, OutOfMemory>;
+
+/// Whether a product replaces its output or adds to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Store {
+    /// `y = product`.
+    Set,
+    /// `y = y + product` (the chain starts from y).
+    Add,
+}
+
+/// Which product a packed weight W `[n, k]` is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Product {
+    /// `y[m, n] = x[m, k] Wᵀ`: a forward pass.
+    Transposed,
+    /// `y[m, k] = x[m, n] W`: an input gradient, or W_UK's absorption into the query.
+    Plain,
+}
+
+/// How to pack a weight matrix that holds one block of rows per group (head or expert).
+#[derive(Clone, Copy, Debug)]
+pub struct Pack {
+    /// The product it is packed for.
+    pub product: Product,
+    /// Number of groups; 1 for a plain linear layer.
+    pub groups: usize,
+    /// Rows from one group's first row to the next one's.
+    pub group_stride: usize,
+    /// First row of group 0.
+    pub first_row: usize,
+    /// Rows of each group that are packed (n).
+    pub rows: usize,
+}
+
+impl Pack {
+    /// A plain linear layer over all rows of `weight`.
+    pub fn whole(product: Product, weight: &Buffer) -> Pack {
+        Pack { product, groups: 1, group_stride: weight.rows(), first_row: 0, rows: weight.rows() }
+    }
+
+    /// `groups` equal blocks of rows.
+    pub fn blocks(product: Product, weight: &Buffer, groups: usize) -> Pack {
+        let rows = weight.rows() / groups;
+        Pack { product, groups, group_stride: rows, first_row: 0, rows }
+    }
+}
+
+/// A weight in a device's favourite order, stamped with the policy version it was packed from.
+pub struct Packed {
+    /// The product it is packed for.
+    pub product: Product,
+    /// Number of groups.
+    pub groups: usize,
+    /// Input width of the product (k for `Transposed`, n for `Plain`).
+    pub inputs: usize,
+    /// Output width of the product.
+    pub outputs: usize,
+    /// Policy version of the weights it was made from.
+    pub version: u64,
+    /// The device's own layout; opaque outside the kernels.
+    pub(crate) data: Buffer,
+}
+
+/// Column blocks of x and y for a product per head: head h reads `x[:, input_first + h * input_stride ..][..inputs]`
+/// and writes `y[:, output_first + h * output_stride ..][..outputs]`.
+#[derive(Clone, Copy, Debug)]
+pub struct HeadColumns {
+    /// First input column of head 0.
+    pub input_first: usize,
+    /// Columns between heads in x.
+    pub input_stride: usize,
+    /// First output column of head 0.
+    pub output_first: usize,
+    /// Columns between heads in y.
+    pub output_stride: usize,
+}
+
+/// cos and sin of every position: two buffers `[positions, rope_width / 2]`.
+pub struct RopeTable {
+    /// Cosines, YaRN's multiplier included.
+    pub cos: Buffer,
+    /// Sines, YaRN's multiplier included.
+    pub sin: Buffer,
+}
+
+/// Shape of causal attention, one form for MLA expanded, MLA absorbed and GQA.
+///
+/// Head h has query columns `q[:, h * (key_width + rope_width) ..]` = [key part | rope part]. Its keys are
+/// `kv[:, (h / sharing) * head_stride ..][..key_width]`, its values
+/// `kv[:, (h / sharing) * head_stride + value_offset ..][..value_width]`, and `k_rope [T, rope_width]` serves all
+/// heads. score = scale * (q_key . key + q_rope . k_rope), softmax over the tokens of the row's segment up
+/// to the row itself.
+///   * expanded: sharing 1, head_stride d_nope + d_v, value_offset d_nope
+///   * absorbed: sharing H, head_stride 0, value_offset 0, key_width = value_width = d_c (kv is the latent)
+///   * GQA: sharing H / groups, rope_width 0
+#[derive(Clone, Copy, Debug)]
+pub struct AttentionShape {
+    /// Query heads H.
+    pub heads: usize,
+    /// Query heads that share one key and value.
+    pub sharing: usize,
+    /// Width of the key part.
+    pub key_width: usize,
+    /// Width of the shared rope part (0 if there is none).
+    pub rope_width: usize,
+    /// Width of the value and of one head's output.
+    pub value_width: usize,
+    /// Columns between key-value heads in kv.
+    pub head_stride: usize,
+    /// Columns from a head's key to its value in kv.
+    pub value_offset: usize,
+    /// Softmax scale, YaRN's m² included.
+    pub scale: f64,
+}
+
+impl AttentionShape {
+    /// Query columns of one head.
+    pub fn query_width(&self) -> usize {
+        self.key_width + self.rope_width
+    }
+}
+
+/// Rows of a sampler's batch against the paged cache. All buffers are `U32`.
+pub struct DecodeBatch<'a> {
+    /// Page numbers of each sequence: `[sequences, pages at most]`.
+    pub tables: &'a Buffer,
+    /// Which sequence row r belongs to: `[rows, 1]`.
+    pub sequence: &'a Buffer,
+    /// Number of cached tokens row r sees, itself included: `[rows, 1]`.
+    pub length: &'a Buffer,
+    /// Tokens of one page.
+    pub page_tokens: usize,
+}
+
+/// How a router chooses experts (DeepSeek-V2, section 2.2.2).
+#[derive(Clone, Copy, Debug)]
+pub struct RouterSpec {
+    /// Groups of contiguous experts; 1 for plain greedy.
+    pub groups: usize,
+    /// Groups kept by their maximum score.
+    pub top_groups: usize,
+    /// Experts a token, K.
+    pub top_k: usize,
+    /// `routed_scaling_factor`.
+    pub scale: f64,
+    /// `norm_topk_prob`: weights are divided by their sum (+1e-20) and the scale is *not* applied.
+    pub normalize: bool,
+}
+
+/// A counting sort of the (token, choice) pairs by expert: slot order is expert, then token.
+pub struct Routes {
+    /// Number of experts E.
+    pub experts: usize,
+    /// First slot of each expert and the total: `U32 [E + 1, 1]`.
+    pub offsets: Buffer,
+    /// Token of each slot: `U32 [S, 1]`.
+    pub token: Buffer,
+    /// Slot of each (token, choice): `U32 [T, K]`.
+    pub slot: Buffer,
+}
+
+/// One AdamW update (decoupled decay; bias-corrected).
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// The gradient is multiplied by this first (clip factor).
+    pub gradient_scale: f64,
+    /// Step number from 1, for bias correction.
+    pub step: u64,
+}
+
+/// How one row is sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleRow {
+    /// 0 is greedy (log-probability at temperature 1).
+    pub temperature: f64,
+    /// Nucleus: smallest set of tokens whose probability reaches this; 1 keeps all.
+    pub top_p: f64,
+    /// The k most likely tokens; 0 keeps all.
+    pub top_k: usize,
+    /// The row's random number in [0, 1).
+    pub uniform: f64,
+}
+
+/// A sampled token.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Sampled {
+    /// Token id.
+    pub token: u32,
+    /// log-softmax of logits / T at the token, before any truncation.
+    pub logprob: f64,
+}
+
+/// The operations of a device.
+pub trait Kernels: Send + Sync {
+    /// What computes: "cpu avx512", "cpu avx2", "reference", "cuda 0".
+    fn name(&self) -> String;
+    /// Float dtype of every float buffer.
+    fn float(&self) -> DType;
+    /// The arena that makes this device's buffers.
+    fn arena(&self) -> &Arena;
+    /// Owner of scratch buffers inside operations (kind `Activations`).
+    fn scratch(&self) -> Owner;
+
+    // --- movement -----------------------------------------------------------------------------
+    /// Copies host numbers in, converting to the float dtype; `src.len() == dst.len()`.
+    fn upload(&self, src: &[f32], dst: &mut Buffer);
+    /// Copies numbers out as f32.
+    fn download(&self, src: &Buffer) -> Vec<f32>;
+    /// As `upload`, from f64.
+    fn upload_f64(&self, src: &[f64], dst: &mut Buffer);
+    /// As `download`, to f64.
+    fn download_f64(&self, src: &Buffer) -> Vec<f64>;
+    /// Copies indices in.
+    fn upload_indices(&self, src: &[u32], dst: &mut Buffer);
+    /// Copies indices out.
+    fn download_indices(&self, src: &Buffer) -> Vec<u32>;
+    /// Sets every element.
+    fn fill(&self, dst: &mut Buffer, value: f64);
+    /// `dst = src` (floats or indices).
+    fn copy(&self, src: &Buffer, dst: &mut Buffer);
+    /// `dst += src`.
+    fn add(&self, src: &Buffer, dst: &mut Buffer);
+    /// `dst[i] = src[index[i]]`, row by row.
+    fn gather_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer);
+    /// `dst[index[i]] = src[i]`, row by row; the indices are distinct.
+    fn scatter_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer);
+    /// `dst[index[i]] += src[i]` in ascending i: gradient of `gather_rows` and of an embedding.
+    fn scatter_add_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer);
+
+    // --- products -----------------------------------------------------------------------------
+    /// Packs a weight for `linear`, `linear_heads` or `linear_experts`.
+    fn pack(&self, owner: Owner, weight: &Buffer, pack: Pack, version: u64) -> Result<Packed>;
+    /// `y (=|+=) x op(W)`, group 0. Serves forward passes and input gradients alike ([`Product`]).
+    fn linear(&self, x: &Buffer, weight: &Packed, y: &mut Buffer, store: Store);
+    /// One product per head on column blocks.
+    fn linear_heads(&self, x: &Buffer, weight: &Packed, columns: HeadColumns, y: &mut Buffer, store: Store);
+    /// One product per expert: x and y are in slot order, expert e owns the slots of `routes`.
+    fn linear_experts(&self, x: &Buffer, weight: &Packed, routes: &Routes, y: &mut Buffer);
+    /// `dw[n, k] += dyᵀ[n, m] x[m, k]`.
+    fn linear_backward_weight(&self, dy: &Buffer, x: &Buffer, dw: &mut Buffer);
+    /// Per head: rows `pack.first_row + h * pack.group_stride ..` of dw. `columns.input` are the x columns of a
+    /// `Transposed` product, `columns.output` its y columns; for a `Plain` product dw += xᵀ dy instead.
+    fn linear_heads_backward_weight(&self, dy: &Buffer, x: &Buffer, columns: HeadColumns, pack: Pack, dw: &mut Buffer);
+    /// Per expert, in slot order; dw has `experts` blocks of rows.
+    fn linear_experts_backward_weight(&self, dy: &Buffer, x: &Buffer, routes: &Routes, dw: &mut Buffer);
+
+    // --- norms, positions, gates ----------------------------------------------------------------
+    /// `y = w * (x / rms(x))`; keeps `inverse_rms [T, 1]` = 1 / sqrt(mean(x²) + eps).
+    fn rms_norm(&self, x: &Buffer, weight: &Buffer, epsilon: f64, y: &mut Buffer, inverse_rms: &mut Buffer);
+    /// `dx (=|+=)` the norm's input gradient.
+    fn rms_norm_backward_input(&self, dy: &Buffer, x: &Buffer, weight: &Buffer, inverse_rms: &Buffer, dx: &mut Buffer, store: Store);
+    /// `dw [1, d] += Σ_t dy * x * inverse_rms`, t ascending.
+    fn rms_norm_backward_weight(&self, dy: &Buffer, x: &Buffer, inverse_rms: &Buffer, dw: &mut Buffer);
+    /// Rotates, in place, the interleaved pairs of `heads` blocks: head h's block starts at column
+    /// `first + h * stride` and is 2 x the table's width. `inverse` rotates back: the gradient.
+    fn rope(&self, x: &mut Buffer, positions: &Buffer, table: &RopeTable, heads: usize, first: usize, stride: usize, inverse: bool);
+    /// `y[T, f] = silu(x[:, ..f]) * x[:, f..]`: gate left, up right.
+    fn swiglu(&self, gate_up: &Buffer, y: &mut Buffer);
+    /// Gradient of `swiglu` with respect to gate and up.
+    fn swiglu_backward(&self, dy: &Buffer, gate_up: &Buffer, d_gate_up: &mut Buffer);
+
+    // --- attention --------------------------------------------------------------------------------
+    /// Causal attention of packed rows: row t sees rows `start[t] ..= t` (`start` is `U32 [T, 1]`).
+    /// Writes o `[T, H * value_width]` and the log-sum-exp of the scaled scores, `lse [T, H]`.
+    fn mla_train(&self, shape: &AttentionShape, q: &Buffer, kv: &Buffer, k_rope: &Buffer, start: &Buffer, o: &mut Buffer, lse: &mut Buffer) -> Result<()>;
+    /// Sets dq, dkv and dk_rope; probabilities are recomputed from `lse`.
+    fn mla_train_backward_input(
+        &self, shape: &AttentionShape, q: &Buffer, kv: &Buffer, k_rope: &Buffer, start: &Buffer, o: &Buffer, lse: &Buffer,
+        d_o: &Buffer, dq: &mut Buffer, dkv: &mut Buffer, dk_rope: &mut Buffer,
+    ) -> Result<()>;
+    /// Absorbed attention against the paged cache `[slots, key_width + rope_width]` (post-norm latent, then
+    /// post-RoPE key): slot of token j = tables[sequence][j / page_tokens] * page_tokens + j % page_tokens.
+    /// The same operations in the same order as `mla_train` in the absorbed form.
+    fn mla_decode(&self, shape: &AttentionShape, q: &Buffer, cache: &Buffer, batch: &DecodeBatch<'_>, o: &mut Buffer) -> Result<()>;
+
+    // --- experts ----------------------------------------------------------------------------------
+    /// scores = softmax(logits) `[T, E]`; experts `U32 [T, K]` in descending score (ties: lowest index);
+    /// weights `[T, K]`.
+    fn router(&self, spec: &RouterSpec, logits: &Buffer, scores: &mut Buffer, experts: &mut Buffer, weights: &mut Buffer);
+    /// d_logits from d_weights `[T, K]` and from d_scores `[T, E]` (the balance losses' gradient).
+    fn router_backward(&self, spec: &RouterSpec, scores: &Buffer, experts: &Buffer, d_weights: &Buffer, d_scores: &Buffer, d_logits: &mut Buffer);
+    /// Expert-level balance loss (eq. 23-25), one term per segment of rows, mean over segments:
+    /// returns alpha * Σ_i f_i P_i and adds its gradient to d_scores (through P only), times `weight`.
+    /// `segment [T, 1]` numbers the rows' sequences from 0 without gaps, in order.
+    fn balance_loss(&self, scores: &Buffer, experts: &Buffer, segment: &Buffer, alpha: f64, weight: f64, d_scores: &mut Buffer) -> f64;
+    /// Sorts (token, choice) pairs by expert.
+    fn routes(&self, experts: &Buffer, count: usize) -> Result<Routes>;
+    /// `y[t] += Σ_k weights[t, k] * x[slot(t, k)]`, k ascending.
+    fn combine(&self, x: &Buffer, routes: &Routes, weights: &Buffer, y: &mut Buffer);
+    /// d_x in slot order and d_weights `[T, K]`.
+    fn combine_backward(&self, dy: &Buffer, x: &Buffer, routes: &Routes, weights: &Buffer, dx: &mut Buffer, d_weights: &mut Buffer);
+    /// `y[t] += Σ_k x[slot(t, k)]`, k ascending: gradient of the gather into slot order.
+    fn sum_slots(&self, x: &Buffer, routes: &Routes, y: &mut Buffer);
+
+    // --- head ---------------------------------------------------------------------------------------
+    /// For rows x `[R, d]` and `targets U32 [R, 1]`: log-softmax(x W / T) at the target, its log-sum-exp and the
+    /// entropy, each `[R, 1]`; never holds all logits at once.
+    fn head_logprob(&self, x: &Buffer, head: &Packed, targets: &Buffer, temperature: f64, logprob: &mut Buffer, lse: &mut Buffer, entropy: &mut Buffer) -> Result<()>;
+    /// With c `[R, 1]` = d(loss)/d(logprob): sets dx and adds to dw `[V, d]`. `plain` is the head packed for `Plain`.
+    fn head_logprob_backward(
+        &self, x: &Buffer, head: &Packed, plain: &Packed, targets: &Buffer, temperature: f64, lse: &Buffer, c: &Buffer,
+        dx: &mut Buffer, dw: &mut Buffer,
+    ) -> Result<()>;
+    /// Samples one token per row of logits `[R, V]`.
+    fn sample(&self, logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled>;
+
+    // --- optimizer ------------------------------------------------------------------------------------
+    /// Σ x², in f64, in one fixed order.
+    fn squared_sum(&self, x: &Buffer) -> f64;
+    /// One AdamW update of w from g, in place; m and v are the moments.
+    fn adamw(&self, update: &AdamW, g: &Buffer, w: &mut Buffer, m: &mut Buffer, v: &mut Buffer);
+}

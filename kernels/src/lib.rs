@@ -1,0 +1,31 @@
+//! The arithmetic of Rehearsal: everything that touches a number in a tensor.
+//!
+//! Callers see [`Buffer`]s made by an [`Arena`], and one trait, [`Kernels`], whose methods are the
+//! fused steps of a DeepSeek-V2 model. They never see a host slice of device memory: that is what
+//! keeps one model definition good for a CPU, for the f64 reference and for CUDA.
+//!
+//! SIMD, cudarc and nearly all `unsafe` of the product live behind this wall.
+
+// Memory, in reading order.
+pub mod arena;
+pub mod buffer;
+pub mod random;
+
+// The trait and its implementations.
+pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
+pub mod kernels;
+pub mod reference;
+
+mod ops;
+mod pool;
+
+pub use arena::{Arena, Kind, OutOfMemory, Owner, Slab, Spilled};
+pub use buffer::{Buffer, DType, View, ViewMut};
+pub use cpu::CpuKernels;
+pub use kernels::{
+    AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Product, RopeTable,
+    Routes, RouterSpec, SampleRow, Sampled, Store,
+};
+pub use reference::ReferenceKernels;

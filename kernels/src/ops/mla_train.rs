@@ -1,0 +1,183 @@
+//! Causal attention of packed rows: MLA expanded, MLA absorbed and GQA in one form.
+//!
+//! Knows no weights and no positions (queries and keys come rotated), and never holds a T x T matrix:
+//! a block of [`ROWS`] queries meets the keys of its own segment, up to the block's end.
+//!
+//! Forward, per block and head: (1) scores by `product` on transposed panels of [`BLOCK`] keys,
+//! (2) softmax row by row, (3) output by `product` with the value rows, (4) times 1 / the row's sum.
+//! The backward pass is in `backward`.
+//!
+//! Invariants:
+//!   * a row's result depends on the rows of its segment up to itself alone: a score is one chain over
+//!     the key part, then the rope part; exponentials are summed in blocks of keys counted from the
+//!     segment's start; the output is one chain over keys ascending
+//!   * `mla_decode` does the same operations, so that sampler and trainer agree to the bit
+
+mod backward;
+mod panels;
+mod softmax;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use backward::mla_train_backward_input;
+pub(crate) use panels::transpose;
+pub(crate) use softmax::{divide, softmax};
+
+use self::panels::{Panels, against_panels};
+use super::tile::product;
+use super::work::split;
+use super::{Cx, Isa};
+use crate::arena::OutOfMemory;
+use crate::buffer::{Buffer, DType, Mat, MatMut};
+use crate::kernels::{AttentionShape, Result, Store};
+use std::ops::Range;
+use std::sync::Mutex;
+
+/// Keys of a panel, and of one step of the softmax's sum.
+pub(crate) const BLOCK: usize = 32;
+
+/// Queries of a block: as many as a panel's keys waste least of the causal half.
+const ROWS: usize = 32;
+
+/// See [`Kernels::mla_train`](crate::Kernels::mla_train).
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn mla_train(
+    cx: &Cx,
+    shape: &AttentionShape,
+    q: &Buffer,
+    kv: &Buffer,
+    k_rope: &Buffer,
+    start: &Buffer,
+    o: &mut Buffer,
+    lse: &mut Buffer,
+) -> Result<()> {
+    let inputs = Inputs::new(cx.isa, shape, q, kv, k_rope);
+    inputs.check_output(o, lse);
+    let segments = segments(start, q.rows());
+    let keys = Panels::of_keys(cx, &inputs, &segments)?;
+    let blocks = blocks(&segments);
+    let (o, lse) = (o.host_mut::<f32>(), lse.host_mut::<f32>());
+    let cost = inputs.cost(&segments) / (blocks.len() * shape.heads).max(1);
+    attempt(cx, blocks.len() * shape.heads, cost, &|piece| {
+        // The later blocks of a segment are the larger ones; they go first, so that no thread ends alone.
+        let (segment, rows) = blocks[blocks.len() - 1 - piece / shape.heads].clone();
+        let (head, first) = (piece % shape.heads, segments[segment].start);
+        let seen = rows.end - first;
+        let mut scratch = cx.arena.buffer(cx.scratch, DType::F32, rows.len(), seen.next_multiple_of(BLOCK))?;
+        let mut scores = scratch.host_mut::<f32>();
+        inputs.scores(&keys, (segment, head), &rows, &mut scores);
+        let mut sums = [0.0; ROWS];
+        for (i, row) in rows.clone().enumerate() {
+            let softmax = softmax(cx.isa, scores.row_mut(i), row + 1 - first, shape.scale);
+            sums[i] = softmax.sum;
+            // SAFETY: one piece writes a head's columns of a row.
+            unsafe { lse.pointer().add(row * lse.stride + head).write(softmax.lse()) };
+        }
+        let (value, stride) = inputs.value(head, first);
+        let width = shape.value_width;
+        // SAFETY: values lie in kv's rows up to the block's end, and the outputs are this piece's own.
+        unsafe {
+            let out = o.pointer().add(rows.start * o.stride + head * width);
+            let weights = scores.pointer();
+            product(
+                cx.isa, rows.len(), width, seen, weights, scores.stride, 1, value, stride, out, o.stride, Store::Set,
+            );
+            for (i, sum) in sums[..rows.len()].iter().enumerate() {
+                divide(std::slice::from_raw_parts_mut(out.add(i * o.stride), width), *sum);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Queries, keys and values, with their shapes checked.
+struct Inputs<'a> {
+    isa: Isa,
+    shape: &'a AttentionShape,
+    q: Mat<'a, f32>,
+    kv: Mat<'a, f32>,
+    k_rope: Mat<'a, f32>,
+}
+
+impl<'a> Inputs<'a> {
+    fn new(isa: Isa, shape: &'a AttentionShape, q: &'a Buffer, kv: &'a Buffer, k_rope: &'a Buffer) -> Inputs<'a> {
+        assert!(shape.heads.is_multiple_of(shape.sharing), "attention: heads in equal groups");
+        let last = (shape.heads / shape.sharing - 1) * shape.head_stride;
+        assert!(last + shape.key_width <= kv.cols(), "attention: keys inside kv");
+        assert!(last + shape.value_offset + shape.value_width <= kv.cols(), "attention: values inside kv");
+        assert_eq!(q.cols(), shape.heads * shape.query_width(), "attention: columns of q");
+        assert_eq!(k_rope.cols(), shape.rope_width, "attention: columns of k_rope");
+        assert!(kv.rows() == q.rows() && k_rope.rows() == q.rows(), "attention: rows of keys and values");
+        Inputs { isa, shape, q: q.host(), kv: kv.host(), k_rope: k_rope.host() }
+    }
+
+    fn check_output(&self, o: &Buffer, lse: &Buffer) {
+        assert_eq!((o.rows(), o.cols()), (self.q.rows, self.shape.heads * self.shape.value_width), "attention: o");
+        assert_eq!((lse.rows(), lse.cols()), (self.q.rows, self.shape.heads), "attention: lse");
+    }
+
+    /// Operations of a forward pass, about.
+    fn cost(&self, segments: &[Range<usize>]) -> usize {
+        let pairs: usize = segments.iter().map(|s| s.len() * (s.len() + ROWS) / 2).sum();
+        2 * pairs * self.shape.heads * (self.shape.query_width() + self.shape.value_width)
+    }
+
+    /// Address of a head's value in row `first`, and elements to the next row's.
+    fn value(&self, head: usize, first: usize) -> (*const f32, usize) {
+        let column = head / self.shape.sharing * self.shape.head_stride + self.shape.value_offset;
+        (self.kv.row(first)[column..].as_ptr(), self.kv.stride)
+    }
+
+    /// Unscaled scores of a block of rows with all panels up to its end.
+    fn scores(&self, keys: &Panels, (segment, head): (usize, usize), rows: &Range<usize>, scores: &mut MatMut<'_, f32>) {
+        let query = self.q.row(rows.start)[head * self.shape.query_width()..].as_ptr();
+        // SAFETY: the query columns lie in q, and `against_panels` fills the scratch it is given.
+        unsafe { against_panels(self.isa, keys, (segment, head), (query, self.q.stride, self.shape.query_width()), scores) }
+    }
+}
+
+/// Rows that see each other. Each row must start where its neighbour does, or begin a segment itself.
+fn segments(start: &Buffer, rows: usize) -> Vec<Range<usize>> {
+    assert_eq!((start.rows(), start.cols()), (rows, 1), "attention: shape of start");
+    let start = start.host::<u32>();
+    let mut segments: Vec<Range<usize>> = Vec::new();
+    for row in 0..rows {
+        match start.row(row)[0] as usize {
+            first if first == row => segments.push(row..row + 1),
+            first => {
+                let segment = segments.last_mut().expect("row 0 starts at 0");
+                assert_eq!(segment.start, first, "attention: row {row} starts inside another segment");
+                segment.end = row + 1;
+            }
+        }
+    }
+    segments
+}
+
+/// Blocks of up to ROWS rows: (segment, rows).
+fn blocks(segments: &[Range<usize>]) -> Vec<(usize, Range<usize>)> {
+    let cut = |(index, segment): (usize, &Range<usize>)| {
+        let end = segment.end;
+        segment.clone().step_by(ROWS).map(move |row| (index, row..end.min(row + ROWS))).collect::<Vec<_>>()
+    };
+    segments.iter().enumerate().flat_map(cut).collect()
+}
+
+/// Runs fallible pieces of `cost` operations each on the pool and returns their first error.
+pub(crate) fn attempt(
+    cx: &Cx,
+    pieces: usize,
+    cost: usize,
+    call: &(dyn Fn(usize) -> Result<()> + Sync),
+) -> Result<()> {
+    let failure: Mutex<Option<OutOfMemory>> = Mutex::new(None);
+    split(cx, pieces, 1, cost, &|range| {
+        for piece in range {
+            if let Err(error) = call(piece) {
+                failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
+                return;
+            }
+        }
+    });
+    failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+}

@@ -1,0 +1,205 @@
+//! Sampler of tokens: temperature, top-k, nucleus, then the inverse of the distribution at one number.
+//!
+//! Knows no random stream: each row brings its own number. The log-probability is the one of
+//! `head_logprob`, by the same function, so that sampler and trainer agree to the bit for equal logits.
+//!
+//! Invariants:
+//!   * a row's token depends on its logits and its [`SampleRow`] alone
+//!   * tokens are walked in the order of their ids; equal logits: the lowest id counts as the larger
+//!   * top-k is taken first, then the nucleus among what is left; the log-probability knows neither
+
+use super::Cx;
+use super::head_logprob::Distribution;
+use super::work::split;
+use crate::buffer::Buffer;
+use crate::kernels::{SampleRow, Sampled};
+use std::cmp::Ordering;
+use std::sync::Mutex;
+
+/// Operations per logit without truncation.
+const COST: usize = 40;
+
+/// See [`Kernels::sample`](crate::Kernels::sample).
+pub(crate) fn sample(cx: &Cx, logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled> {
+    assert_eq!(logits.rows(), rows.len(), "sample: one way to sample for each row");
+    assert!(logits.cols() > 0, "sample: no tokens");
+    let logits = logits.host::<f32>();
+    let parts = Mutex::new(Vec::new());
+    split(cx, rows.len(), 1, COST * logits.cols, &|range| {
+        let mut scratch = vec![0.0; logits.cols];
+        let drawn = |row| draw(cx, logits.row(row), &rows[row], &mut scratch);
+        let part = (range.start, range.map(drawn).collect::<Vec<_>>());
+        parts.lock().unwrap_or_else(|e| e.into_inner()).push(part);
+    });
+    let mut parts = parts.into_inner().unwrap_or_else(|e| e.into_inner());
+    parts.sort_by_key(|(first, _)| *first);
+    parts.into_iter().flat_map(|(_, part)| part).collect()
+}
+
+fn draw(cx: &Cx, logits: &[f32], row: &SampleRow, masses: &mut [f32]) -> Sampled {
+    masses.copy_from_slice(logits);
+    let distribution = Distribution::of(cx.isa, masses, row.temperature);
+    let token = if row.temperature == 0.0 {
+        first_largest(logits)
+    } else {
+        truncate(logits, row, masses);
+        invert(masses, row.uniform)
+    };
+    Sampled { token: token as u32, logprob: f64::from(distribution.logprob(logits[token])) }
+}
+
+fn first_largest(logits: &[f32]) -> usize {
+    let mut best = 0;
+    for (i, x) in logits.iter().enumerate() {
+        if *x > logits[best] {
+            best = i;
+        }
+    }
+    best
+}
+
+/// Clears the masses of all tokens outside top-k and nucleus.
+fn truncate(logits: &[f32], row: &SampleRow, masses: &mut [f32]) {
+    let count = if row.top_k == 0 { logits.len() } else { row.top_k.min(logits.len()) };
+    if count == logits.len() && row.top_p >= 1.0 {
+        return;
+    }
+    // Adding zero makes -0 equal to 0; a total order keeps the sort well defined for any logits.
+    let falling = |a: &usize, b: &usize| -> Ordering {
+        (logits[*b] + 0.0).total_cmp(&(logits[*a] + 0.0)).then(a.cmp(b))
+    };
+    let mut order: Vec<usize> = (0..logits.len()).collect();
+    if count < order.len() {
+        order.select_nth_unstable_by(count, falling);
+        order.split_off(count).into_iter().for_each(|token| masses[token] = 0.0);
+    }
+    if row.top_p < 1.0 {
+        order.sort_unstable_by(falling);
+        let total: f64 = order.iter().map(|&token| f64::from(masses[token])).sum();
+        let mut reached = 0.0;
+        for (rank, &token) in order.iter().enumerate() {
+            if rank > 0 && reached >= row.top_p * total {
+                masses[token] = 0.0;
+            } else {
+                reached += f64::from(masses[token]);
+            }
+        }
+    }
+}
+
+/// The first token at which the running sum of masses passes `uniform` of their total.
+fn invert(masses: &[f32], uniform: f64) -> usize {
+    let total: f64 = masses.iter().copied().map(f64::from).sum();
+    let goal = uniform * total;
+    let (mut sum, mut last) = (0.0, 0);
+    for (token, &mass) in masses.iter().enumerate() {
+        sum += f64::from(mass);
+        if sum > goal {
+            return token;
+        }
+        if mass > 0.0 {
+            last = token;
+        }
+    }
+    // Rounding can leave the goal at the total itself: the last token that has any mass.
+    last
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::check::{cx, floats, normal};
+
+    const PLAIN: SampleRow = SampleRow { temperature: 1.0, top_p: 1.0, top_k: 0, uniform: 0.0 };
+
+    /// Log of the probabilities 0.1, 0.4, 0.2, 0.3, but for a constant.
+    fn logits() -> [f32; 4] {
+        [1.0_f32, 4.0, 2.0, 3.0].map(|p| p.ln() + 3.0)
+    }
+
+    /// Shares of the tokens over an even grid of uniforms.
+    fn shares(logits: &[f32], row: SampleRow) -> Vec<f64> {
+        let (cx, count) = (cx(2), 2000);
+        let rows: Vec<SampleRow> =
+            (0..count).map(|i| SampleRow { uniform: (i as f64 + 0.5) / count as f64, ..row }).collect();
+        let buffer = floats(&cx, count, logits.len(), &logits.repeat(count));
+        let mut shares = vec![0.0; logits.len()];
+        for drawn in sample(&cx, &buffer, &rows) {
+            shares[drawn.token as usize] += 1.0 / count as f64;
+        }
+        shares
+    }
+
+    fn check_shares(row: SampleRow, wanted: [f64; 4]) {
+        let found = shares(&logits(), row);
+        let close = found.iter().zip(wanted).all(|(f, w)| (f - w).abs() < 1e-3);
+        assert!(close, "{row:?}: {found:?} for {wanted:?}");
+    }
+
+    #[test]
+    fn tokens_come_with_their_probability_after_each_truncation() {
+        check_shares(PLAIN, [0.1, 0.4, 0.2, 0.3]);
+        let squares = 1.0 + 16.0 + 4.0 + 9.0;
+        check_shares(
+            SampleRow { temperature: 0.5, ..PLAIN },
+            [1.0 / squares, 16.0 / squares, 4.0 / squares, 9.0 / squares],
+        );
+        check_shares(SampleRow { top_k: 2, ..PLAIN }, [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check_shares(SampleRow { top_k: 1, ..PLAIN }, [0.0, 1.0, 0.0, 0.0]);
+        // 0.4 + 0.3 does not reach 0.75, so the nucleus takes the third token too.
+        check_shares(SampleRow { top_p: 0.75, ..PLAIN }, [0.0, 4.0 / 9.0, 2.0 / 9.0, 3.0 / 9.0]);
+        check_shares(SampleRow { top_p: 0.65, ..PLAIN }, [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check_shares(SampleRow { top_p: 0.0, ..PLAIN }, [0.0, 1.0, 0.0, 0.0]);
+        // Among the best three, 0.4 / 0.9 + 0.3 / 0.9 reaches 0.75.
+        check_shares(SampleRow { top_k: 3, top_p: 0.75, ..PLAIN }, [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+    }
+
+    #[test]
+    fn the_lowest_id_wins_ties_of_greedy_and_of_truncation() {
+        let cx = cx(1);
+        let buffer = floats(&cx, 1, 4, &[-1.0, 2.0, 2.0, 2.0]);
+        let greedy = SampleRow { temperature: 0.0, uniform: 0.999, ..PLAIN };
+        assert_eq!(sample(&cx, &buffer, &[greedy])[0].token, 1);
+        assert_eq!(shares(&[2.0, 1.0, 2.0, 2.0], SampleRow { top_k: 2, ..PLAIN }), shares(&[0.0, f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY], PLAIN));
+    }
+
+    #[test]
+    fn logprobs_are_those_of_the_whole_distribution_and_greedy_uses_temperature_one() {
+        let (cx, logits) = (cx(1), logits());
+        let buffer = floats(&cx, 1, 4, &logits);
+        for (temperature, judged) in [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)] {
+            let row = SampleRow { temperature, top_k: 1, ..PLAIN };
+            let drawn = sample(&cx, &buffer, &[row])[0];
+            let z: Vec<f64> = logits.iter().map(|&x| f64::from(x) / judged).collect();
+            let lse = z.iter().map(|z| z.exp()).sum::<f64>().ln();
+            assert_eq!(drawn.token, 1);
+            assert!((drawn.logprob - (z[1] - lse)).abs() < 1e-6, "{drawn:?}");
+        }
+    }
+
+    #[test]
+    fn a_row_is_drawn_alike_in_any_batch_and_on_any_threads() {
+        let one = cx(1);
+        let logits = normal(&one, 300, 1000, 9);
+        let rows: Vec<SampleRow> = (0..300)
+            .map(|i| SampleRow { uniform: i as f64 / 300.0, top_k: i % 3 * 40, top_p: 0.9, temperature: 0.8 })
+            .collect();
+        let wanted = sample(&one, &logits, &rows);
+        assert_eq!(sample(&cx(3), &logits, &rows), wanted);
+        for row in [0, 7, 299] {
+            assert_eq!(sample(&one, &logits.rows_of(row..row + 1), &rows[row..row + 1]), wanted[row..row + 1]);
+        }
+    }
+
+    #[test]
+    fn numbers_at_the_edges_and_logits_that_are_no_numbers_give_a_token() {
+        let last = SampleRow { uniform: 1.0 - f64::EPSILON / 2.0, ..PLAIN };
+        let cx = cx(1);
+        let buffer = floats(&cx, 1, 4, &[0.0, 0.0, f32::NEG_INFINITY, f32::NEG_INFINITY]);
+        assert_eq!(sample(&cx, &buffer, &[last])[0].token, 1);
+        assert_eq!(sample(&cx, &buffer, &[PLAIN])[0].token, 0);
+        let broken = floats(&cx, 1, 4, &[f32::NAN; 4]);
+        let row = SampleRow { top_p: 0.5, top_k: 2, ..PLAIN };
+        assert!((sample(&cx, &broken, &[row])[0].token as usize) < 4);
+    }
+}

@@ -1,0 +1,434 @@
+//! The product: C (=|+=) A B in register tiles.
+//!
+//! Rows of a tile share each load of B, its columns each broadcast of A. Around the tiles: blocks of rows
+//! (A stays in the second cache), blocks of k (a panel of B stays in the first), panels of 32 columns.
+//! Between blocks of k a tile's sums are stored to C and loaded again, which rounds nothing. A transposed
+//! A, and a B that is not packed and is used often, are copied to the stack block by block.
+//!
+//! Invariants:
+//!   * one chain of fused multiply-adds per output element, over p ascending, for any block or tile
+//!   * what lies beyond column n is neither read nor written, except the zero padding of packed panels
+
+use super::lanes::{Isa, LANES, Lanes, OnLanes};
+use crate::kernels::Store;
+use std::mem::MaybeUninit;
+
+/// Columns of a panel of B.
+pub(crate) const PANEL: usize = 32;
+/// Rows of A in one block.
+const BLOCK_ROWS: usize = 96;
+/// Steps of p in one block.
+const BLOCK_DEPTH: usize = 256;
+/// Rows of tiles from which copying a panel of B pays.
+const ROWS_TO_COPY_B: usize = 16;
+
+/// A: element (i, p) is at `at + i * row + p * col`.
+#[derive(Clone, Copy)]
+pub(crate) struct Left {
+    pub at: *const f32,
+    pub row: usize,
+    pub col: usize,
+}
+
+/// B: element (p, j) is at `at + j / 32 * panel + p * row + j % 32`.
+#[derive(Clone, Copy)]
+pub(crate) struct Right {
+    pub at: *const f32,
+    pub row: usize,
+    pub panel: usize,
+}
+
+/// C: element (i, j) is at `at + i * row + j`.
+#[derive(Clone, Copy)]
+pub(crate) struct Out {
+    pub at: *mut f32,
+    pub row: usize,
+}
+
+impl Left {
+    /// A from row `i` on.
+    pub fn at_row(self, i: usize) -> Left {
+        Left { at: self.at.wrapping_add(i * self.row), ..self }
+    }
+}
+
+impl Right {
+    /// B from column `j` on, a multiple of [`PANEL`].
+    pub fn at_column(self, j: usize) -> Right {
+        debug_assert!(j.is_multiple_of(PANEL));
+        Right { at: self.at.wrapping_add(j / PANEL * self.panel), ..self }
+    }
+}
+
+impl Out {
+    /// C from element (i, j) on.
+    pub fn from(self, i: usize, j: usize) -> Out {
+        Out { at: self.at.wrapping_add(i * self.row + j), ..self }
+    }
+}
+
+/// C[m, n] (=|+=) A[m, k] B[k, n]: element (i, p) of A is at `a + i * a_row + p * a_col`, row p of B at
+/// `b + p * b_row` with n contiguous columns, row i of C at `c + i * c_row`. One fused-multiply-add chain per
+/// output element over p ascending (`Store::Add` starts it from C's value): the same bits for any m, any
+/// split of n and any instruction set.
+///
+/// # Safety
+/// The addresses are good for what the shapes say, and C overlaps neither A nor B.
+#[allow(clippy::too_many_arguments)]
+pub(crate) unsafe fn product(
+    isa: Isa,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: *const f32,
+    a_row: usize,
+    a_col: usize,
+    b: *const f32,
+    b_row: usize,
+    c: *mut f32,
+    c_row: usize,
+    store: Store,
+) {
+    let left = Left { at: a, row: a_row, col: a_col };
+    let right = Right { at: b, row: b_row, panel: PANEL };
+    // SAFETY: the caller's promise, in other words.
+    unsafe { multiply(isa, [m, n, k], left, right, Out { at: c, row: c_row }, store) }
+}
+
+/// [`product`] with B in panels.
+///
+/// # Safety
+/// As for [`product`].
+pub(crate) unsafe fn multiply(
+    isa: Isa,
+    [m, n, k]: [usize; 3],
+    left: Left,
+    right: Right,
+    out: Out,
+    store: Store,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    if k == 0 {
+        if store == Store::Set {
+            for i in 0..m {
+                // SAFETY: row i of C has n columns.
+                unsafe { std::slice::from_raw_parts_mut(out.at.add(i * out.row), n) }.fill(0.0);
+            }
+        }
+        return;
+    }
+    let copy_a = left.col != 1;
+    let copy_b = right.row != PANEL && m >= ROWS_TO_COPY_B;
+    let job = Blocks { shape: [m, n, k], left, right, out, store };
+    // SAFETY: the caller's promise; `isa` was detected.
+    unsafe {
+        match (copy_a, copy_b) {
+            (false, false) => isa.run(job),
+            (true, false) => isa.run(Copying::<true, false>(job)),
+            (false, true) => isa.run(Copying::<false, true>(job)),
+            (true, true) => isa.run(Copying::<true, true>(job)),
+        }
+    }
+}
+
+/// A product whose operands are read where they lie.
+struct Blocks {
+    shape: [usize; 3],
+    left: Left,
+    right: Right,
+    out: Out,
+    store: Store,
+}
+
+impl OnLanes for Blocks {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let [m, n, k] = self.shape;
+        // SAFETY: every block lies inside the operands.
+        unsafe {
+            for row in (0..m).step_by(BLOCK_ROWS) {
+                let rows = BLOCK_ROWS.min(m - row);
+                for (p, depth) in depths(k) {
+                    let (left, right, out) = self.block(row, p);
+                    columns::<L>([rows, n, depth], left, right, out, adds(self.store, p));
+                }
+            }
+        }
+    }
+}
+
+impl Blocks {
+    /// The operands of the block of rows from `row` and of steps from `p`.
+    #[inline(always)]
+    unsafe fn block(&self, row: usize, p: usize) -> (Left, Right, Out) {
+        let (left, right, out) = (self.left, self.right, self.out);
+        // SAFETY: the block lies inside the operands.
+        unsafe {
+            (
+                Left { at: left.at.add(row * left.row + p * left.col), ..left },
+                Right { at: right.at.add(p * right.row), ..right },
+                Out { at: out.at.add(row * out.row), ..out },
+            )
+        }
+    }
+}
+
+/// A product that copies blocks of A (tile by tile, transposed) or of B (into a panel) to the stack first.
+struct Copying<const A: bool, const B: bool>(Blocks);
+
+#[repr(align(64))]
+struct Stack<const N: usize>([MaybeUninit<f32>; N]);
+
+impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let job = self.0;
+        let [m, n, k] = job.shape;
+        let mut a = Stack([MaybeUninit::uninit(); BLOCK_ROWS * BLOCK_DEPTH]);
+        let mut b = Stack([MaybeUninit::uninit(); PANEL * BLOCK_DEPTH]);
+        // SAFETY: every block lies inside the operands and fits the stack arrays; `copy_*` fill what is read.
+        unsafe {
+            for row in (0..m).step_by(BLOCK_ROWS) {
+                let rows = BLOCK_ROWS.min(m - row);
+                for (p, depth) in depths(k) {
+                    let (mut left, right, out) = job.block(row, p);
+                    let add = adds(job.store, p);
+                    if A {
+                        copy_left::<L>(rows, depth, left, a.0.as_mut_ptr().cast());
+                        left = Left { at: a.0.as_ptr().cast(), row: 1, col: 0 };
+                    }
+                    if !B {
+                        columns::<L>([rows, n, depth], left, right, out, add);
+                        continue;
+                    }
+                    for j in (0..n).step_by(PANEL) {
+                        let width = PANEL.min(n - j);
+                        let from = right.at.add(j / PANEL * right.panel);
+                        copy_panel(width, depth, from, right.row, b.0.as_mut_ptr().cast());
+                        let panel = Right { at: b.0.as_ptr().cast(), row: PANEL, panel: 0 };
+                        let out = Out { at: out.at.add(j), ..out };
+                        columns::<L>([rows, width, depth], left, panel, out, add);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Blocks of p as (first, count), of nearly equal size.
+#[inline(always)]
+fn depths(k: usize) -> impl Iterator<Item = (usize, usize)> {
+    let blocks = k.div_ceil(BLOCK_DEPTH);
+    (0..blocks).map(move |i| (i * k / blocks, (i + 1) * k / blocks - i * k / blocks))
+}
+
+/// Whether the block that starts at step `p` continues what C holds.
+#[inline(always)]
+fn adds(store: Store, p: usize) -> bool {
+    store == Store::Add || p > 0
+}
+
+/// Tiles of nearly equal height as (first, count).
+#[inline(always)]
+fn tiles<L: Lanes>(m: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = m.div_ceil(L::TILE_ROWS);
+    (0..count).map(move |i| (i * m / count, (i + 1) * m / count - i * m / count))
+}
+
+/// Copies A so that a tile of r rows lies as `[p][r]`: the tile that starts at row i is at `i * depth`.
+#[inline(always)]
+unsafe fn copy_left<L: Lanes>(m: usize, depth: usize, left: Left, to: *mut f32) {
+    // SAFETY: m x depth elements are read and written.
+    unsafe {
+        for (first, rows) in tiles::<L>(m) {
+            let (from, to) = (left.at.add(first * left.row), to.add(first * depth));
+            for p in 0..depth {
+                for i in 0..rows {
+                    *to.add(p * rows + i) = *from.add(i * left.row + p * left.col);
+                }
+            }
+        }
+    }
+}
+
+/// Copies `width` columns of B into a panel; columns beyond are set to zero.
+#[inline(always)]
+unsafe fn copy_panel(width: usize, depth: usize, from: *const f32, row: usize, to: *mut f32) {
+    // SAFETY: rows of `width` elements are read, rows of a panel written.
+    unsafe {
+        for p in 0..depth {
+            let (from, to) = (from.add(p * row), to.add(p * PANEL));
+            if width == PANEL {
+                std::ptr::copy_nonoverlapping(from, to, PANEL);
+            } else {
+                std::ptr::copy_nonoverlapping(from, to, width);
+                std::slice::from_raw_parts_mut(to.add(width), PANEL - width).fill(0.0);
+            }
+        }
+    }
+}
+
+/// One block of rows and of p against all columns. `left.col == 0` means A as [`copy_left`] leaves it.
+#[inline(always)]
+unsafe fn columns<L: Lanes>(
+    [m, n, depth]: [usize; 3],
+    left: Left,
+    right: Right,
+    out: Out,
+    add: bool,
+) {
+    // Few rows leave registers for more columns, and those keep the multiply-add units busy.
+    let vectors = match m.div_ceil(m.div_ceil(L::TILE_ROWS)) {
+        1 => L::TILE_VECTORS[2],
+        2 | 3 => L::TILE_VECTORS[1],
+        _ => L::TILE_VECTORS[0],
+    };
+    let mut j = 0;
+    // SAFETY: the tiles lie inside the block.
+    unsafe {
+        while j < n {
+            let width = if n - j >= vectors * LANES { vectors * LANES } else { LANES.min(n - j) };
+            let from = right.at.add(j / PANEL * right.panel + j % PANEL);
+            for (first, rows) in tiles::<L>(m) {
+                let (at, row, col) = match left.col {
+                    0 => (left.at.add(first * depth), 1, rows),
+                    col => (left.at.add(first * left.row), left.row, col),
+                };
+                let tile = Operands {
+                    depth,
+                    left: Left { at, row, col },
+                    right: Right { at: from, ..right },
+                    out: Out { at: out.at.add(first * out.row + j), ..out },
+                    add,
+                };
+                tile.dispatch::<L>(rows, width);
+            }
+            j += width;
+        }
+    }
+}
+
+/// One tile's operands.
+struct Operands {
+    depth: usize,
+    left: Left,
+    right: Right,
+    out: Out,
+    add: bool,
+}
+
+/// A tile of `ROWS x VECTORS` vectors; with `MASKED` its one vector has `columns < 16` columns.
+struct Tile<const ROWS: usize, const VECTORS: usize, const MASKED: bool> {
+    of: Operands,
+    columns: usize,
+}
+
+macro_rules! dispatch {
+    ($self:ident, $width:ident, $rows:ident, $lanes:ty, $(($count:literal, $vectors:literal)),*) => {
+        match $rows {
+            $($count => match $width {
+                LANES => <$lanes>::call(Tile::<$count, 1, false> { of: $self, columns: LANES }),
+                0..LANES => <$lanes>::call(Tile::<$count, 1, true> { of: $self, columns: $width }),
+                _ => <$lanes>::call(Tile::<$count, $vectors, false> { of: $self, columns: $width }),
+            },)*
+            _ => unreachable!("a tile has at most {} rows", <$lanes>::TILE_ROWS),
+        }
+    };
+}
+
+impl Operands {
+    /// Calls the tile of `rows` rows and `width` columns: one vector, a part of one, or the set's widest.
+    #[inline(always)]
+    unsafe fn dispatch<L: Lanes>(self, rows: usize, width: usize) {
+        // SAFETY: the tile lies inside the operands.
+        unsafe {
+            match L::TILE_ROWS {
+                14 => dispatch!(
+                    self,
+                    width,
+                    rows,
+                    L,
+                    (1, 8),
+                    (2, 4),
+                    (3, 4),
+                    (4, 2),
+                    (5, 2),
+                    (6, 2),
+                    (7, 2),
+                    (8, 2),
+                    (9, 2),
+                    (10, 2),
+                    (11, 2),
+                    (12, 2),
+                    (13, 2),
+                    (14, 2)
+                ),
+                6 => {
+                    dispatch!(self, width, rows, L, (1, 4), (2, 2), (3, 2), (4, 1), (5, 1), (6, 1))
+                }
+                _ => dispatch!(self, width, rows, L, (1, 1), (2, 1), (3, 1), (4, 1)),
+            }
+        }
+    }
+}
+
+impl<const ROWS: usize, const VECTORS: usize, const MASKED: bool> OnLanes
+    for Tile<ROWS, VECTORS, MASKED>
+{
+    type Out = ();
+    // Counted loops over rows and vectors unroll into registers.
+    #[allow(clippy::needless_range_loop)]
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Tile { of: Operands { depth, left, right, out, add }, columns } = self;
+        // SAFETY: the tile lies inside the operands; vector v starts at column 16 v, and a tile of more
+        // than one vector starts at a panel's first column (or all of B has one stride).
+        unsafe {
+            let mut sums = [[L::splat(0.0); VECTORS]; ROWS];
+            if add {
+                for i in 0..ROWS {
+                    for v in 0..VECTORS {
+                        sums[i][v] =
+                            load::<L, MASKED>(out.at.add(i * out.row + v * LANES), columns);
+                    }
+                }
+            }
+            let mut b = right.at;
+            let mut a = left.at;
+            for _ in 0..depth {
+                let mut row = [L::splat(0.0); VECTORS];
+                for v in 0..VECTORS {
+                    row[v] = load::<L, MASKED>(b.add(v / 2 * right.panel + v % 2 * LANES), columns);
+                }
+                for i in 0..ROWS {
+                    let x = L::splat(*a.add(i * left.row));
+                    for v in 0..VECTORS {
+                        sums[i][v] = L::fma(x, row[v], sums[i][v]);
+                    }
+                }
+                b = b.add(right.row);
+                a = a.add(left.col);
+            }
+            for i in 0..ROWS {
+                for v in 0..VECTORS {
+                    let to = out.at.add(i * out.row + v * LANES);
+                    if MASKED {
+                        L::store_some(to, columns, sums[i][v])
+                    } else {
+                        L::store(to, sums[i][v])
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load<L: Lanes, const MASKED: bool>(at: *const f32, columns: usize) -> L::V {
+    // SAFETY: the tile's columns lie inside the operand.
+    unsafe { if MASKED { L::load_some(at, columns) } else { L::load(at) } }
+}

@@ -1,0 +1,148 @@
+//! How an operation is cut into pieces for the pool, and how a piece reaches its part of the output.
+//!
+//! Small operations stay on the caller: waking a thread costs more than they do. The cut may depend on
+//! the number of threads, because every output element is computed whole by one piece.
+
+use super::Cx;
+use super::tile::{Left, Out, PANEL, Right, multiply};
+use crate::buffer::MatMut;
+use crate::kernels::Store;
+use std::ops::Range;
+
+/// Floating-point operations below which a piece is not worth another thread.
+const GRAIN: usize = 30_000;
+/// Pieces per thread that even out threads of different speed.
+const PIECES_PER_THREAD: usize = 4;
+/// Rows below which a product is rather cut by columns.
+const ROWS_PER_BLOCK: usize = 24;
+
+/// Cuts `count` items of `cost` operations each into ranges of whole multiples of `step`, and runs `call`
+/// once per range on the pool.
+pub(crate) fn split(
+    cx: &Cx,
+    count: usize,
+    step: usize,
+    cost: usize,
+    call: &(dyn Fn(Range<usize>) + Sync),
+) {
+    let size = match pieces(cx, count * cost) {
+        1 => count.max(1),
+        pieces => count.div_ceil(pieces).next_multiple_of(step),
+    };
+    cx.pool.run(count.div_ceil(size), &|piece| call(piece * size..count.min((piece + 1) * size)));
+}
+
+/// Runs `call` for every row of a `rows x cols` matrix, in one or more ranges of columns.
+pub(crate) fn segments(
+    cx: &Cx,
+    rows: usize,
+    cols: usize,
+    cost: usize,
+    call: &(dyn Fn(usize, Range<usize>) + Sync),
+) {
+    split(cx, rows * cols, 16, cost, &|range| {
+        let mut at = range.start;
+        while at < range.end {
+            let (row, col) = (at / cols, at % cols);
+            let end = cols.min(col + range.end - at);
+            call(row, col..end);
+            at += end - col;
+        }
+    });
+}
+
+/// Number of pieces for `work` operations: 1 if they stay on the caller.
+fn pieces(cx: &Cx, work: usize) -> usize {
+    match cx.pool.threads() {
+        1 => 1,
+        threads => (work / GRAIN).clamp(1, threads * PIECES_PER_THREAD),
+    }
+}
+
+/// Columns of one row, to write to, from one of several threads.
+///
+/// # Safety
+/// No two threads may touch the same element at the same time.
+#[allow(clippy::mut_from_ref)]
+pub(crate) unsafe fn part_mut<'a, T>(
+    matrix: &'a MatMut<'_, T>,
+    row: usize,
+    cols: Range<usize>,
+) -> &'a mut [T] {
+    assert!(row < matrix.rows && cols.start <= cols.end && cols.end <= matrix.cols);
+    // SAFETY: inside the buffer by the assertion; exclusive by the caller's promise.
+    unsafe {
+        let first = matrix.pointer().add(row * matrix.stride + cols.start);
+        std::slice::from_raw_parts_mut(first, cols.len())
+    }
+}
+
+/// One product: C[m, n] (=|+=) A[m, k] B[k, n] with `shape` = [m, n, k].
+#[derive(Clone, Copy)]
+pub(crate) struct Term {
+    pub shape: [usize; 3],
+    pub left: Left,
+    pub right: Right,
+    pub out: Out,
+}
+
+// SAFETY: a Term is addresses; `products` makes its callers promise that they may be used.
+unsafe impl Sync for Term {}
+
+impl Term {
+    fn work(&self) -> usize {
+        2 * self.shape[0] * self.shape[1] * self.shape[2]
+    }
+
+    /// Rows and columns of a block when C is cut into about `pieces` blocks.
+    fn steps(&self, pieces: usize) -> (usize, usize) {
+        let [rows, cols, _] = self.shape;
+        if pieces <= 1 {
+            return (rows, cols);
+        }
+        // Rows first: a block of rows reads all of B once, and a block of columns all of A.
+        let row_step = rows.div_ceil((rows / ROWS_PER_BLOCK).clamp(1, pieces));
+        let col_blocks = pieces.div_ceil(rows.div_ceil(row_step));
+        (row_step, cols.div_ceil(col_blocks).next_multiple_of(PANEL))
+    }
+
+    /// Computes rows from `i` and columns from `j`, at most `steps` of each.
+    unsafe fn block(&self, cx: &Cx, i: usize, j: usize, steps: (usize, usize), store: Store) {
+        let [rows, cols, depth] = self.shape;
+        let shape = [steps.0.min(rows - i), steps.1.min(cols - j), depth];
+        // SAFETY: the block lies inside the operands.
+        unsafe {
+            let (left, right) = (self.left.at_row(i), self.right.at_column(j));
+            multiply(cx.isa, shape, left, right, self.out.from(i, j), store);
+        }
+    }
+}
+
+/// Computes all products; their outputs are disjoint.
+///
+/// # Safety
+/// The addresses of every term are good for its shape, and no output overlaps an input or another output.
+pub(crate) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
+    let total: usize = terms.iter().map(Term::work).sum();
+    let wanted = pieces(cx, total);
+    if wanted == 1 {
+        for term in terms {
+            // SAFETY: the caller's promise.
+            unsafe { term.block(cx, 0, 0, (term.shape[0], term.shape[1]), store) };
+        }
+        return;
+    }
+    let mut blocks = Vec::with_capacity(2 * wanted + terms.len());
+    for term in terms {
+        let [rows, cols, _] = term.shape;
+        let steps = term.steps((wanted * term.work()).div_ceil(total));
+        for i in (0..rows).step_by(steps.0.max(1)) {
+            blocks.extend((0..cols).step_by(steps.1.max(1)).map(|j| (term, i, j, steps)));
+        }
+    }
+    cx.pool.run(blocks.len(), &|piece| {
+        let (term, i, j, steps) = blocks[piece];
+        // SAFETY: the caller's promise; the blocks of a term are disjoint.
+        unsafe { term.block(cx, i, j, steps, store) };
+    });
+}

@@ -1,0 +1,282 @@
+//! Pool: our own threads, and work handed to them in fixed pieces.
+//!
+//! [`Pool::run`] calls a closure once for every piece number; the caller works too, and whoever is free
+//! takes the next number. Pieces are cut by the operation, never by the pool, so that the number of
+//! threads cannot change a bit. It knows no buffer and no operation.
+//!
+//! Invariants:
+//!   * when `run` returns, every piece was run exactly once (or a panic goes on in the caller)
+//!   * no worker holds the closure after `run` has returned: a worker enters through the gate, and `run`
+//!     closes the gate and waits until those inside have left; who comes late finds it closed
+//!   * an idle worker spins at most [`SPIN`], then sleeps; the caller too
+
+use crossbeam::utils::CachePadded;
+use std::any::Any;
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// How long a thread looks for work (or for the others' end) before it sleeps.
+const SPIN: Duration = Duration::from_micros(20);
+
+/// The gate's bit that lets workers in; the bits below count who is inside, those above number the jobs.
+const OPEN: u64 = 1 << 16;
+const INSIDE: u64 = OPEN - 1;
+const JOB: u64 = OPEN << 1;
+
+/// Threads that share the pieces of one operation at a time.
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+    /// Held while a job runs: a second caller, or a piece that calls `run` itself, works alone.
+    busy: Mutex<()>,
+}
+
+struct Shared {
+    gate: CachePadded<AtomicU64>,
+    next: CachePadded<AtomicUsize>,
+    job: UnsafeCell<Job>,
+    sleeping: Vec<CachePadded<AtomicBool>>,
+    stop: AtomicBool,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// What the threads inside the gate work on.
+struct Job {
+    pieces: usize,
+    call: *const (dyn Fn(usize) + Sync),
+    caller: Option<Thread>,
+}
+
+// SAFETY: `job` is written by the one caller that holds `busy`, while the gate is closed and nobody is inside;
+// workers read it only between entering and leaving. `call` points to a `Sync` closure that outlives the job.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller included; 0 takes one per core.
+    pub fn new(threads: usize) -> Pool {
+        let cores = || thread::available_parallelism().map_or(1, |n| n.get());
+        let threads = if threads == 0 { cores() } else { threads }.min(INSIDE as usize);
+        let idle: *const (dyn Fn(usize) + Sync) = &|_| {};
+        let shared = Arc::new(Shared {
+            gate: CachePadded::new(AtomicU64::new(0)),
+            next: CachePadded::new(AtomicUsize::new(0)),
+            job: UnsafeCell::new(Job { pieces: 0, call: idle, caller: None }),
+            sleeping: (1..threads).map(|_| CachePadded::new(AtomicBool::new(false))).collect(),
+            stop: AtomicBool::new(false),
+            panic: Mutex::new(None),
+        });
+        let spawn = |index: usize| {
+            let shared = shared.clone();
+            let name = format!("kernels-{}", index + 1);
+            let thread = thread::Builder::new().name(name).spawn(move || shared.work(index));
+            // A system that refuses a thread leaves us fewer workers, never fewer results.
+            thread.ok()
+        };
+        let workers = (0..threads - 1).map_while(spawn).collect();
+        Pool { shared, workers, busy: Mutex::new(()) }
+    }
+
+    /// Number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `call(0)`, ..., `call(pieces - 1)`, each once, on any thread and in any order.
+    pub fn run(&self, pieces: usize, call: &(dyn Fn(usize) + Sync)) {
+        let busy =
+            if pieces > 1 && !self.workers.is_empty() { self.busy.try_lock().ok() } else { None };
+        let Some(_busy) = busy else {
+            (0..pieces).for_each(call);
+            return;
+        };
+        self.open(pieces, call);
+        self.shared.take_pieces(pieces, call);
+        self.close();
+        let panic = self.shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(payload) = panic {
+            drop(_busy);
+            resume_unwind(payload);
+        }
+    }
+
+    fn open(&self, pieces: usize, call: &(dyn Fn(usize) + Sync)) {
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime changes, and `close` waits until nobody uses the pointer.
+        let call: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(call) };
+        // SAFETY: the gate is closed and empty, and `busy` keeps other callers out.
+        unsafe { *shared.job.get() = Job { pieces, call, caller: Some(thread::current()) } };
+        shared.next.store(0, Ordering::Relaxed);
+        let gate = shared.gate.load(Ordering::Relaxed);
+        shared.gate.store(gate + JOB + OPEN, Ordering::Release);
+        // Either a worker about to sleep sees the open gate, or we see its flag.
+        fence(Ordering::SeqCst);
+        for (worker, sleeping) in self.workers.iter().zip(&shared.sleeping).take(pieces - 1) {
+            if sleeping.load(Ordering::Relaxed) && sleeping.swap(false, Ordering::AcqRel) {
+                worker.thread().unpark();
+            }
+        }
+    }
+
+    fn close(&self) {
+        let gate = &self.shared.gate;
+        let mut inside = gate.fetch_and(!OPEN, Ordering::AcqRel) & INSIDE;
+        let start = Instant::now();
+        while inside > 0 {
+            if start.elapsed() < SPIN {
+                std::hint::spin_loop();
+            } else {
+                // The last worker to leave a closed gate wakes us; a stray token only makes us look again.
+                thread::park();
+            }
+            inside = gate.load(Ordering::Acquire) & INSIDE;
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Release);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            // A worker catches the panics of its pieces, so there is none to pass on.
+            let _ = worker.join();
+        }
+    }
+}
+
+impl Shared {
+    fn work(&self, index: usize) {
+        let mut seen = 0;
+        while let Some(gate) = self.wait(index, seen) {
+            let entered =
+                self.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
+            if entered.is_err() {
+                continue;
+            }
+            seen = gate / JOB;
+            // SAFETY: we are inside the gate, so the job stays as it is.
+            let (pieces, call, caller) = unsafe {
+                let job = &*self.job.get();
+                (job.pieces, &*job.call, job.caller.clone())
+            };
+            self.take_pieces(pieces, call);
+            let before = self.gate.fetch_sub(1, Ordering::AcqRel);
+            if before & (OPEN | INSIDE) == 1
+                && let Some(caller) = caller
+            {
+                caller.unpark();
+            }
+        }
+    }
+
+    /// Waits for an open gate of a job other than `seen`; None when the pool ends.
+    fn wait(&self, index: usize, seen: u64) -> Option<u64> {
+        let ready = || {
+            let gate = self.gate.load(Ordering::Acquire);
+            (gate & OPEN != 0 && gate / JOB != seen).then_some(gate)
+        };
+        let mut start = Instant::now();
+        loop {
+            for _ in 0..16 {
+                if let Some(gate) = ready() {
+                    return Some(gate);
+                }
+                std::hint::spin_loop();
+            }
+            if self.stop.load(Ordering::Acquire) {
+                return None;
+            }
+            if start.elapsed() > SPIN {
+                self.sleeping[index].store(true, Ordering::Relaxed);
+                fence(Ordering::SeqCst);
+                if ready().is_none() && !self.stop.load(Ordering::Acquire) {
+                    thread::park();
+                }
+                self.sleeping[index].store(false, Ordering::Relaxed);
+                start = Instant::now();
+            }
+        }
+    }
+
+    fn take_pieces(&self, pieces: usize, call: &(dyn Fn(usize) + Sync)) {
+        let all = || {
+            loop {
+                let piece = self.next.fetch_add(1, Ordering::Relaxed);
+                if piece >= pieces {
+                    return;
+                }
+                call(piece);
+            }
+        };
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(all)) {
+            // No further piece starts; the first panic is the one that the caller sees.
+            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+            self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_piece_runs_once_for_any_number_of_threads() {
+        for threads in [1, 2, 3, 8] {
+            let pool = Pool::new(threads);
+            for pieces in (0..40).chain([1000]).cycle().take(400) {
+                let counts: Vec<AtomicUsize> = (0..pieces).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(pieces, &|i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(
+                    counts.iter().all(|c| c.load(Ordering::Relaxed) == 1),
+                    "{threads} {pieces}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_in_a_piece_reaches_the_caller_and_the_pool_goes_on() {
+        let pool = Pool::new(3);
+        for bad in [0, 7, 63] {
+            let caught = catch_unwind(AssertUnwindSafe(|| {
+                pool.run(64, &|i| assert!(i != bad, "piece {bad}"));
+            }));
+            let payload = caught.unwrap_err();
+            let message = payload.downcast_ref::<String>().unwrap();
+            assert_eq!(*message, format!("piece {bad}"));
+            let sum = AtomicUsize::new(0);
+            pool.run(64, &|i| {
+                sum.fetch_add(i, Ordering::Relaxed);
+            });
+            assert_eq!(sum.load(Ordering::Relaxed), 63 * 32);
+        }
+    }
+
+    #[test]
+    fn a_run_inside_a_run_and_two_callers_at_once_complete() {
+        let pool = Pool::new(2);
+        let sum = AtomicUsize::new(0);
+        let count = |_: usize| {
+            sum.fetch_add(1, Ordering::Relaxed);
+        };
+        thread::scope(|scope| {
+            for _ in 0..2 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        pool.run(4, &|_| pool.run(5, &count));
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.load(Ordering::Relaxed), 2 * 100 * 4 * 5);
+    }
+}

@@ -1,0 +1,380 @@
+//! Reference: every operation of [`Kernels`] in plain f64 loops, one thread, no tricks.
+//!
+//! This is the definition that the other implementations are tested against and that finite
+//! differences are taken on. It shares no arithmetic with them: it knows neither tiles, threads nor
+//! SIMD, and calls nothing in `ops`.
+//!
+//! Invariants:
+//!   * every float buffer is `F64`; a packed weight is a plain copy of the packed rows
+//!   * sums run over their index in ascending order and start from the output they add to
+
+mod attention;
+mod experts;
+mod head;
+mod movement;
+mod norms;
+mod optimizer;
+mod products;
+
+use crate::arena::{Arena, Kind, Owner};
+use crate::buffer::{Buffer, DType};
+use crate::kernels::{
+    AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
+    RouterSpec, Routes, SampleRow, Sampled, Store,
+};
+
+/// The operations in f64 loops. Slow on purpose; for tests and for tiny models.
+pub struct ReferenceKernels {
+    arena: Arena,
+    scratch: Owner,
+}
+
+impl ReferenceKernels {
+    /// Reference kernels on buffers of `arena`.
+    pub fn new(arena: Arena) -> ReferenceKernels {
+        let scratch = arena.owner("scratch", Kind::Activations);
+        ReferenceKernels { arena, scratch }
+    }
+}
+
+/// `start + Σ a[i] * b[i]`, one fused chain in ascending i.
+fn chain<'a>(start: f64, pairs: impl Iterator<Item = (&'a f64, &'a f64)>) -> f64 {
+    pairs.fold(start, |sum, (a, b)| a.mul_add(*b, sum))
+}
+
+/// `a · b`.
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len(), "a dot product joins rows of one width");
+    chain(0.0, a.iter().zip(b))
+}
+
+/// `y += factor * x`.
+fn add_scaled(factor: f64, x: &[f64], y: &mut [f64]) {
+    assert_eq!(x.len(), y.len(), "rows of one width are added");
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = factor.mul_add(*x, *y);
+    }
+}
+
+/// log Σ exp(z), without overflow.
+fn log_sum_exp(z: &[f64]) -> f64 {
+    let top = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    top + z.iter().map(|z| (z - top).exp()).sum::<f64>().ln()
+}
+
+impl Kernels for ReferenceKernels {
+    fn name(&self) -> String {
+        "reference".to_string()
+    }
+
+    fn float(&self) -> DType {
+        DType::F64
+    }
+
+    fn arena(&self) -> &Arena {
+        &self.arena
+    }
+
+    fn scratch(&self) -> Owner {
+        self.scratch
+    }
+
+    fn upload(&self, src: &[f32], dst: &mut Buffer) {
+        let wide: Vec<f64> = src.iter().map(|x| f64::from(*x)).collect();
+        movement::write(&wide, dst);
+    }
+
+    fn download(&self, src: &Buffer) -> Vec<f32> {
+        movement::read::<f64>(src).iter().map(|x| *x as f32).collect()
+    }
+
+    fn upload_f64(&self, src: &[f64], dst: &mut Buffer) {
+        movement::write(src, dst);
+    }
+
+    fn download_f64(&self, src: &Buffer) -> Vec<f64> {
+        movement::read(src)
+    }
+
+    fn upload_indices(&self, src: &[u32], dst: &mut Buffer) {
+        movement::write(src, dst);
+    }
+
+    fn download_indices(&self, src: &Buffer) -> Vec<u32> {
+        movement::read(src)
+    }
+
+    fn fill(&self, dst: &mut Buffer, value: f64) {
+        movement::fill(dst, value);
+    }
+
+    fn copy(&self, src: &Buffer, dst: &mut Buffer) {
+        movement::copy(src, dst);
+    }
+
+    fn add(&self, src: &Buffer, dst: &mut Buffer) {
+        movement::add(src, dst);
+    }
+
+    fn gather_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer) {
+        movement::gather_rows(src, index, dst);
+    }
+
+    fn scatter_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer) {
+        movement::scatter_rows(src, index, dst);
+    }
+
+    fn scatter_add_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer) {
+        movement::scatter_add_rows(src, index, dst);
+    }
+
+    fn pack(&self, owner: Owner, weight: &Buffer, pack: Pack, version: u64) -> Result<Packed> {
+        products::pack(&self.arena, owner, weight, pack, version)
+    }
+
+    fn linear(&self, x: &Buffer, weight: &Packed, y: &mut Buffer, store: Store) {
+        products::linear(x, weight, y, store);
+    }
+
+    fn linear_heads(
+        &self,
+        x: &Buffer,
+        weight: &Packed,
+        columns: HeadColumns,
+        y: &mut Buffer,
+        store: Store,
+    ) {
+        products::linear_heads(x, weight, columns, y, store);
+    }
+
+    fn linear_experts(&self, x: &Buffer, weight: &Packed, routes: &Routes, y: &mut Buffer) {
+        products::linear_experts(x, weight, routes, y);
+    }
+
+    fn linear_backward_weight(&self, dy: &Buffer, x: &Buffer, dw: &mut Buffer) {
+        products::linear_backward_weight(dy, x, dw);
+    }
+
+    fn linear_heads_backward_weight(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        columns: HeadColumns,
+        pack: Pack,
+        dw: &mut Buffer,
+    ) {
+        products::linear_heads_backward_weight(dy, x, columns, pack, dw);
+    }
+
+    fn linear_experts_backward_weight(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        routes: &Routes,
+        dw: &mut Buffer,
+    ) {
+        products::linear_experts_backward_weight(dy, x, routes, dw);
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        weight: &Buffer,
+        epsilon: f64,
+        y: &mut Buffer,
+        inverse_rms: &mut Buffer,
+    ) {
+        norms::rms_norm(x, weight, epsilon, y, inverse_rms);
+    }
+
+    fn rms_norm_backward_input(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        weight: &Buffer,
+        inverse_rms: &Buffer,
+        dx: &mut Buffer,
+        store: Store,
+    ) {
+        norms::rms_norm_backward_input(dy, x, weight, inverse_rms, dx, store);
+    }
+
+    fn rms_norm_backward_weight(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        inverse_rms: &Buffer,
+        dw: &mut Buffer,
+    ) {
+        norms::rms_norm_backward_weight(dy, x, inverse_rms, dw);
+    }
+
+    fn rope(
+        &self,
+        x: &mut Buffer,
+        positions: &Buffer,
+        table: &RopeTable,
+        heads: usize,
+        first: usize,
+        stride: usize,
+        inverse: bool,
+    ) {
+        let starts: Vec<usize> = (0..heads).map(|head| first + head * stride).collect();
+        norms::rope(x, positions, table, &starts, inverse);
+    }
+
+    fn swiglu(&self, gate_up: &Buffer, y: &mut Buffer) {
+        norms::swiglu(gate_up, y);
+    }
+
+    fn swiglu_backward(&self, dy: &Buffer, gate_up: &Buffer, d_gate_up: &mut Buffer) {
+        norms::swiglu_backward(dy, gate_up, d_gate_up);
+    }
+
+    fn mla_train(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        start: &Buffer,
+        o: &mut Buffer,
+        lse: &mut Buffer,
+    ) -> Result<()> {
+        attention::mla_train(shape, q, kv, k_rope, start, o, lse);
+        Ok(())
+    }
+
+    fn mla_train_backward_input(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        start: &Buffer,
+        o: &Buffer,
+        lse: &Buffer,
+        d_o: &Buffer,
+        dq: &mut Buffer,
+        dkv: &mut Buffer,
+        dk_rope: &mut Buffer,
+    ) -> Result<()> {
+        let forward = attention::Forward { q, kv, k_rope, start, o, lse };
+        attention::mla_train_backward_input(shape, &forward, d_o, dq, dkv, dk_rope);
+        Ok(())
+    }
+
+    fn mla_decode(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        cache: &Buffer,
+        batch: &DecodeBatch<'_>,
+        o: &mut Buffer,
+    ) -> Result<()> {
+        attention::mla_decode(shape, q, cache, batch, o);
+        Ok(())
+    }
+
+    fn router(
+        &self,
+        spec: &RouterSpec,
+        logits: &Buffer,
+        scores: &mut Buffer,
+        experts: &mut Buffer,
+        weights: &mut Buffer,
+    ) {
+        experts::router(spec, logits, scores, experts, weights);
+    }
+
+    fn router_backward(
+        &self,
+        spec: &RouterSpec,
+        scores: &Buffer,
+        experts: &Buffer,
+        d_weights: &Buffer,
+        d_scores: &Buffer,
+        d_logits: &mut Buffer,
+    ) {
+        experts::router_backward(spec, scores, experts, d_weights, d_scores, d_logits);
+    }
+
+    fn balance_loss(
+        &self,
+        scores: &Buffer,
+        experts: &Buffer,
+        segment: &Buffer,
+        alpha: f64,
+        weight: f64,
+        d_scores: &mut Buffer,
+    ) -> f64 {
+        experts::balance_loss(scores, experts, segment, alpha, weight, d_scores)
+    }
+
+    fn routes(&self, experts: &Buffer, count: usize) -> Result<Routes> {
+        experts::routes(&self.arena, self.scratch, experts, count)
+    }
+
+    fn combine(&self, x: &Buffer, routes: &Routes, weights: &Buffer, y: &mut Buffer) {
+        experts::combine(x, routes, weights, y);
+    }
+
+    fn combine_backward(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        routes: &Routes,
+        weights: &Buffer,
+        dx: &mut Buffer,
+        d_weights: &mut Buffer,
+    ) {
+        experts::combine_backward(dy, x, routes, weights, dx, d_weights);
+    }
+
+    fn sum_slots(&self, x: &Buffer, routes: &Routes, y: &mut Buffer) {
+        experts::sum_slots(x, routes, y);
+    }
+
+    fn head_logprob(
+        &self,
+        x: &Buffer,
+        head: &Packed,
+        targets: &Buffer,
+        temperature: f64,
+        logprob: &mut Buffer,
+        lse: &mut Buffer,
+        entropy: &mut Buffer,
+    ) -> Result<()> {
+        head::head_logprob(x, head, targets, temperature, logprob, lse, entropy);
+        Ok(())
+    }
+
+    fn head_logprob_backward(
+        &self,
+        x: &Buffer,
+        head: &Packed,
+        plain: &Packed,
+        targets: &Buffer,
+        temperature: f64,
+        lse: &Buffer,
+        c: &Buffer,
+        dx: &mut Buffer,
+        dw: &mut Buffer,
+    ) -> Result<()> {
+        let forward = head::Forward { x, head, plain, targets, temperature, lse };
+        head::head_logprob_backward(&forward, c, dx, dw);
+        Ok(())
+    }
+
+    fn sample(&self, logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled> {
+        head::sample(logits, rows)
+    }
+
+    fn squared_sum(&self, x: &Buffer) -> f64 {
+        optimizer::squared_sum(x)
+    }
+
+    fn adamw(&self, update: &AdamW, g: &Buffer, w: &mut Buffer, m: &mut Buffer, v: &mut Buffer) {
+        optimizer::adamw(update, g, w, m, v);
+    }
+}

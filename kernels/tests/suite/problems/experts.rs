@@ -1,0 +1,78 @@
+//! Router, balance loss, routes and combination. Tolerance: softmax of 24 numbers in f32.
+
+use super::Entry;
+use crate::bench::{Bench, Output, below};
+use rehearsal_kernels::RouterSpec;
+
+pub const PROBLEMS: &[Entry] = &[
+    ("router", 1e-5, |bench| router(bench, GREEDY)),
+    ("router in groups", 1e-5, |bench| router(bench, GROUPED)),
+    ("balance_loss", 1e-6, balance_loss),
+    ("routes", 0.0, routes),
+    ("combine", 1e-5, combine),
+];
+
+const T: usize = 133;
+const E: usize = 24;
+const K: usize = 4;
+const GREEDY: RouterSpec =
+    RouterSpec { groups: 1, top_groups: 1, top_k: K, scale: 2.5, normalize: false };
+const GROUPED: RouterSpec =
+    RouterSpec { groups: 6, top_groups: 2, top_k: K, scale: 2.5, normalize: true };
+
+fn router(bench: &Bench<'_>, spec: RouterSpec) -> Vec<Output> {
+    let logits = bench.random(1, T, E);
+    let (mut scores, mut experts, mut weights) =
+        (bench.unset(T, E), bench.unset_indices(T, K), bench.unset(T, K));
+    bench.kernels.router(&spec, &logits, &mut scores, &mut experts, &mut weights);
+    let (d_weights, d_scores) = (bench.random(2, T, K), bench.random(3, T, E));
+    let (k, mut d_logits) = (bench.kernels, bench.unset(T, E));
+    k.router_backward(&spec, &scores, &experts, &d_weights, &d_scores, &mut d_logits);
+    vec![
+        ("scores", bench.read(&scores)),
+        ("experts", bench.read_indices(&experts)),
+        ("weights", bench.read(&weights)),
+        ("d_logits", bench.read(&d_logits)),
+    ]
+}
+
+/// K distinct experts for each token.
+fn chosen() -> Vec<u32> {
+    let first = below(7, T, E as u64);
+    first.iter().flat_map(|e| (0..K as u32).map(move |k| (e + 5 * k) % E as u32)).collect()
+}
+
+fn balance_loss(bench: &Bench<'_>) -> Vec<Output> {
+    let (scores, experts) = (bench.random(1, T, E), bench.indices(T, K, &chosen()));
+    let segment: Vec<u32> = (0..T).map(|t| u32::from(t >= 50) + u32::from(t >= 51)).collect();
+    let (segment, mut d_scores) = (bench.indices(T, 1, &segment), bench.random(2, T, E));
+    let loss = bench.kernels.balance_loss(&scores, &experts, &segment, 0.3, 0.5, &mut d_scores);
+    vec![("loss", vec![loss]), ("d_scores", bench.read(&d_scores))]
+}
+
+fn routes(bench: &Bench<'_>) -> Vec<Output> {
+    let routes = bench.kernels.routes(&bench.indices(T, K, &chosen()), E + 2).unwrap();
+    vec![
+        ("offsets", bench.read_indices(&routes.offsets)),
+        ("token", bench.read_indices(&routes.token)),
+        ("slot", bench.read_indices(&routes.slot)),
+    ]
+}
+
+fn combine(bench: &Bench<'_>) -> Vec<Output> {
+    let d = 45;
+    let routes = bench.kernels.routes(&bench.indices(T, K, &chosen()), E).unwrap();
+    let (x, weights) = (bench.random(1, T * K, d), bench.random(2, T, K));
+    let (dy, mut y, mut summed) =
+        (bench.random(3, T, d), bench.random(4, T, d), bench.random(5, T, d));
+    let (mut dx, mut d_weights) = (bench.unset(T * K, d), bench.unset(T, K));
+    bench.kernels.combine(&x, &routes, &weights, &mut y);
+    bench.kernels.combine_backward(&dy, &x, &routes, &weights, &mut dx, &mut d_weights);
+    bench.kernels.sum_slots(&x, &routes, &mut summed);
+    vec![
+        ("y", bench.read(&y)),
+        ("dx", bench.read(&dx)),
+        ("d_weights", bench.read(&d_weights)),
+        ("summed", bench.read(&summed)),
+    ]
+}

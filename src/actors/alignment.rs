@@ -1,0 +1,124 @@
+//! One step of alignment, as the Director walks it: sample, score, update.
+//!
+//! 1. `EnterPhase(Generate)`, then `GenerateGroups`: groups are sampled and, as each ends, judged.
+//! 2. `EnterPhase(Score)`, then `ScoreGroups`: reward models, the reference, rewards and advantages.
+//! 3. `EnterPhase(Train)`, then `UpdatePolicy`.
+//!
+//! Knows what a step reports and nothing of how a reward is made.
+
+use super::director::{Direction, step_event};
+use super::messages::*;
+use crate::config::Stage;
+use crate::config::stage::GrpoStage;
+use crate::console::Event;
+use crate::data::example::Prompt;
+use crate::engine::phase::{Phase, PhaseReport};
+use crate::inference::job::GenerateReport;
+use crate::train::job::StepReport;
+use serde_json::json;
+use std::time::Instant;
+
+/// What one step of alignment did.
+pub(super) struct Aligned {
+    pub(super) scored: ScoredGroups,
+    pub(super) report: StepReport,
+    pub(super) seconds: f64,
+    sampled: GenerateReport,
+    /// Start and end of sampling and judging, in seconds since the step began.
+    intervals: [[f64; 2]; 2],
+    score_seconds: f64,
+    entered: PhaseReport,
+    enter_seconds: f64,
+}
+
+impl Direction {
+    /// One step of stage number `stage`; `prompts` stand in for the stage's own.
+    pub(super) async fn align(
+        &self,
+        stage: usize,
+        step: u64,
+        settings: &GrpoStage,
+        policy_version: u64,
+        prompts: Option<Vec<Prompt>>,
+    ) -> Result<Aligned, Failure> {
+        let began = Instant::now();
+        let ports = &self.ports;
+
+        let entered = self.enter(Phase::Generate).await?;
+        let mut enter_seconds = entered.seconds;
+        let offset = began.elapsed().as_secs_f64();
+        let settings = settings.clone();
+        let request =
+            GenerateGroups { id: self.id(), stage, step, settings: settings.clone(), prompts, policy_version };
+        let generated = ports.generate.ask(request).await?;
+
+        enter_seconds += self.enter(Phase::Score).await?.seconds;
+        let scoring = Instant::now();
+        let request = ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
+        let scored = ports.score.ask(request).await?;
+        let score_seconds = scoring.elapsed().as_secs_f64();
+
+        let entered = self.enter(Phase::Train).await?;
+        enter_seconds += entered.seconds;
+        let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
+        let report = ports.update.ask(request).await?;
+
+        let shifted = |[start, end]: [f64; 2]| [start + offset, end + offset];
+        Ok(Aligned {
+            scored,
+            report,
+            seconds: began.elapsed().as_secs_f64(),
+            sampled: generated.report,
+            intervals: [shifted(generated.generate), shifted(generated.judge)],
+            score_seconds,
+            entered,
+            enter_seconds,
+        })
+    }
+}
+
+impl Aligned {
+    /// Where the step's time went.
+    pub(super) fn times(&self) -> BenchStep {
+        BenchStep {
+            seconds: self.seconds,
+            generate_seconds: self.sampled.seconds,
+            score_seconds: self.score_seconds,
+            train_seconds: self.report.seconds,
+            new_tokens: self.sampled.new_tokens,
+            trained_tokens: self.report.tokens,
+        }
+    }
+
+    /// The step's line for the journal.
+    pub(super) fn event(&self, stage: &Stage, step: u64) -> Event {
+        let statistics = &self.scored.statistics;
+        let rewards: serde_json::Map<_, _> =
+            statistics.components.iter().map(|(name, component)| (name.clone(), json!(component.mean))).collect();
+        let grpo = self.report.grpo.clone().unwrap_or_default();
+        let [generate, judge] = self.intervals;
+        step_event(stage, step, &self.report, self.seconds, &self.entered)
+            .with("reward_mean", statistics.reward_mean)
+            .with("reward_deviation", statistics.reward_deviation)
+            .with("rewards", rewards)
+            .with("kl", grpo.kl)
+            .with("entropy", grpo.entropy)
+            .with("clip_share", grpo.clip_share)
+            .with("length_mean", statistics.length_mean)
+            .with("stopped_by_length", statistics.stopped_by_length)
+            .with("zero_variance_groups", statistics.zero_variance_groups)
+            .with("logprob_gap_max", grpo.logprob_gap_max)
+            .with("logprob_gap_mean", grpo.logprob_gap_mean)
+            .with("new_tokens", self.sampled.new_tokens)
+            .with("intervals", json!({"generate": generate, "judge": judge}))
+            .with(
+                "phase_seconds",
+                json!({
+                    "generate": self.sampled.seconds,
+                    "score": self.score_seconds,
+                    "train": self.report.seconds,
+                    "enter": self.enter_seconds,
+                }),
+            )
+    }
+}

@@ -1,0 +1,151 @@
+//! `bench grpo`: alignment steps on random tokens through the same actors as a run.
+//!
+//! Prompts are drawn from the vocabulary, the reward is a rule that about half of the replies fulfil (their last
+//! token is even), and nothing is written. Knows no more of a step than the Director does.
+
+use super::company::{Setup, run};
+use super::director::Direction;
+use super::messages::*;
+use super::port::Limits;
+use super::stage_plan::Folders;
+use super::worker::DeviceMaker;
+use crate::config::stage::{GrpoStage, RewardEntry, StageKind, VerifierKind};
+use crate::config::{
+    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, RunConfig, Stage, TokenizerConfig,
+};
+use crate::data::example::Prompt;
+use crate::engine::hybrid::{EngineSetup, HybridEngine};
+use crate::engine::phase::{ModelSource, PrepareStage};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// What a reply must look like to be rewarded: its last token, written as a number, is even.
+const EVEN: &str = "[02468]$";
+
+/// What to time.
+#[derive(Clone, Debug)]
+pub struct BenchRequest {
+    /// The model.
+    pub model: ModelConfig,
+    /// Its weights; `None` for random ones.
+    pub weights: Option<PathBuf>,
+    /// Device and bounds.
+    pub engine: EngineConfig,
+    /// Settings of the step: prompts, group size, new tokens, objective. Its reward is replaced.
+    pub settings: GrpoStage,
+    /// Tokens of a prompt.
+    pub prompt_tokens: usize,
+    /// Timed steps; one more is made before them.
+    pub steps: u64,
+    /// Seed of weights, prompts and samples.
+    pub seed: u64,
+    /// A folder for offloaded models; removed at the end.
+    pub spill: PathBuf,
+}
+
+/// Times alignment steps on random tokens.
+pub fn bench_grpo(request: BenchRequest) -> anyhow::Result<Vec<BenchStep>> {
+    let BenchRequest { model, weights, engine, mut settings, prompt_tokens, steps, seed, spill } = request;
+    let bench = Bench { weights, prompts: settings.prompts, prompt_tokens, steps };
+    settings.reward =
+        vec![RewardEntry { verifier: Some(VerifierKind::Regex), model: None, weight: 1.0, partial: 0.0 }];
+    let setup = EngineSetup { model: model.clone(), engine: engine.clone(), seed, spill: spill.clone() };
+    let device: DeviceMaker = Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?)));
+    let limits = Limits::of(&engine);
+    let outcome = run(
+        Setup {
+            config: Arc::new(run_config(model, engine, settings, seed)),
+            folders: Folders { run: spill.clone(), config: spill },
+            limits,
+            console: None,
+            device,
+            injection: Arc::default(),
+            bench: Some(bench),
+            stop: Arc::default(),
+        },
+        |_| {},
+    )?;
+    match outcome {
+        Outcome::Timed(steps) => Ok(steps),
+        Outcome::Failed(failure) => Err(failure.into_error()),
+        Outcome::Done | Outcome::Stopped(_) => unreachable!("a bench ends with its times or fails"),
+    }
+}
+
+/// A run of one stage that reads no file.
+fn run_config(model: ModelConfig, engine: EngineConfig, settings: GrpoStage, seed: u64) -> RunConfig {
+    let stage = Stage {
+        name: "bench".to_string(),
+        start_from: None,
+        eval: Vec::new(),
+        gate: None,
+        kind: StageKind::Grpo(settings),
+    };
+    RunConfig {
+        seed,
+        model,
+        tokenizer: TokenizerConfig::default(),
+        data: DataConfig::default(),
+        engine,
+        checkpoint: CheckpointConfig::default(),
+        console: ConsoleConfig::default(),
+        stages: vec![stage],
+    }
+}
+
+impl Direction {
+    /// Alignment steps on random tokens, each timed.
+    pub(super) async fn bench(&self, bench: Bench) -> Outcome {
+        match self.timed_steps(&bench).await {
+            Ok(steps) => Outcome::Timed(steps),
+            Err(failure) => Outcome::Failed(failure),
+        }
+    }
+
+    async fn timed_steps(&self, bench: &Bench) -> Result<Vec<BenchStep>, Failure> {
+        let StageKind::Grpo(settings) = &self.config.stages[0].kind else {
+            unreachable!("a bench has one GRPO stage")
+        };
+        let source = bench.weights.clone().map_or(ModelSource::Fresh, ModelSource::Folder);
+        let stage = PrepareStage {
+            policy: source.clone(),
+            reference: (settings.kl_weight != 0.0).then_some(source),
+            rewards: BTreeMap::new(),
+            optimizer: Some(settings.optimizer.clone()),
+            steps: (bench.steps + 1) * settings.updates,
+            value_head: false,
+            yarn: None,
+            balance: 0.0,
+        };
+        self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage }).await?;
+        let (mut version, mut steps) = (0, Vec::new());
+        for step in 0..=bench.steps {
+            let prompts = random_prompts(bench, self.config.seed, step, self.config.model.vocab_size);
+            let aligned = self.align(0, step, settings, version, Some(prompts)).await?;
+            version = aligned.report.policy_version;
+            // The first step touches memory for the first time; the others are alike.
+            if step > 0 {
+                steps.push(aligned.times());
+            }
+        }
+        Ok(steps)
+    }
+}
+
+/// Prompts of random tokens. What is drawn does not matter, only that it differs.
+fn random_prompts(bench: &Bench, seed: u64, step: u64, vocabulary: usize) -> Vec<Prompt> {
+    let mut state = seed ^ step.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % vocabulary.max(1) as u64) as u32
+    };
+    (0..bench.prompts as u64)
+        .map(|slot| Prompt {
+            index: step * bench.prompts as u64 + slot,
+            text: String::new(),
+            tokens: (0..bench.prompt_tokens).map(|_| next()).collect(),
+            answer: Some(EVEN.to_string()),
+        })
+        .collect()
+}

@@ -1,0 +1,154 @@
+//! Checkpointer: commits, artefacts and the export, each whole or not there at all.
+//!
+//! It readies a folder, has the worker write the policy into it, adds the tokenizer and hands it to the store, which
+//! syncs, hashes and renames. Knows no tensor and no step's meaning.
+//!
+//! Invariant: a request that is repeated after a restart saves again (its job has another id), for the store has
+//! cleared away what the dead actor began.
+
+use super::messages::*;
+use super::port::Port;
+use super::post::{Post, answers_for_itself, aside};
+use crate::checkpoint::tokenizer_json::copy_tokenizer;
+use crate::checkpoint::{Commit, Latest, Manifest, Staging, Store, export_hf, read_model_config};
+use crate::config::RunConfig;
+use crate::console::Event;
+use crate::engine::hybrid::SavedState;
+use actix::{Handler, ResponseActFuture};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// See the module.
+pub struct Checkpointer {
+    post: Post,
+    keeper: Arc<Keeper>,
+    ports: CheckpointerPorts,
+}
+
+/// Whom a [`Checkpointer`] asks.
+#[derive(Clone)]
+pub struct CheckpointerPorts {
+    /// The device, to write its weights.
+    pub save: Port<Save>,
+    /// The journal, for checkpoints that cannot be used.
+    pub record: Port<Record>,
+}
+
+/// The run's folder on disk. All methods block.
+struct Keeper {
+    config: Arc<RunConfig>,
+    folder: PathBuf,
+    /// Opened at the first use: opening clears away what an interrupted commit left.
+    store: Mutex<Option<Store>>,
+}
+
+impl Checkpointer {
+    /// A checkpointer of the run in `folder`.
+    pub fn new(post: Post, config: Arc<RunConfig>, folder: PathBuf, ports: CheckpointerPorts) -> Checkpointer {
+        Checkpointer { post, keeper: Arc::new(Keeper { config, folder, store: Mutex::default() }), ports }
+    }
+}
+
+answers_for_itself!(Checkpointer);
+
+impl Handler<FindCommit> for Checkpointer {
+    type Result = ResponseActFuture<Self, Result<Option<Commit>, Failure>>;
+
+    fn handle(&mut self, _: FindCommit, _: &mut Self::Context) -> Self::Result {
+        let (keeper, record) = (Arc::clone(&self.keeper), self.ports.record.clone());
+        self.post.work(FindCommit::NAME, async move {
+            let Latest { commit, rejected } = aside(move || keeper.with_store(Store::latest)).await?;
+            for one in rejected {
+                let event = Event::new("rejected").with("folder", &one.folder).with("reason", &one.reason);
+                record.ask(Record { event }).await?;
+            }
+            Ok(commit)
+        })
+    }
+}
+
+impl Handler<CommitCheckpoint> for Checkpointer {
+    type Result = ResponseActFuture<Self, Result<Commit, Failure>>;
+
+    fn handle(&mut self, message: CommitCheckpoint, _: &mut Self::Context) -> Self::Result {
+        let CommitCheckpoint { id, place } = message;
+        let (keeper, save) = (Arc::clone(&self.keeper), self.ports.save.clone());
+        let id = id.part(self.post.generation() as u32);
+        self.post.work(CommitCheckpoint::NAME, async move {
+            let name = format!("{}-{}", place.name, place.step);
+            let begun = Arc::clone(&keeper);
+            let staging = aside(move || begun.with_store(|store| store.begin(&name))).await?;
+            let folder = staging.path().to_path_buf();
+            let state = save.ask(Save { id, folder, with_optimizer: true }).await?;
+            aside(move || keeper.commit(staging, &place, state)).await
+        })
+    }
+}
+
+impl Handler<KeepArtefact> for Checkpointer {
+    type Result = ResponseActFuture<Self, Result<PathBuf, Failure>>;
+
+    fn handle(&mut self, message: KeepArtefact, _: &mut Self::Context) -> Self::Result {
+        let KeepArtefact { id, name, place } = message;
+        let (keeper, save) = (Arc::clone(&self.keeper), self.ports.save.clone());
+        let id = id.part(self.post.generation() as u32);
+        self.post.work(KeepArtefact::NAME, async move {
+            let begun = Arc::clone(&keeper);
+            let staging = aside(move || begun.with_store(|store| store.begin_artefact(&name))).await?;
+            let folder = staging.path().to_path_buf();
+            let state = save.ask(Save { id, folder, with_optimizer: false }).await?;
+            aside(move || keeper.keep(staging, &place, state)).await
+        })
+    }
+}
+
+impl Handler<ExportModel> for Checkpointer {
+    type Result = ResponseActFuture<Self, Result<PathBuf, Failure>>;
+
+    fn handle(&mut self, message: ExportModel, _: &mut Self::Context) -> Self::Result {
+        let out = self.keeper.folder.join("export");
+        self.post.work(ExportModel::NAME, aside(move || Ok(export_hf(&message.from, &out)?.folder)))
+    }
+}
+
+impl Keeper {
+    fn with_store<R>(&self, act: impl FnOnce(&mut Store) -> anyhow::Result<R>) -> anyhow::Result<R> {
+        let mut store = self.store.lock().expect("a panic here ends the actor that owns it");
+        let store = match &mut *store {
+            Some(store) => store,
+            closed => closed.insert(Store::open(&self.folder, self.config.checkpoint.keep)?),
+        };
+        act(store)
+    }
+
+    fn commit(&self, staging: Staging, place: &Place, state: SavedState) -> anyhow::Result<Commit> {
+        self.add_tokenizer(staging.path())?;
+        self.with_store(|store| store.commit(staging, self.manifest(place, state)))
+    }
+
+    fn keep(&self, staging: Staging, place: &Place, state: SavedState) -> anyhow::Result<PathBuf> {
+        self.add_tokenizer(staging.path())?;
+        self.with_store(|store| store.finish_artefact(staging, self.manifest(place, state)))
+    }
+
+    /// A kept model speaks the run's language wherever it is carried.
+    fn add_tokenizer(&self, folder: &Path) -> anyhow::Result<()> {
+        copy_tokenizer(&self.folder, folder, &read_model_config(folder)?)
+    }
+
+    fn manifest(&self, place: &Place, state: SavedState) -> Manifest {
+        Manifest {
+            stage: place.name.clone(),
+            stage_index: place.stage,
+            step: place.step,
+            finished_stage: place.finished,
+            policy_version: state.policy_version,
+            optimizer_step: state.optimizer_step,
+            seed: self.config.seed,
+            config_identity: self.config.identity(),
+            // Batches and prompts are functions of (seed, stage, step): the step is the cursor.
+            data_cursor: place.step,
+            ..Manifest::default()
+        }
+    }
+}

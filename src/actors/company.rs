@@ -1,0 +1,312 @@
+//! The company: who acts in a run, who may ask whom, and how it is set up and wound up.
+//!
+//! The one place that knows every actor. Seats come first and are empty; ports are made of seats; the supervisor
+//! then seats an actor on each. Actors run on one arbiter of their own, the supervisor on the main thread, so that a
+//! busy arbiter cannot hide a death.
+
+use super::checkpointer::{Checkpointer, CheckpointerPorts};
+use super::director::{Director, DirectorPorts, StopSignal, TrainerPorts};
+use super::fine_tuner::{FineTuner, FineTunerPorts};
+use super::messages::*;
+use super::monitor::{Monitor, Notes};
+use super::policy_updater::PolicyUpdater;
+use super::port::{Limits, Seat};
+use super::post::Injection;
+use super::pretrainer::{Pretrainer, PretrainerPorts};
+use super::reader::Reader;
+use super::reward_scorer::RewardScorer;
+use super::rollout_generator::{RolloutGenerator, RolloutGeneratorPorts};
+use super::stage_plan::Folders;
+use super::staff::{Intensity, Member, Staff};
+use super::supervisor::{Charge, Supervisor};
+use super::worker::{DeviceLink, DeviceMaker, Worker};
+use crate::config::{ConsoleMode, EngineConfig, Fault, RunConfig};
+use crate::engine::hybrid::{EngineSetup, HybridEngine};
+use actix::{Actor, Arbiter, ArbiterHandle};
+use anyhow::Result;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// A run to be made.
+#[derive(Clone, Debug)]
+pub struct RunRequest {
+    /// Everything that it is.
+    pub config: RunConfig,
+    /// Its folder; the caller holds the lock.
+    pub folder: PathBuf,
+    /// The TOML's folder: relative paths in the config start here.
+    pub config_dir: PathBuf,
+    /// How progress is shown.
+    pub console: ConsoleMode,
+}
+
+/// Makes a run, from its newest commit if there is one, to its end.
+pub fn start(request: RunRequest) -> Result<()> {
+    let RunRequest { config, folder, config_dir, console } = request;
+    let setup = EngineSetup {
+        model: config.model.clone(),
+        engine: config.engine.clone(),
+        seed: config.seed,
+        spill: folder.join("spill"),
+    };
+    let outcome = run(
+        Setup {
+            limits: Limits::of(&config.engine),
+            config: Arc::new(config),
+            folders: Folders { run: folder, config: config_dir },
+            console: Some(console),
+            device: Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?))),
+            injection: Arc::new(Injection::from_environment()?),
+            bench: None,
+            stop: StopSignal::default(),
+        },
+        |_| {},
+    )?;
+    match outcome {
+        Outcome::Done | Outcome::Timed(_) => Ok(()),
+        Outcome::Stopped(signal) => Err(Fault::Stopped(signal).into()),
+        Outcome::Failed(failure) => Err(failure.into_error()),
+    }
+}
+
+/// How long the device's thread may take to put away its device.
+const FAREWELL: Duration = Duration::from_secs(10);
+
+/// What a company is set up with.
+pub struct Setup {
+    /// The run's config.
+    pub config: Arc<RunConfig>,
+    /// Its folders.
+    pub folders: Folders,
+    /// Bounds of queues and waits.
+    pub limits: Limits,
+    /// How progress is shown; `None` for a run without a journal.
+    pub console: Option<ConsoleMode>,
+    /// Makes the device.
+    pub device: DeviceMaker,
+    /// A fault that a test has planted.
+    pub injection: Arc<Injection>,
+    /// Steps on random tokens instead of the run's stages.
+    pub bench: Option<Bench>,
+    /// Set by a signal.
+    pub stop: StopSignal,
+}
+
+impl Limits {
+    /// The bounds of `[engine]`.
+    pub fn of(engine: &EngineConfig) -> Limits {
+        Limits {
+            mailbox: engine.mailbox.max(1),
+            deadline: Duration::from_secs(engine.deadline_seconds.max(1)),
+            attempts: engine.restarts + 1,
+        }
+    }
+}
+
+/// Sets up a company, waits for its outcome and winds it up. `visit` is called with the supervisor's seat before
+/// anything begins.
+pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
+    let system = actix::System::new();
+    let (link, farewell) = DeviceLink::start(Arc::clone(&setup.device), setup.limits)?;
+    let outcome = system.block_on(async {
+        let arbiter = Arbiter::new();
+        let seats = Seats::new(setup.limits);
+        visit(&seats);
+        let (ending, mut outcome) = mpsc::channel(1);
+        let charge = seats.charge(&setup, &link, &arbiter.handle(), ending)?;
+        let supervisor = Supervisor::new(&seats.supervisor, charge);
+        seats.supervisor.point(supervisor.start());
+        let gone = || Outcome::Failed(Failure::new(FailureKind::Actor, "the supervisor is gone"));
+        let outcome = outcome.recv().await.unwrap_or_else(gone);
+        arbiter.stop();
+        anyhow::Ok((outcome, arbiter))
+    });
+    drop(system);
+    let (outcome, arbiter) = outcome?;
+    drop(link);
+    // A device that is stuck in a job would be waited for in vain; the process's end takes it along.
+    if arbiter.join().is_ok() {
+        farewell.wait(FAREWELL);
+    }
+    Ok(outcome)
+}
+
+/// Everybody's seat.
+pub struct Seats {
+    /// The supervisor's.
+    pub supervisor: Seat<Supervisor>,
+    director: Seat<Director>,
+    pretrainer: Seat<Pretrainer>,
+    fine_tuner: Seat<FineTuner>,
+    rollout_generator: Seat<RolloutGenerator>,
+    reward_scorer: Seat<RewardScorer>,
+    policy_updater: Seat<PolicyUpdater>,
+    worker: Seat<Worker>,
+    checkpointer: Seat<Checkpointer>,
+    monitor: Seat<Monitor>,
+}
+
+impl Seats {
+    fn new(limits: Limits) -> Seats {
+        Seats {
+            supervisor: Seat::new("supervisor", limits),
+            director: Seat::new("director", limits),
+            pretrainer: Seat::new("pretrainer", limits),
+            fine_tuner: Seat::new("fine-tuner", limits),
+            rollout_generator: Seat::new("rollout-generator", limits),
+            reward_scorer: Seat::new("reward-scorer", limits),
+            policy_updater: Seat::new("policy-updater", limits),
+            worker: Seat::new("worker", limits),
+            checkpointer: Seat::new("checkpointer", limits),
+            monitor: Seat::new("monitor", limits),
+        }
+    }
+
+    /// What the supervisor is in charge of.
+    fn charge(
+        &self,
+        setup: &Setup,
+        link: &DeviceLink,
+        arbiter: &ArbiterHandle,
+        ending: mpsc::Sender<Outcome>,
+    ) -> Result<Charge> {
+        Ok(Charge {
+            staff: self.staff(setup, link, arbiter)?,
+            deaths: mpsc::channel(setup.limits.mailbox),
+            ending,
+            stop: Arc::clone(&setup.stop),
+            record: self.monitor.port(self.supervisor.desk()),
+            begin: self.director.port(self.supervisor.desk()),
+            bench: setup.bench.clone(),
+            injection: Arc::clone(&setup.injection),
+            journal_writer: "monitor",
+        })
+    }
+
+    fn staff(&self, setup: &Setup, link: &DeviceLink, arbiter: &ArbiterHandle) -> Result<Vec<Box<dyn Staff>>> {
+        let engine = &setup.config.engine;
+        let window = Duration::from_secs(engine.restart_window_seconds);
+        let hiring = Hiring {
+            arbiter,
+            mailbox: setup.limits.mailbox,
+            intensity: Intensity { restarts: engine.restarts, window },
+            supervisor: self.supervisor.desk(),
+        };
+        let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
+        // Each actor reads for itself: a panic in one reader leaves the others whole.
+        let read = move || Arc::new(Reader::new(Arc::clone(&config), folders.run.clone(), folders.config.clone()));
+        let (config, folders, stop) = (Arc::clone(&setup.config), setup.folders.clone(), Arc::clone(&setup.stop));
+        let (kept, run) = (Arc::clone(&setup.config), setup.folders.run.clone());
+        let desk = self.director.desk();
+        let director = self.director_ports();
+        let pretrainer =
+            PretrainerPorts { train: self.worker.port(self.pretrainer.desk()), score: self.worker.port(self.pretrainer.desk()) };
+        let fine_tuner =
+            FineTunerPorts { train: self.worker.port(self.fine_tuner.desk()), score: self.worker.port(self.fine_tuner.desk()) };
+        let generator = RolloutGeneratorPorts {
+            generate: self.worker.port(self.rollout_generator.desk()),
+            judge: self.reward_scorer.port(self.rollout_generator.desk()),
+        };
+        let checkpointer = CheckpointerPorts {
+            save: self.worker.port(self.checkpointer.desk()),
+            record: self.monitor.port(self.checkpointer.desk()),
+        };
+        let score = self.worker.port(self.reward_scorer.desk());
+        let train = self.worker.port(self.policy_updater.desk());
+        let groups = self.rollout_generator.port(self.worker.desk());
+        let link = link.clone();
+        let desks = self.desks();
+        assert_eq!(desks.iter().filter(|d| d.name() == desk.name()).count(), 1, "names are unique");
+        let notes = Arc::new(Notes::open(setup.console, &setup.folders.run, desks, setup.limits.mailbox, engine.budget.map(|b| b.0))?);
+        let (read_pages, read_pairs, read_prompts) = (read.clone(), read.clone(), read);
+        Ok(vec![
+            hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
+            hiring.member(&self.worker, move |post| Worker::new(post, link.clone(), groups.clone())),
+            hiring.member(&self.checkpointer, move |post| {
+                Checkpointer::new(post, Arc::clone(&kept), run.clone(), checkpointer.clone())
+            }),
+            hiring.member(&self.pretrainer, move |post| Pretrainer::new(post, read_pages(), pretrainer.clone())),
+            hiring.member(&self.fine_tuner, move |post| FineTuner::new(post, read_pairs(), fine_tuner.clone())),
+            hiring.member(&self.reward_scorer, move |post| RewardScorer::new(post, score.clone())),
+            hiring.member(&self.rollout_generator, move |post| {
+                RolloutGenerator::new(post, read_prompts(), generator.clone())
+            }),
+            hiring.member(&self.policy_updater, move |post| PolicyUpdater::new(post, train.clone())),
+            hiring.member(&self.director, move |post| {
+                Director::new(post, Arc::clone(&config), folders.clone(), director.clone(), Arc::clone(&stop))
+            }),
+        ])
+    }
+
+    fn director_ports(&self) -> DirectorPorts {
+        let desk = self.director.desk();
+        DirectorPorts {
+            prepare_data: self.pretrainer.port(desk),
+            pretrainer: TrainerPorts {
+                open: self.pretrainer.port(desk),
+                step: self.pretrainer.port(desk),
+                measure: self.pretrainer.port(desk),
+            },
+            fine_tuner: TrainerPorts {
+                open: self.fine_tuner.port(desk),
+                step: self.fine_tuner.port(desk),
+                measure: self.fine_tuner.port(desk),
+            },
+            open_prompts: self.rollout_generator.port(desk),
+            generate: self.rollout_generator.port(desk),
+            measure_replies: self.rollout_generator.port(desk),
+            score: self.reward_scorer.port(desk),
+            update: self.policy_updater.port(desk),
+            fit_scale: self.fine_tuner.port(desk),
+            prepare_device: self.worker.port(desk),
+            restore: self.worker.port(desk),
+            enter_phase: self.worker.port(desk),
+            calibrate: self.worker.port(desk),
+            find_commit: self.checkpointer.port(desk),
+            commit: self.checkpointer.port(desk),
+            keep: self.checkpointer.port(desk),
+            export: self.checkpointer.port(desk),
+            record: self.monitor.port(desk),
+            record_rollouts: self.monitor.port(desk),
+            end: self.supervisor.port(desk),
+        }
+    }
+
+    fn desks(&self) -> Vec<Arc<super::port::Desk>> {
+        vec![
+            Arc::clone(self.supervisor.desk()),
+            Arc::clone(self.director.desk()),
+            Arc::clone(self.pretrainer.desk()),
+            Arc::clone(self.fine_tuner.desk()),
+            Arc::clone(self.rollout_generator.desk()),
+            Arc::clone(self.reward_scorer.desk()),
+            Arc::clone(self.policy_updater.desk()),
+            Arc::clone(self.worker.desk()),
+            Arc::clone(self.checkpointer.desk()),
+            Arc::clone(self.monitor.desk()),
+        ]
+    }
+}
+
+/// What all members have in common.
+struct Hiring<'a> {
+    arbiter: &'a ArbiterHandle,
+    mailbox: usize,
+    intensity: Intensity,
+    supervisor: &'a Arc<super::port::Desk>,
+}
+
+impl Hiring<'_> {
+    fn member<A>(
+        &self,
+        seat: &Seat<A>,
+        make: impl Fn(super::post::Post) -> A + Send + Sync + 'static,
+    ) -> Box<dyn Staff>
+    where
+        A: Actor<Context = actix::Context<A>> + actix::Handler<Halt> + actix::Handler<AskStatus>,
+    {
+        Member::new(seat, self.arbiter, self.mailbox, self.intensity, self.supervisor, make)
+    }
+}

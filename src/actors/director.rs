@@ -1,0 +1,456 @@
+//! Director: the loop. The stages of a run, one after the other, as plain awaits.
+//!
+//! For each stage that has no artefact yet: open its data, ready the device (and bring a commit back), then steps,
+//! evals and commits, then the gate and the artefact. A step is walked in `alignment`, an eval in `evals`, and what
+//! a stage starts from is decided in `stage_plan`. Holds no tensor and no reward arithmetic.
+//!
+//! Invariants:
+//!   * a step stands in the journal before a commit that contains it
+//!   * a stage has an artefact only after its gate was passed
+//!   * starting again (after a kill, a lost device or a rollback) is the same walk from the newest commit
+
+use super::evals::Moment;
+use super::messages::*;
+use super::port::{Desk, Port};
+use super::post::{Post, answers_for_itself};
+use super::stage_plan::{Folders, INITIAL, artefact_name, prepare_stage, source};
+use crate::checkpoint::Commit;
+use crate::config::failpoint::failpoint;
+use crate::config::stage::StageKind;
+use crate::config::{RunConfig, Stage};
+use crate::console::Event;
+use crate::engine::phase::{ModelSource, Phase, PhaseReport};
+use crate::train::job::StepReport;
+use actix::fut::ActorFutureExt;
+use actix::{AsyncContext, Handler};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Steps in a row without a finite loss or gradient before the run goes back to its last commit.
+const NOT_FINITE_LIMIT: u64 = 3;
+
+/// See the module.
+pub struct Director {
+    post: Post,
+    direction: Rc<Direction>,
+}
+
+/// Whom the Director asks.
+#[derive(Clone)]
+pub struct DirectorPorts {
+    /// Readies the data.
+    pub prepare_data: Port<PrepareData>,
+    /// Leads pretraining.
+    pub pretrainer: TrainerPorts,
+    /// Leads SFT and reward models.
+    pub fine_tuner: TrainerPorts,
+    /// Opens a GRPO stage's prompts.
+    pub open_prompts: Port<OpenStage>,
+    /// Samples.
+    pub generate: Port<GenerateGroups>,
+    /// Measures replies.
+    pub measure_replies: Port<Measure>,
+    /// Scores.
+    pub score: Port<ScoreGroups>,
+    /// Updates.
+    pub update: Port<UpdatePolicy>,
+    /// Fits a reward model's scale.
+    pub fit_scale: Port<FitScale>,
+    /// The device.
+    pub prepare_device: Port<PrepareDevice>,
+    /// The device.
+    pub restore: Port<Restore>,
+    /// The device.
+    pub enter_phase: Port<EnterPhase>,
+    /// The device.
+    pub calibrate: Port<Calibrate>,
+    /// Finds a commit.
+    pub find_commit: Port<FindCommit>,
+    /// Commits.
+    pub commit: Port<CommitCheckpoint>,
+    /// Keeps a stage's model.
+    pub keep: Port<KeepArtefact>,
+    /// Exports.
+    pub export: Port<ExportModel>,
+    /// The journal.
+    pub record: Port<Record>,
+    /// The rollouts' file.
+    pub record_rollouts: Port<RecordRollouts>,
+    /// The supervisor.
+    pub end: Port<EndRun>,
+}
+
+/// The ports of an actor that leads training on given examples.
+#[derive(Clone)]
+pub struct TrainerPorts {
+    /// Opens a stage's data.
+    pub open: Port<OpenStage>,
+    /// Takes a step.
+    pub step: Port<TrainStep>,
+    /// Measures.
+    pub measure: Port<Measure>,
+}
+
+/// A signal that asked the run to stop; 0 for none.
+pub type StopSignal = Arc<AtomicI32>;
+
+/// What the Director works with: shared by its loop, the alignment step and the evals.
+pub struct Direction {
+    pub(super) config: Arc<RunConfig>,
+    pub(super) folders: Folders,
+    pub(super) ports: DirectorPorts,
+    stop: StopSignal,
+    /// Where the phase is shown.
+    desk: Arc<Desk>,
+    /// Number of the next request.
+    numbers: Cell<u64>,
+    /// Phase of the device, and what it held when it got there.
+    phase: RefCell<Option<(Phase, PhaseReport)>>,
+}
+
+impl Director {
+    /// A director of the run in `folders`.
+    pub fn new(
+        post: Post,
+        config: Arc<RunConfig>,
+        folders: Folders,
+        ports: DirectorPorts,
+        stop: StopSignal,
+    ) -> Director {
+        // Requests of a director that died must not be taken for this one's.
+        let numbers = Cell::new(post.generation() << 32);
+        let desk = Arc::clone(post.desk());
+        let direction = Direction { config, folders, ports, stop, desk, numbers, phase: RefCell::default() };
+        Director { post, direction: Rc::new(direction) }
+    }
+}
+
+answers_for_itself!(Director);
+
+impl Handler<BeginRun> for Director {
+    type Result = Result<(), Failure>;
+
+    fn handle(&mut self, message: BeginRun, context: &mut Self::Context) -> Self::Result {
+        let direction = Rc::clone(&self.direction);
+        let run = self.post.work(BeginRun::NAME, async move {
+            let outcome = match message.bench {
+                None => direction.run().await,
+                Some(bench) => direction.bench(bench).await,
+            };
+            direction.ports.end.ask(EndRun { outcome }).await
+        });
+        // The run outlives the reply; a failed farewell means that the supervisor is gone, and with it the run.
+        context.spawn(run.map(|_, _, _| ()));
+        Ok(())
+    }
+}
+
+/// How a stage goes on after a step.
+enum Next {
+    Finished,
+    Stopped(i32),
+}
+
+impl Direction {
+    /// The whole run, including what is tried again.
+    async fn run(&self) -> Outcome {
+        let (mut rollbacks, mut lost_devices) = (0, 0);
+        let outcome = loop {
+            let failure = match self.pass().await {
+                Ok(Next::Finished) => break Outcome::Done,
+                Ok(Next::Stopped(signal)) => break Outcome::Stopped(signal),
+                Err(failure) => failure,
+            };
+            let again = match failure.kind {
+                FailureKind::NotFinite if rollbacks == 0 => Event::new("rollback"),
+                FailureKind::Device if lost_devices < self.config.engine.restarts => {
+                    Event::new("restart").with("actor", "worker")
+                }
+                FailureKind::NotFinite => break Outcome::Failed(not_finite_again(&failure)),
+                _ => break Outcome::Failed(failure),
+            };
+            rollbacks += usize::from(failure.kind == FailureKind::NotFinite);
+            lost_devices += usize::from(failure.kind == FailureKind::Device);
+            let again = again.with("reason", &failure.text).with("count", rollbacks + lost_devices);
+            if let Err(failure) = self.record(again).await {
+                break Outcome::Failed(failure);
+            }
+        };
+        let (state, reason) = match &outcome {
+            Outcome::Done | Outcome::Timed(_) => ("finished", None),
+            Outcome::Stopped(signal) => ("stopped", Some(format!("signal {signal}"))),
+            Outcome::Failed(failure) => ("failed", Some(failure.text.clone())),
+        };
+        let export = matches!(outcome, Outcome::Done).then(|| self.folders.run.join("export"));
+        let end = Event::new("end").with("state", state).with("reason", reason).with("export", export);
+        match (self.record(end).await, outcome) {
+            // The journal's failure is news only if there is no earlier one.
+            (Err(failure), Outcome::Done | Outcome::Timed(_) | Outcome::Stopped(_)) => Outcome::Failed(failure),
+            (_, outcome) => outcome,
+        }
+    }
+
+    /// All stages that are not done, from the newest commit.
+    async fn pass(&self) -> Result<Next, Failure> {
+        self.phase.replace(None);
+        let commit = self.ports.find_commit.ask(FindCommit {}).await?;
+        let is_done = |index: usize| self.folders.artefact(&self.config, index).exists();
+        let resumed = commit.is_some() || (0..self.config.stages.len()).any(is_done);
+        let stages: Vec<_> = self.config.stages.iter().map(describe).collect();
+        let event = Event::new("run").with("resumed", resumed).with("seed", self.config.seed).with("stages", stages);
+        self.record(event).await?;
+        let data = self.ports.prepare_data.ask(PrepareData {}).await?;
+        if data.held_out > 0 {
+            let text = format!("audit: none of {} held-out examples occurs in {} that are trained on", data.held_out, data.trained);
+            self.record(Event::new("note").with("text", text)).await?;
+        }
+        let mut last_policy = None;
+        for (index, stage) in self.config.stages.iter().enumerate() {
+            if stage.kind.makes_policy() {
+                last_policy = Some(index);
+            }
+            if is_done(index) {
+                continue;
+            }
+            // What is finished has been kept: between two stages there is nothing to commit.
+            let signal = self.stop.load(Ordering::SeqCst);
+            if signal != 0 {
+                return Ok(Next::Stopped(signal));
+            }
+            let commit = commit.as_ref().filter(|commit| commit.manifest.stage_index == index);
+            if let Next::Stopped(signal) = self.stage(index, commit).await? {
+                return Ok(Next::Stopped(signal));
+            }
+            failpoint("between-stages");
+        }
+        if let Some(index) = last_policy
+            && !self.folders.run.join("export").exists()
+        {
+            let from = self.folders.artefact(&self.config, index);
+            self.ports.export.ask(ExportModel { from }).await?;
+        }
+        Ok(Next::Finished)
+    }
+
+    /// One stage, from its start or from a commit.
+    async fn stage(&self, index: usize, commit: Option<&Commit>) -> Result<Next, Failure> {
+        let stage = &self.config.stages[index];
+        let began = Instant::now();
+        let open = match stage.kind {
+            StageKind::Pretrain(_) | StageKind::LongContext(_) => &self.ports.pretrainer.open,
+            StageKind::Sft(_) | StageKind::RewardModel(_) => &self.ports.fine_tuner.open,
+            StageKind::Grpo(_) => &self.ports.open_prompts,
+        };
+        let steps = open.ask(OpenStage { stage: index }).await?.steps;
+        self.record(Event::new("stage-start").of_stage(&stage.name, stage.kind.name()).with("steps", steps)).await?;
+        self.ready_device(index, steps, commit).await?;
+        let mut at = Position { index, step: 0, steps, version: 0 };
+        match commit {
+            Some(commit) => (at.step, at.version) = (commit.manifest.step, commit.manifest.policy_version),
+            None => {
+                self.measure(&at, Moment::Before).await?;
+            }
+        }
+        if let Next::Stopped(signal) = self.steps(&mut at).await? {
+            return Ok(Next::Stopped(signal));
+        }
+        let results = self.measure(&at, Moment::End).await?;
+        self.check_gate(stage, &results)?;
+        if let StageKind::RewardModel(_) = stage.kind {
+            self.calibrate(index).await?;
+        }
+        let name = artefact_name(&self.config, index);
+        self.ports.keep.ask(KeepArtefact { id: self.id(), name, place: self.place(&at) }).await?;
+        let end = Event::new("stage-end").of_stage(&stage.name, stage.kind.name());
+        self.record(end.with("steps", steps).with("seconds", began.elapsed().as_secs_f64())).await?;
+        Ok(Next::Finished)
+    }
+
+    /// Loads the stage's models, or those and a commit.
+    async fn ready_device(&self, index: usize, steps: u64, commit: Option<&Commit>) -> Result<(), Failure> {
+        let plan = prepare_stage(&self.config, &self.folders, index, steps);
+        let initial = self.folders.initial();
+        let needs_initial = plan.policy == ModelSource::Folder(initial.clone());
+        if needs_initial && source(&self.config, &self.folders, index) == ModelSource::Fresh && !initial.exists() {
+            // The reference needs a folder of its own, which a resumed run finds again.
+            let mut fresh = plan.clone();
+            (fresh.policy, fresh.reference, fresh.optimizer) = (ModelSource::Fresh, None, None);
+            fresh.rewards.clear();
+            self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: fresh }).await?;
+            let place = Place { stage: index, name: INITIAL.to_string(), step: 0, finished: true };
+            self.ports.keep.ask(KeepArtefact { id: self.id(), name: INITIAL.to_string(), place }).await?;
+        }
+        self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: plan }).await?;
+        if let Some(Commit { folder, manifest }) = commit {
+            let state = crate::engine::hybrid::SavedState {
+                policy_version: manifest.policy_version,
+                optimizer_step: manifest.optimizer_step,
+            };
+            self.ports.restore.ask(Restore { id: self.id(), folder: folder.clone(), state }).await?;
+        }
+        self.phase.replace(None);
+        Ok(())
+    }
+
+    /// The steps that are left, with their evals and commits.
+    async fn steps(&self, at: &mut Position) -> Result<Next, Failure> {
+        let (every, seconds) = (self.config.checkpoint.every_steps, self.config.checkpoint.every_seconds);
+        let mut committed = (at.step, Instant::now());
+        let mut not_finite = 0;
+        while at.step < at.steps {
+            let (report, event) = self.step(at).await?;
+            at.step += 1;
+            at.version = report.policy_version;
+            self.record(event).await?;
+            not_finite = if report.skipped { not_finite + 1 } else { 0 };
+            if report.skipped {
+                self.note_skipped(at, not_finite).await?;
+            }
+            if at.step < at.steps {
+                self.measure(at, Moment::Between).await?;
+            }
+            let signal = self.stop.load(Ordering::SeqCst);
+            let is_due = every > 0 && at.step % every == 0
+                || seconds > 0 && committed.1.elapsed() >= Duration::from_secs(seconds)
+                || at.step == at.steps;
+            if is_due || signal != 0 {
+                self.commit(at).await?;
+                committed = (at.step, Instant::now());
+            }
+            if signal != 0 {
+                return Ok(Next::Stopped(signal));
+            }
+        }
+        Ok(Next::Finished)
+    }
+
+    /// One step of the stage's kind, and its line for the journal.
+    async fn step(&self, at: &Position) -> Result<(StepReport, Event), Failure> {
+        let stage = &self.config.stages[at.index];
+        if let StageKind::Grpo(settings) = &stage.kind {
+            let aligned = self.align(at.index, at.step, settings, at.version, None).await?;
+            let event = aligned.event(stage, at.step + 1);
+            let groups = aligned.scored.groups;
+            let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };
+            self.ports.record_rollouts.ask(rollouts).await?;
+            return Ok((aligned.report, event));
+        }
+        let began = Instant::now();
+        let trainer = match stage.kind {
+            StageKind::Pretrain(_) | StageKind::LongContext(_) => &self.ports.pretrainer.step,
+            _ => &self.ports.fine_tuner.step,
+        };
+        let entered = self.enter(Phase::Train).await?;
+        let report = trainer.ask(TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
+        let event = step_event(stage, at.step + 1, &report, began.elapsed().as_secs_f64(), &entered);
+        let event = event.with("phase_seconds", serde_json::json!({"train": report.seconds}));
+        Ok((report, event))
+    }
+
+    /// Counts a step without a finite loss or gradient; the third in a row ends the pass.
+    async fn note_skipped(&self, at: &Position, in_a_row: u64) -> Result<(), Failure> {
+        let stage = &self.config.stages[at.index];
+        let event = Event::new("skipped").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
+        self.record(event.with("in_a_row", in_a_row)).await?;
+        if in_a_row < NOT_FINITE_LIMIT {
+            return Ok(());
+        }
+        let text = format!(
+            "stage {:?}: steps {} to {} had no finite loss or gradient",
+            stage.name,
+            at.step + 1 - NOT_FINITE_LIMIT,
+            at.step
+        );
+        Err(Failure::new(FailureKind::NotFinite, text))
+    }
+
+    async fn commit(&self, at: &Position) -> Result<(), Failure> {
+        let stage = &self.config.stages[at.index];
+        let commit = self.ports.commit.ask(CommitCheckpoint { id: self.id(), place: self.place(at) }).await?;
+        let event = Event::new("commit").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
+        self.record(event.with("folder", commit.folder)).await
+    }
+
+    /// Fits and keeps the scale of a reward model's scores.
+    async fn calibrate(&self, index: usize) -> Result<(), Failure> {
+        self.enter(Phase::Score).await?;
+        let scale = self.ports.fit_scale.ask(FitScale { id: self.id(), stage: index }).await?;
+        self.ports.calibrate.ask(Calibrate { id: self.id(), scale }).await
+    }
+
+    /// Has the device change its phase, unless it is there.
+    pub(super) async fn enter(&self, phase: Phase) -> Result<PhaseReport, Failure> {
+        if let Some((current, report)) = &*self.phase.borrow()
+            && *current == phase
+        {
+            let report = report.clone();
+            return Ok(PhaseReport { seconds: 0.0, bytes_in: 0, bytes_out: 0, ..report });
+        }
+        self.desk.say(&format!("{phase:?}").to_lowercase());
+        let report = self.ports.enter_phase.ask(EnterPhase { id: self.id(), phase }).await?;
+        self.phase.replace(Some((phase, report.clone())));
+        Ok(report)
+    }
+
+    /// The id of the next request.
+    pub(super) fn id(&self) -> WorkId {
+        self.numbers.set(self.numbers.get() + 1);
+        WorkId { number: self.numbers.get(), part: 0 }
+    }
+
+    pub(super) async fn record(&self, event: Event) -> Result<(), Failure> {
+        self.ports.record.ask(Record { event }).await
+    }
+
+    fn place(&self, at: &Position) -> Place {
+        let name = self.config.stages[at.index].name.clone();
+        Place { stage: at.index, name, step: at.step, finished: at.step == at.steps }
+    }
+}
+
+/// Where a stage stands.
+pub(super) struct Position {
+    pub(super) index: usize,
+    pub(super) step: u64,
+    pub(super) steps: u64,
+    pub(super) version: u64,
+}
+
+/// The keys that every step's line has.
+pub(super) fn step_event(stage: &Stage, step: u64, report: &StepReport, seconds: f64, entered: &PhaseReport) -> Event {
+    Event::step(&stage.name, stage.kind.name(), step)
+        .with("loss", report.loss)
+        .with("balance_loss", report.balance_loss)
+        .with("accuracy", report.accuracy)
+        .with("learning_rate", report.learning_rate)
+        .with("gradient_norm", report.gradient_norm)
+        .with("skipped", report.skipped)
+        .with("tokens", report.tokens)
+        .with("tokens_per_second", report.tokens as f64 / seconds.max(1e-9))
+        .with("seconds", seconds)
+        .with("memory", &entered.held)
+        .with("memory_high_water", entered.high_water)
+        .with("expert_load", &report.expert_load)
+}
+
+fn describe(stage: &Stage) -> serde_json::Value {
+    let steps = match &stage.kind {
+        StageKind::Pretrain(s) => Some(s.steps),
+        StageKind::LongContext(s) => Some(s.steps),
+        StageKind::Grpo(s) => Some(s.steps),
+        StageKind::Sft(_) | StageKind::RewardModel(_) => None,
+    };
+    serde_json::json!({"name": stage.name, "kind": stage.kind.name(), "steps": steps})
+}
+
+fn not_finite_again(failure: &Failure) -> Failure {
+    let text = format!(
+        "{}, also after going back to the last commit; lower the stage's optimizer.learning_rate, raise warmup_steps \
+         or lower clip, and look for broken examples in its data",
+        failure.text
+    );
+    Failure::new(FailureKind::NotFinite, text)
+}

@@ -1,0 +1,213 @@
+//! Reader: a run's data, readied once and opened stage by stage, for the actors that open `data`.
+//!
+//! Readying writes generated files, trains or takes the tokenizer, and searches the training sets for held-out
+//! examples; each product gets its name by a rename, so that a killed run finds it whole or not at all. All methods
+//! block: actors call them through `post::aside`. Knows no weights.
+
+use super::messages::{DataReport, StageShape};
+use super::stage_plan::context_of;
+use crate::config::stage::{EvalConfig, Metric, StageKind};
+use crate::config::{Fault, RunConfig};
+use crate::data::audit::audit;
+use crate::data::chat::ChatTemplate;
+use crate::data::word_machine_files::write_files;
+use crate::data::{Batch, Loader, Pair, Prompt, Sequence, Sources, StageData, Tokenizer};
+use anyhow::{Context, Result, ensure};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+/// See the module.
+pub struct Reader {
+    config: Arc<RunConfig>,
+    folder: PathBuf,
+    sources: Sources,
+    opened: Mutex<Option<(Arc<Tokenizer>, Arc<ChatTemplate>)>>,
+    stages: Mutex<BTreeMap<usize, Arc<Mutex<StageData>>>>,
+}
+
+impl Reader {
+    /// A reader of the run in `folder`, whose paths are relative to `config_dir`.
+    pub fn new(config: Arc<RunConfig>, folder: PathBuf, config_dir: PathBuf) -> Reader {
+        let sources = Sources { data: config.data.clone(), base: config_dir, generated: folder.join("data") };
+        Reader { config, folder, sources, opened: Mutex::default(), stages: Mutex::default() }
+    }
+
+    /// The run's config.
+    pub fn config(&self) -> &RunConfig {
+        &self.config
+    }
+
+    /// Readies the run's data; what is done already is left as it is.
+    pub fn prepare(&self) -> Result<DataReport> {
+        self.write_generated()?;
+        self.write_tokenizer()?;
+        let (tokenizer, _) = self.language()?;
+        let (needed, rows) = (tokenizer.vocab_size(), self.config.model.vocab_size);
+        if needed > rows {
+            return Err(Fault::user(format!(
+                "model.vocab_size = {rows} is smaller than the tokenizer's {needed} tokens; set it to {needed} or more"
+            )));
+        }
+        let report = audit(&self.sources, &self.config.data.held_out, &self.trained_sets())?;
+        report.require_clean()?;
+        Ok(DataReport { vocabulary: needed, held_out: report.held_out, trained: report.trained })
+    }
+
+    /// The data of a stage; opened at the first call.
+    fn stage(&self, index: usize) -> Result<Arc<Mutex<StageData>>> {
+        let mut stages = self.stages.lock().expect("a panic here ends the actor that shares it");
+        if let Some(known) = stages.get(&index) {
+            return Ok(Arc::clone(known));
+        }
+        let data = self.loader(index)?.stage(index as u64, &self.config.stages[index].kind)?;
+        let data = Arc::new(Mutex::new(data));
+        // One stage runs at a time: the one before is not needed again.
+        stages.clear();
+        stages.insert(index, Arc::clone(&data));
+        Ok(data)
+    }
+
+    /// Steps of a stage; opens its data.
+    pub fn shape(&self, index: usize) -> Result<StageShape> {
+        let data = self.stage(index)?;
+        let steps = data.lock().expect("a panic here ends the actor that shares it").steps();
+        Ok(StageShape { steps })
+    }
+
+    /// The batch of a training step.
+    pub fn batch(&self, stage: usize, step: u64) -> Result<Batch> {
+        let data = self.stage(stage)?;
+        let batch = data.lock().expect("a panic here ends the actor that shares it").batch(step);
+        Ok(batch)
+    }
+
+    /// The prompts of an alignment step.
+    pub fn step_prompts(&self, stage: usize, step: u64) -> Result<Vec<Prompt>> {
+        let data = self.stage(stage)?;
+        let prompts = data.lock().expect("a panic here ends the actor that shares it").prompts(step);
+        Ok(prompts)
+    }
+
+    /// Texts of an eval, as measured sequences.
+    pub fn texts(&self, stage: usize, eval: &EvalConfig) -> Result<Vec<Sequence>> {
+        self.loader(stage)?.texts(&eval.data, eval.limit)
+    }
+
+    /// The first `limit` pairs of a set.
+    pub fn pairs(&self, stage: usize, set: &str, limit: usize) -> Result<Vec<Pair>> {
+        self.loader(stage)?.pairs(set, limit)
+    }
+
+    /// Prompts of an eval.
+    pub fn prompts(&self, stage: usize, eval: &EvalConfig) -> Result<Vec<Prompt>> {
+        self.loader(stage)?.prompts(&eval.data, eval.limit)
+    }
+
+    /// The run's tokenizer.
+    pub fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        Ok(self.language()?.0)
+    }
+
+    fn loader(&self, stage: usize) -> Result<Loader> {
+        let (tokenizer, chat) = self.language()?;
+        let context = context_of(&self.config, stage);
+        Ok(Loader { sources: self.sources.clone(), tokenizer, chat, seed: self.config.seed, context })
+    }
+
+    fn language(&self) -> Result<(Arc<Tokenizer>, Arc<ChatTemplate>)> {
+        let mut opened = self.opened.lock().expect("a panic here ends the actor that shares it");
+        if let Some(known) = &*opened {
+            return Ok(known.clone());
+        }
+        let tokenizer = Tokenizer::load(&self.folder.join("tokenizer.json"))?;
+        let chat = ChatTemplate::from_folder(&self.folder)?.unwrap_or_else(ChatTemplate::own);
+        let language = (Arc::new(tokenizer), Arc::new(chat));
+        *opened = Some(language.clone());
+        Ok(language)
+    }
+
+    fn write_generated(&self) -> Result<()> {
+        let Some(machine) = &self.config.data.word_machine else { return Ok(()) };
+        let done = &self.sources.generated;
+        if done.exists() {
+            return Ok(());
+        }
+        let aside = self.folder.join("data.tmp");
+        remove_folder(&aside)?;
+        write_files(machine, &self.sources.base.join(&machine.words), &aside, self.config.seed)?;
+        rename(&aside, done)
+    }
+
+    fn write_tokenizer(&self) -> Result<()> {
+        let done = self.folder.join("tokenizer.json");
+        if done.exists() {
+            return Ok(());
+        }
+        let tokenizer = self.sources.tokenizer(&self.config.tokenizer)?;
+        let given = self.config.tokenizer.file.as_ref().map(|file| self.sources.base.join(file));
+        let chat = match given.as_deref().and_then(Path::parent) {
+            Some(beside) => ChatTemplate::from_folder(beside)?.unwrap_or_else(ChatTemplate::own),
+            None => ChatTemplate::own(),
+        };
+        let longest = context_of(&self.config, self.config.stages.len().saturating_sub(1));
+        let config = serde_json::to_vec_pretty(&tokenizer.config(&chat, longest)).expect("it is plain JSON");
+        // The tokenizer itself comes last: its presence says that both are whole.
+        for (name, bytes) in [("tokenizer_config.json", config.as_slice()), ("tokenizer.json", tokenizer.json().as_bytes())] {
+            let aside = self.folder.join(format!("{name}.tmp"));
+            std::fs::write(&aside, bytes).with_context(|| format!("failed to write {}", aside.display()))?;
+            rename(&aside, &self.folder.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// The sets that any stage trains on, the calibration of reward models included.
+    fn trained_sets(&self) -> Vec<String> {
+        let mut sets = BTreeSet::new();
+        for stage in &self.config.stages {
+            match &stage.kind {
+                StageKind::Pretrain(s) => sets.extend(s.data.iter().map(|entry| entry.set.clone())),
+                StageKind::LongContext(s) => sets.extend(s.data.iter().map(|entry| entry.set.clone())),
+                StageKind::Sft(s) => sets.extend([s.data.clone()]),
+                StageKind::RewardModel(s) => sets.extend([Some(s.data.clone()), s.calibration.clone()].into_iter().flatten()),
+                StageKind::Grpo(s) => sets.extend([s.data.clone()]),
+            }
+        }
+        sets.into_iter().collect()
+    }
+}
+
+/// Which actor measures an eval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measured {
+    /// Replies to prompts, by a verifier.
+    Replies,
+    /// Perplexity of texts.
+    Texts,
+    /// A reward model's accuracy on pairs.
+    Pairs,
+}
+
+/// Which actor measures this eval.
+pub fn measured(eval: &EvalConfig) -> Result<Measured> {
+    match (eval.verifier, eval.metric) {
+        (Some(_), _) => Ok(Measured::Replies),
+        (None, Some(Metric::Perplexity)) => Ok(Measured::Texts),
+        (None, Some(Metric::Accuracy)) => Ok(Measured::Pairs),
+        (None, None) => Err(Fault::user(format!("eval {:?} has neither `verifier` nor `metric`", eval.name))),
+    }
+}
+
+fn remove_folder(folder: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("failed to remove {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    ensure!(from != to, "a file is not renamed to itself");
+    std::fs::rename(from, to).with_context(|| format!("failed to rename {} to {}", from.display(), to.display()))
+}

@@ -1,0 +1,249 @@
+//! Supervisor: starts, watches, restarts and stops every actor, and ends the run.
+//!
+//! 1. An actor that dies is known by its [`Death`], or at the next look at its mailbox.
+//! 2. Its seat gets a new holder and the journal a `restart`; whoever had asked the dead one asks the new one.
+//! 3. An actor that dies too often is given up: its seat is closed, and the run fails with its name.
+//!
+//! Knows no work. Invariant: a run has exactly one outcome, the first.
+
+use super::messages::*;
+use super::port::{Desk, Port, Seat};
+use super::post::{Death, Injection, Post};
+use super::staff::Staff;
+use crate::console::Event;
+use actix::fut::wrap_future;
+use actix::{Actor, AsyncContext, Context, Handler, ResponseActFuture};
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+
+/// How often every actor is looked at.
+const WATCH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// What the supervisor is made with.
+pub struct Charge {
+    /// The staff.
+    pub staff: Vec<Box<dyn Staff>>,
+    /// The news that actors are gone.
+    pub deaths: (mpsc::Sender<Death>, mpsc::Receiver<Death>),
+    /// Where the outcome goes.
+    pub ending: mpsc::Sender<Outcome>,
+    /// Tells the Director of a signal.
+    pub stop: Arc<AtomicI32>,
+    /// The journal.
+    pub record: Port<Record>,
+    /// The Director, to begin.
+    pub begin: Port<BeginRun>,
+    /// What it is to begin with.
+    pub bench: Option<Bench>,
+    /// A fault that a test has planted.
+    pub injection: Arc<Injection>,
+    /// The name of the actor that writes the journal.
+    pub journal_writer: &'static str,
+}
+
+/// See the module.
+pub struct Supervisor {
+    desk: Arc<Desk>,
+    inner: Rc<Inner>,
+    deaths: Option<mpsc::Receiver<Death>>,
+}
+
+/// What the handlers and the watch share.
+struct Inner {
+    staff: RefCell<Vec<Box<dyn Staff>>>,
+    deaths: mpsc::Sender<Death>,
+    ending: mpsc::Sender<Outcome>,
+    stop: Arc<AtomicI32>,
+    record: Port<Record>,
+    begin: Port<BeginRun>,
+    bench: Option<Bench>,
+    injection: Arc<Injection>,
+    journal_writer: &'static str,
+    ended: Cell<bool>,
+}
+
+impl Supervisor {
+    /// The supervisor on `seat`.
+    pub fn new(seat: &Seat<Supervisor>, charge: Charge) -> Supervisor {
+        let (deaths, received) = charge.deaths;
+        let inner = Inner {
+            staff: RefCell::new(charge.staff),
+            deaths,
+            ending: charge.ending,
+            stop: charge.stop,
+            record: charge.record,
+            begin: charge.begin,
+            bench: charge.bench,
+            injection: charge.injection,
+            journal_writer: charge.journal_writer,
+            ended: Cell::new(false),
+        };
+        Supervisor { desk: Arc::clone(seat.desk()), inner: Rc::new(inner), deaths: Some(received) }
+    }
+}
+
+impl Actor for Supervisor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, context: &mut Self::Context) {
+        for member in self.inner.staff.borrow_mut().iter_mut() {
+            self.inner.seat(member.as_mut());
+        }
+        Rc::clone(&self.inner).begin_run();
+        let deaths = self.deaths.take().expect("an actor starts once");
+        context.spawn(wrap_future(Rc::clone(&self.inner).watch(deaths)));
+    }
+}
+
+impl Handler<EndRun> for Supervisor {
+    type Result = Result<(), Failure>;
+
+    fn handle(&mut self, message: EndRun, _: &mut Self::Context) -> Self::Result {
+        self.inner.end(message.outcome);
+        Ok(())
+    }
+}
+
+impl Handler<AskStatus> for Supervisor {
+    type Result = Result<Pulse, Failure>;
+
+    fn handle(&mut self, _: AskStatus, _: &mut Self::Context) -> Self::Result {
+        Ok(self.desk.pulse())
+    }
+}
+
+impl Handler<StopActor> for Supervisor {
+    type Result = ResponseActFuture<Self, Result<(), Failure>>;
+
+    fn handle(&mut self, message: StopActor, _: &mut Self::Context) -> Self::Result {
+        let inner = Rc::clone(&self.inner);
+        Box::pin(wrap_future(async move { inner.stop_actor(&message.name).await }))
+    }
+}
+
+impl Inner {
+    /// Puts a new actor on a member's seat.
+    fn seat(&self, member: &mut dyn Staff) {
+        member.begin(&|desk: &Arc<Desk>, generation| {
+            // The journal's writer cannot ask itself for the witness of a fault.
+            let journal = (desk.name() != self.journal_writer).then(|| self.record.clone());
+            Post::new(desk, generation, &self.deaths, &self.injection, journal)
+        });
+    }
+
+    /// Sets the Director off. It answers at once, so this waits for its mailbox only.
+    fn begin_run(self: Rc<Self>) {
+        actix::spawn(async move {
+            if let Err(failure) = self.begin.ask(BeginRun { bench: self.bench.clone() }).await {
+                self.end(Outcome::Failed(failure));
+            }
+        });
+    }
+
+    /// Deaths, signals, and a look at everybody now and then.
+    async fn watch(self: Rc<Self>, mut deaths: mpsc::Receiver<Death>) {
+        let (Ok(mut interrupt), Ok(mut terminate)) = (listen(SignalKind::interrupt()), listen(SignalKind::terminate()))
+        else {
+            let text = "cannot listen for SIGINT and SIGTERM";
+            return self.end(Outcome::Failed(Failure::new(FailureKind::Other, text)));
+        };
+        let mut look = tokio::time::interval(WATCH_INTERVAL);
+        loop {
+            tokio::select! {
+                death = deaths.recv() => {
+                    // The sender is a field of self, so there is always another death to wait for.
+                    let Some(death) = death else { return };
+                    self.replace(&death);
+                }
+                _ = look.tick() => self.look_around(),
+                _ = interrupt.recv() => self.on_signal(libc_number(SignalKind::interrupt())),
+                _ = terminate.recv() => self.on_signal(libc_number(SignalKind::terminate())),
+            }
+        }
+    }
+
+    /// Finds actors whose death was not announced.
+    fn look_around(self: &Rc<Self>) {
+        let dead = |member: &dyn Staff| Death { name: member.name().to_string(), generation: member.generation() };
+        let gone: Vec<Death> =
+            self.staff.borrow().iter().filter(|m| !m.is_alive()).map(|m| dead(m.as_ref())).collect();
+        gone.iter().for_each(|death| self.replace(death));
+    }
+
+    /// Puts a new actor on a dead one's seat, or gives up.
+    fn replace(self: &Rc<Self>, death: &Death) {
+        let mut staff = self.staff.borrow_mut();
+        let Some(member) = staff.iter_mut().find(|member| member.name() == death.name) else { return };
+        let is_stopped = member.desk().pulse().state == ActorState::Stopped;
+        if self.ended.get() || is_stopped || member.generation() != death.generation {
+            return;
+        }
+        let reason = member.desk().reason().unwrap_or_else(|| "its mailbox is closed".to_string());
+        if !member.may_restart(Instant::now()) {
+            let text = format!("{} died too often and is not restarted again: {reason}", death.name);
+            let failure = Failure::new(FailureKind::Actor, text);
+            member.close(failure.clone());
+            return self.end(Outcome::Failed(failure));
+        }
+        self.seat(member.as_mut());
+        let count = member.desk().pulse().restarts;
+        let event = Event::new("restart").with("actor", &death.name).with("reason", reason).with("count", count);
+        // Apart from the watch: the journal's writer may be the next to die.
+        let (inner, is_director) = (Rc::clone(self), death.name == "director");
+        actix::spawn(async move {
+            if let Err(failure) = inner.record.ask(Record { event }).await {
+                inner.end(Outcome::Failed(failure));
+            } else if is_director {
+                inner.begin_run();
+            }
+        });
+    }
+
+    /// Stops one actor for good.
+    async fn stop_actor(&self, name: &str) -> Result<(), Failure> {
+        let halt = {
+            let staff = self.staff.borrow();
+            let Some(member) = staff.iter().find(|member| member.name() == name) else {
+                let names: Vec<&str> = staff.iter().map(|member| member.name()).collect();
+                let text = format!("there is no actor {name:?}; there are {}", names.join(", "));
+                return Err(Failure::new(FailureKind::User, text));
+            };
+            member.halt()
+        };
+        let halted = halt.ask(Halt {}).await;
+        let failure = Failure::new(FailureKind::Actor, format!("{name} was stopped by name"));
+        if let Some(member) = self.staff.borrow().iter().find(|member| member.name() == name) {
+            member.close(failure.clone());
+        }
+        halted
+    }
+
+    /// The first signal asks for a stop after the step at hand; a second Ctrl-C ends the process at once.
+    fn on_signal(&self, number: i32) {
+        if self.stop.swap(number, Ordering::SeqCst) == 0 {
+            eprintln!("stopping after this step and its commit; press Ctrl-C again to stop at once");
+        } else if number == libc_number(SignalKind::interrupt()) {
+            std::process::exit(128 + number);
+        }
+    }
+
+    fn end(&self, outcome: Outcome) {
+        if !self.ended.replace(true) {
+            // The channel has room for the one outcome that is sent.
+            let _ = self.ending.try_send(outcome);
+        }
+    }
+}
+
+fn listen(kind: SignalKind) -> std::io::Result<Signal> {
+    signal(kind)
+}
+
+fn libc_number(kind: SignalKind) -> i32 {
+    kind.as_raw_value()
+}

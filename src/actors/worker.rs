@@ -1,0 +1,333 @@
+//! Worker: one device. An asynchronous shell answers while the device is busy; one thread owns the device.
+//!
+//! A job is a [`Work`] under its id: the shell hands it to the thread over a bounded channel and follows it until
+//! its outcome. A second request with the same id, from a restarted asker or through a restarted shell, follows the
+//! same work, so nothing runs twice; groups that are already finished are handed out again. Knows no loss and no
+//! reward.
+//!
+//! Invariants:
+//!   * only the thread touches the device, and it runs one job at a time, in order of arrival
+//!   * a panic in a job becomes a failure of kind `Device`; the device is then made anew before the next stage
+
+use super::messages::*;
+use super::port::{Limits, Port};
+use super::post::{Post, answers_for_itself, panic_text};
+use crate::engine::hybrid::{HybridEngine, SavedState};
+use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
+use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
+use crate::train::job::{StepReport, TrainJob};
+use actix::{Handler, ResponseActFuture};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+
+/// Stack of the device's thread.
+const STACK_BYTES: usize = 16 << 20;
+
+/// What a worker's thread owns: the engine, or a stand-in for it in tests.
+pub trait Device {
+    /// Loads the models of a stage.
+    fn prepare(&mut self, stage: &PrepareStage) -> anyhow::Result<()>;
+    /// Changes what is resident.
+    fn enter_phase(&mut self, phase: Phase) -> anyhow::Result<PhaseReport>;
+    /// Samples; each group is handed out when its last rollout ends.
+    fn generate(
+        &mut self,
+        job: &GenerateJob,
+        on_group: &mut dyn FnMut(TokenGroup),
+    ) -> anyhow::Result<GenerateReport>;
+    /// Forward passes.
+    fn score(&mut self, job: &ScoreJob) -> anyhow::Result<Vec<SequenceScore>>;
+    /// One optimizer step.
+    fn train(&mut self, job: &TrainJob) -> anyhow::Result<StepReport>;
+    /// Writes the policy into a folder.
+    fn save(&mut self, folder: &Path, with_optimizer: bool) -> anyhow::Result<SavedState>;
+    /// Brings policy and optimizer back.
+    fn restore(&mut self, folder: &Path, state: &SavedState) -> anyhow::Result<()>;
+    /// Keeps a reward model's scale.
+    fn calibrate(&mut self, mean: f64, deviation: f64);
+}
+
+impl Device for HybridEngine {
+    fn prepare(&mut self, stage: &PrepareStage) -> anyhow::Result<()> {
+        HybridEngine::prepare(self, stage)
+    }
+    fn enter_phase(&mut self, phase: Phase) -> anyhow::Result<PhaseReport> {
+        HybridEngine::enter_phase(self, phase)
+    }
+    fn generate(
+        &mut self,
+        job: &GenerateJob,
+        on_group: &mut dyn FnMut(TokenGroup),
+    ) -> anyhow::Result<GenerateReport> {
+        HybridEngine::generate(self, job, on_group)
+    }
+    fn score(&mut self, job: &ScoreJob) -> anyhow::Result<Vec<SequenceScore>> {
+        HybridEngine::score(self, job)
+    }
+    fn train(&mut self, job: &TrainJob) -> anyhow::Result<StepReport> {
+        HybridEngine::train(self, job)
+    }
+    fn save(&mut self, folder: &Path, with_optimizer: bool) -> anyhow::Result<SavedState> {
+        HybridEngine::save(self, folder, with_optimizer)
+    }
+    fn restore(&mut self, folder: &Path, state: &SavedState) -> anyhow::Result<()> {
+        HybridEngine::restore(self, folder, state)
+    }
+    fn calibrate(&mut self, mean: f64, deviation: f64) {
+        HybridEngine::calibrate(self, mean, deviation);
+    }
+}
+
+/// Makes the device, on the thread that will own it.
+pub type DeviceMaker = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + Sync>;
+
+/// A job for the device.
+#[derive(Clone, Debug)]
+enum Job {
+    Prepare(PrepareStage),
+    EnterPhase(Phase),
+    Generate(GenerateJob),
+    Score(ScoreJob),
+    Train(TrainJob),
+    Save { folder: PathBuf, with_optimizer: bool },
+    Restore { folder: PathBuf, state: SavedState },
+    Calibrate(Scale),
+}
+
+/// What a job gave.
+#[derive(Clone, Debug)]
+enum Yield {
+    Nothing,
+    Phase(PhaseReport),
+    Generated(GenerateReport),
+    Scores(Vec<SequenceScore>),
+    Stepped(StepReport),
+    Saved(SavedState),
+}
+
+/// A job under its id, and how far it is.
+struct Work {
+    id: WorkId,
+    job: Job,
+    progress: Mutex<Progress>,
+    changed: watch::Sender<u64>,
+}
+
+#[derive(Default)]
+struct Progress {
+    groups: Vec<TokenGroup>,
+    outcome: Option<Result<Yield, Failure>>,
+}
+
+impl Work {
+    fn new(id: WorkId, job: Job) -> Arc<Work> {
+        Arc::new(Work { id, job, progress: Mutex::default(), changed: watch::channel(0).0 })
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Progress)) {
+        change(&mut self.progress.lock().expect("progress is only read and written"));
+        self.changed.send_modify(|count| *count += 1);
+    }
+
+    /// Finished groups from number `from` on, and the outcome if there is one.
+    fn since(&self, from: usize) -> (Vec<TokenGroup>, Option<Result<Yield, Failure>>) {
+        let progress = self.progress.lock().expect("progress is only read and written");
+        (progress.groups[from..].to_vec(), progress.outcome.clone())
+    }
+}
+
+/// The way to a device's thread. It outlives the worker's shell: a new shell finds the device as it was.
+#[derive(Clone)]
+pub struct DeviceLink {
+    queue: Sender<Arc<Work>>,
+    recent: Arc<Mutex<VecDeque<Arc<Work>>>>,
+}
+
+impl DeviceLink {
+    /// Starts the thread. It ends, and drops the device, when the last clone of the link is dropped.
+    pub fn start(make: DeviceMaker, limits: Limits) -> anyhow::Result<(DeviceLink, Farewell)> {
+        let (queue, jobs) = bounded(limits.mailbox.max(1));
+        let (alive, ended) = bounded(1);
+        std::thread::Builder::new().name("device".to_string()).stack_size(STACK_BYTES).spawn(move || {
+            let _alive: Sender<()> = alive;
+            own_device(&make, &jobs);
+        })?;
+        Ok((DeviceLink { queue, recent: Arc::default() }, Farewell(ended)))
+    }
+
+    /// The work under this id: the one that is known, or a new one on its way to the device.
+    fn submit(&self, id: WorkId, job: Job) -> Result<Arc<Work>, Failure> {
+        let mut recent = self.recent.lock().expect("the list is only read and changed");
+        if let Some(known) = recent.iter().find(|work| work.id == id) {
+            return Ok(Arc::clone(known));
+        }
+        let work = Work::new(id, job);
+        self.queue.try_send(Arc::clone(&work)).map_err(|error| match error {
+            TrySendError::Full(_) => Failure::new(
+                FailureKind::Actor,
+                format!("the device's queue is full; raise engine.mailbox ({} jobs wait)", self.queue.len()),
+            ),
+            TrySendError::Disconnected(_) => Failure::new(FailureKind::Device, "the device's thread is gone"),
+        })?;
+        // Only the request at hand and the one before it can be asked for again.
+        recent.retain(|old| old.id.number + 1 >= id.number);
+        recent.push_back(Arc::clone(&work));
+        Ok(work)
+    }
+}
+
+/// Waits for the end of a device's thread.
+pub struct Farewell(Receiver<()>);
+
+impl Farewell {
+    /// Waits until the device is put away, for so long at most; says whether it is.
+    pub fn wait(&self, longest: Duration) -> bool {
+        matches!(self.0.recv_timeout(longest), Err(RecvTimeoutError::Disconnected))
+    }
+}
+
+/// The device's thread.
+fn own_device(make: &DeviceMaker, jobs: &Receiver<Arc<Work>>) {
+    let mut device: Option<Box<dyn Device>> = None;
+    for work in jobs {
+        let ready = match (&work.job, &device) {
+            (_, Some(_)) => Ok(()),
+            // A stage begins with nothing loaded, so a lost device can be made anew here and nowhere else.
+            (Job::Prepare(_), None) => make().map(|made| device = Some(made)),
+            (_, None) => Err(anyhow::Error::new(Failure::new(FailureKind::Device, "the device is lost"))),
+        };
+        let outcome = match (ready, &mut device) {
+            (Ok(()), Some(ready)) => match catch_unwind(AssertUnwindSafe(|| run(ready.as_mut(), &work))) {
+                Ok(result) => result.map_err(Failure::from),
+                Err(panic) => {
+                    // What a panic leaves behind is not to be trusted; dropping it may panic again.
+                    let lost = device.take();
+                    let _ = catch_unwind(AssertUnwindSafe(|| drop(lost)));
+                    let text = panic_text(panic.as_ref());
+                    Err(Failure::new(FailureKind::Device, format!("the device panicked in {}: {text}", work.job.name())))
+                }
+            },
+            (Err(error), _) => Err(Failure::from(error)),
+            (Ok(()), None) => unreachable!("a ready device is there"),
+        };
+        work.change(|progress| progress.outcome = Some(outcome));
+    }
+}
+
+fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
+    Ok(match &work.job {
+        Job::Prepare(stage) => {
+            device.prepare(stage)?;
+            Yield::Nothing
+        }
+        Job::EnterPhase(phase) => Yield::Phase(device.enter_phase(*phase)?),
+        Job::Generate(job) => Yield::Generated(
+            device.generate(job, &mut |group| work.change(|progress| progress.groups.push(group)))?,
+        ),
+        Job::Score(job) => Yield::Scores(device.score(job)?),
+        Job::Train(job) => Yield::Stepped(device.train(job)?),
+        Job::Save { folder, with_optimizer } => Yield::Saved(device.save(folder, *with_optimizer)?),
+        Job::Restore { folder, state } => {
+            device.restore(folder, state)?;
+            Yield::Nothing
+        }
+        Job::Calibrate(scale) => {
+            device.calibrate(scale.mean, scale.deviation);
+            Yield::Nothing
+        }
+    })
+}
+
+impl Job {
+    fn name(&self) -> &'static str {
+        match self {
+            Job::Prepare(_) => PrepareDevice::NAME,
+            Job::EnterPhase(_) => EnterPhase::NAME,
+            Job::Generate(_) => Generate::NAME,
+            Job::Score(_) => Score::NAME,
+            Job::Train(_) => Train::NAME,
+            Job::Save { .. } => Save::NAME,
+            Job::Restore { .. } => Restore::NAME,
+            Job::Calibrate(_) => Calibrate::NAME,
+        }
+    }
+}
+
+/// The shell.
+pub struct Worker {
+    post: Post,
+    link: DeviceLink,
+    groups: Port<AcceptGroup>,
+}
+
+impl Worker {
+    /// A shell for the device behind `link`; finished groups go to `groups`.
+    pub fn new(post: Post, link: DeviceLink, groups: Port<AcceptGroup>) -> Worker {
+        Worker { post, link, groups }
+    }
+
+    /// Follows a job to its end, handing out each group as soon as it is finished.
+    fn follow<R: 'static>(
+        &self,
+        id: WorkId,
+        job: Job,
+        expect: fn(Yield) -> Option<R>,
+    ) -> ResponseActFuture<Self, Result<R, Failure>> {
+        let (link, groups) = (self.link.clone(), self.groups.clone());
+        let name = job.name();
+        self.post.work(name, async move {
+            let work = link.submit(id, job)?;
+            let mut changed = work.changed.subscribe();
+            let mut handed_out = 0;
+            loop {
+                changed.borrow_and_update();
+                let (finished, outcome) = work.since(handed_out);
+                handed_out += finished.len();
+                for group in finished {
+                    groups.ask(AcceptGroup { id, group }).await?;
+                }
+                if let Some(outcome) = outcome {
+                    let mismatch = || Failure::new(FailureKind::Other, format!("work {id:?} is no {name}"));
+                    return expect(outcome?).ok_or_else(mismatch);
+                }
+                if changed.changed().await.is_err() {
+                    return Err(Failure::new(FailureKind::Device, "the device's thread is gone"));
+                }
+            }
+        })
+    }
+}
+
+answers_for_itself!(Worker);
+
+macro_rules! follows {
+    ($($message:ident { $($field:ident),* } -> $reply:ty: $job:expr, $pattern:pat => $value:expr;)*) => {
+        $(
+            impl Handler<$message> for Worker {
+                type Result = ResponseActFuture<Self, Result<$reply, Failure>>;
+
+                fn handle(&mut self, message: $message, _: &mut Self::Context) -> Self::Result {
+                    let $message { id, $($field),* } = message;
+                    self.follow(id, $job, |yielded| match yielded { $pattern => Some($value), _ => None })
+                }
+            }
+        )*
+    };
+}
+
+follows! {
+    PrepareDevice { stage } -> (): Job::Prepare(stage), Yield::Nothing => ();
+    EnterPhase { phase } -> PhaseReport: Job::EnterPhase(phase), Yield::Phase(report) => report;
+    Generate { job } -> GenerateReport: Job::Generate(job), Yield::Generated(report) => report;
+    Score { job } -> Vec<SequenceScore>: Job::Score(job), Yield::Scores(scores) => scores;
+    Train { job } -> StepReport: Job::Train(job), Yield::Stepped(report) => report;
+    Save { folder, with_optimizer } -> SavedState:
+        Job::Save { folder, with_optimizer }, Yield::Saved(state) => state;
+    Restore { folder, state } -> (): Job::Restore { folder, state }, Yield::Nothing => ();
+    Calibrate { scale } -> (): Job::Calibrate(scale), Yield::Nothing => ();
+}

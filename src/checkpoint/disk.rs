@@ -1,0 +1,109 @@
+//! Writing so that it survives a power cut, and what the disk's errors mean to a person.
+//!
+//! A full disk, a quota or a read-only place is a lack of resources (exit code 4); every other
+//! error of the operating system is passed on with the path and what was being done.
+
+use crate::config::Fault;
+use anyhow::{Context, Result};
+use std::fs::File;
+use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
+
+/// Says what an error of the disk means.
+pub(super) fn disk_fault(doing: &str, path: &Path, error: std::io::Error) -> anyhow::Error {
+    let path = path.display();
+    match error.kind() {
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            Fault::resources(format!(
+                "no room left to {doing} {path}: {error}; free some space (or lower \
+                 checkpoint.keep) and run again with --resume"
+            ))
+        }
+        ErrorKind::ReadOnlyFilesystem => Fault::resources(format!(
+            "cannot {doing} {path}: {error}; choose another place with --out"
+        )),
+        _ => anyhow::Error::new(error).context(format!("failed to {doing} {path}")),
+    }
+}
+
+/// Forces a file's content to the disk.
+pub(super) fn sync_file(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|e| disk_fault("sync", path, e))
+}
+
+/// Forces a folder's list of names to the disk.
+pub(super) fn sync_folder(path: &Path) -> Result<()> {
+    sync_file(path)
+}
+
+/// Writes a whole file and forces it to the disk.
+pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(bytes)?;
+        file.sync_all()
+    };
+    write().map_err(|e| disk_fault("write", path, e))
+}
+
+/// Renames within one folder and forces the new name to the disk.
+pub(super) fn rename_synced(from: &Path, to: &Path) -> Result<()> {
+    std::fs::rename(from, to).map_err(|e| disk_fault("rename into", to, e))?;
+    sync_folder(to.parent().expect("a renamed path has a parent"))
+}
+
+/// Reads a small file of text; a larger one than `limit` is not what it claims to be.
+pub(super) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let file = File::open(path).map_err(|e| match e.kind() {
+        ErrorKind::NotFound => Fault::user(format!("{}: no such file", path.display())),
+        _ => anyhow::Error::new(e).context(format!("failed to open {}", path.display())),
+    })?;
+    let mut bytes = Vec::new();
+    // One byte more than allowed tells a file of exactly `limit` bytes from a longer one.
+    file.take(limit + 1)
+        .read_to_end(&mut bytes)
+        .with_context(|| format!("failed to read {}", path.display()))?;
+    if bytes.len() as u64 > limit {
+        return Err(Fault::user(format!(
+            "{}: larger than the {limit} bytes that such a file may have",
+            path.display()
+        )));
+    }
+    Ok(bytes)
+}
+
+/// True for a name that stays in the folder it is looked up in.
+pub(super) fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.starts_with('.')
+        && !name.contains("..")
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_a_lack_of_resources() {
+        let error =
+            write_synced(Path::new("/dev/full"), &[0; 4096]).expect_err("/dev/full has no room");
+        assert!(
+            matches!(error.downcast_ref(), Some(Fault::Resources(m)) if m.contains("/dev/full")),
+            "{error:#}"
+        );
+    }
+
+    #[test]
+    fn a_name_may_not_leave_its_folder() {
+        for name in
+            ["", ".", "..", "a/b", "/etc/passwd", "a\\b", "..x", "a..b", ".hidden", "a\nb", "é"]
+        {
+            assert!(!is_plain_name(name), "{name:?}");
+        }
+        for name in ["model.safetensors", "model-00001-of-00002.safetensors", "reward.json"] {
+            assert!(is_plain_name(name), "{name:?}");
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! What is kept: tensors in files, committed checkpoints, exports.
+//!
+//! Knows no model and no optimizer: callers hand over names, shapes and numbers, and get them back.
+//! Everything that is not a tensor is JSON, so that nothing in a checkpoint can execute.
+//!
+//! Invariants:
+//!   * a folder under its final name is whole: it was written aside, synced, and renamed
+//!   * nothing is read from a folder with a manifest before every byte of it was compared with the
+//!     manifest
+
+// The disk, and what its errors mean to a person.
+mod disk;
+
+// Tensors and the files beside them.
+pub mod model_json;
+mod tensor_writer;
+pub mod tensors;
+pub mod tokenizer_json;
+
+// Committed checkpoints.
+pub mod manifest;
+pub mod store;
+
+// A folder that transformers loads.
+pub mod export;
+
+pub use export::{ExportReport, export_hf};
+pub use manifest::{FileRecord, Manifest};
+pub use model_json::{read_model_config, write_model_config};
+pub use store::{Commit, Latest, Rejected, Staging, Store};
+pub use tensors::{TensorEntry, TensorFolder, write_tensors};

@@ -1,0 +1,137 @@
+//! Writing tensors as safetensors, one at a time: the header first, then the data in the order
+//! given.
+//!
+//! The bytes are a function of names, shapes and numbers alone. No more than one tensor is held, so
+//! that a model can be written that fits in memory only once.
+
+use super::disk::disk_fault;
+use crate::config::failpoint::failpoint;
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+/// A tensor that will be written.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorEntry {
+    /// Name.
+    pub name: String,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+}
+
+impl TensorEntry {
+    fn elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Bytes as f32.
+    pub(super) fn bytes(&self) -> u64 {
+        4 * self.elements() as u64
+    }
+}
+
+/// Gives the numbers of a tensor by its index in the list.
+pub type Fetch<'a> = dyn FnMut(usize) -> Result<Vec<f32>> + 'a;
+
+/// Writes a file of f32 tensors in the order given and forces it to the disk.
+pub fn write_tensors(path: &Path, tensors: &[TensorEntry], fetch: &mut Fetch) -> Result<()> {
+    write_file(path, tensors, fetch, "checkpoint-write")
+}
+
+/// Writes one file; `point` is the failpoint passed after each tensor.
+pub(super) fn write_file(
+    path: &Path,
+    tensors: &[TensorEntry],
+    fetch: &mut Fetch,
+    point: &str,
+) -> Result<()> {
+    let fault = |e| disk_fault("write", path, e);
+    let header = header(tensors);
+    let mut out = BufWriter::with_capacity(1 << 18, File::create(path).map_err(fault)?);
+    out.write_all(&(header.len() as u64).to_le_bytes())
+        .and_then(|()| out.write_all(&header))
+        .map_err(fault)?;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let numbers = fetch(index).with_context(|| format!("failed to gather {}", tensor.name))?;
+        assert_eq!(
+            numbers.len(),
+            tensor.elements(),
+            "{}: numbers against shape {:?}",
+            tensor.name,
+            tensor.shape
+        );
+        let mut bytes = Vec::with_capacity(4 << 14);
+        for piece in numbers.chunks(1 << 14) {
+            bytes.clear();
+            bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+            out.write_all(&bytes).map_err(fault)?;
+        }
+        failpoint(point);
+    }
+    let file = out.into_inner().map_err(|e| fault(e.into_error()))?;
+    file.sync_all().map_err(fault)
+}
+
+/// The JSON header, padded so that the data is aligned to eight bytes.
+fn header(tensors: &[TensorEntry]) -> Vec<u8> {
+    let mut entries = Map::new();
+    // transformers refuses a file that does not say which framework's layout it has.
+    entries.insert("__metadata__".to_string(), json!({"format": "pt"}));
+    let mut at = 0;
+    for tensor in tensors {
+        let end = at + tensor.bytes();
+        let entry = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [at, end]});
+        let previous = entries.insert(tensor.name.clone(), entry);
+        assert!(previous.is_none(), "{} is written twice", tensor.name);
+        at = end;
+    }
+    let mut header = Value::Object(entries).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Fault;
+
+    fn shapes() -> Vec<TensorEntry> {
+        vec![
+            TensorEntry { name: "z".into(), shape: vec![3] },
+            TensorEntry { name: "a".into(), shape: vec![2, 2] },
+        ]
+    }
+
+    #[test]
+    fn the_same_tensors_give_the_same_bytes_aligned_to_eight() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let written: Vec<Vec<u8>> = ["one", "two"]
+            .iter()
+            .map(|name| {
+                let path = folder.path().join(name);
+                let mut fetch = |index: usize| Ok(vec![1.0; 3 + index]);
+                write_tensors(&path, &shapes(), &mut fetch).expect("a file");
+                std::fs::read(&path).expect("the file")
+            })
+            .collect();
+        assert_eq!(written[0], written[1]);
+        assert_eq!(u64::from_le_bytes(written[0][..8].try_into().expect("eight bytes")) % 8, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "numbers against shape")]
+    fn numbers_that_do_not_fill_the_shape_are_our_mistake() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let _ = write_tensors(&folder.path().join("x"), &shapes(), &mut |_| Ok(vec![0.0]));
+    }
+
+    #[test]
+    fn a_full_disk_is_a_lack_of_resources() {
+        let big = [TensorEntry { name: "a".into(), shape: vec![1 << 18] }];
+        let error = write_tensors(Path::new("/dev/full"), &big, &mut |_| Ok(vec![0.0; 1 << 18]))
+            .expect_err("no room");
+        assert!(matches!(error.downcast_ref(), Some(Fault::Resources(_))), "{error:#}");
+    }
+}

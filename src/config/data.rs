@@ -1,0 +1,120 @@
+//! `[data]`: named sets of files, and the generated task of the quickstart.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// `[data]`.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct DataConfig {
+    /// The sets by name: `[data.sets.NAME]`.
+    pub sets: BTreeMap<String, SetConfig>,
+    /// Writes the word machine's files into `<run>/data/` before the first stage.
+    pub word_machine: Option<WordMachineConfig>,
+    /// Refuse a run in which an example of `held_out` sets occurs in a set that is trained on.
+    pub held_out: Vec<String>,
+}
+
+/// One set: a JSONL file, plain or gzip, one example a line.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SetConfig {
+    /// Path relative to the TOML; `run:NAME` is `<run>/data/NAME`, written by a generator.
+    pub file: String,
+    /// What a line holds.
+    pub schema: Schema,
+    /// Other names for the schema's fields.
+    #[serde(default)]
+    pub fields: FieldMap,
+    /// Wrap a prompt that is a plain string in the chat template as the user's message.
+    #[serde(default)]
+    pub chat: bool,
+    /// For plain text files (not JSONL) with schema `text`: one document per paragraph block, split at blank lines into
+    /// documents of about this many bytes; 0 means that the file is JSONL.
+    #[serde(default)]
+    pub plain_text_bytes: usize,
+    /// Only lines whose index modulo `of` is in [`from`, `to`): a split of one file.
+    #[serde(default)]
+    pub split: Option<Split>,
+}
+
+/// A split by line index: lines with `from <= index % of < to`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Split {
+    /// Modulus.
+    pub of: usize,
+    /// First residue.
+    pub from: usize,
+    /// Residue after the last one.
+    pub to: usize,
+}
+
+/// What one line of a set holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Schema {
+    /// `{"text"}`.
+    Text,
+    /// `{"messages": [{"role", "content"}]}`.
+    Messages,
+    /// `{"prompt", "chosen", "rejected"}`; the prompt is a string or messages.
+    Preferences,
+    /// `{"prompt", "answer"}`; the prompt is a string or messages, the answer may be null.
+    Prompts,
+}
+
+/// Other names for a schema's fields, e.g. `fields = { prompt = "question" }`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FieldMap {
+    /// Instead of `text`.
+    pub text: Option<String>,
+    /// Instead of `messages`.
+    pub messages: Option<String>,
+    /// Instead of `prompt`.
+    pub prompt: Option<String>,
+    /// Instead of `answer`.
+    pub answer: Option<String>,
+    /// Instead of `chosen`.
+    pub chosen: Option<String>,
+    /// Instead of `rejected`.
+    pub rejected: Option<String>,
+}
+
+/// `[data.word_machine]`: the quickstart's task (quickstart.md sections 1 and 2), written as files in the schemas above.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct WordMachineConfig {
+    /// A text whose four-letter words are used.
+    pub words: String,
+    /// Pretraining pages (`pages.jsonl`, schema text).
+    pub pages: usize,
+    /// Share of pages whose single edit is `rotate`-heavy, and so on, are the generator's own; this is the share of
+    /// pages that are chat transcripts.
+    pub transcript_share: f64,
+    /// Conversations (`conversations.jsonl`, schema messages).
+    pub conversations: usize,
+    /// Share of direct replies (no steps) on lists of three and four edits.
+    pub direct_share: f64,
+    /// Preference pairs per reward model (`helpful.jsonl`, `safety.jsonl`), and as many held-out and calibration ones
+    /// as `held_out_pairs` (`helpful-held-out.jsonl`, `helpful-calibration.jsonl`, ...).
+    pub pairs: usize,
+    /// See `pairs`.
+    pub held_out_pairs: usize,
+    /// RL prompts (`prompts.jsonl`; with secrets mixed in: `prompts-mixed.jsonl`).
+    pub prompts: usize,
+    /// Held-out prompts (`held-out.jsonl`).
+    pub held_out: usize,
+    /// Held-out secret prompts (`secrets.jsonl`, answer = a regular expression of a refusal).
+    pub secrets: usize,
+}
+
+impl Default for WordMachineConfig {
+    fn default() -> Self {
+        WordMachineConfig {
+            words: String::new(), pages: 24_000, transcript_share: 0.6, conversations: 2400, direct_share: 0.75, pairs: 768,
+            held_out_pairs: 300, prompts: 2000, held_out: 400, secrets: 100,
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! `[engine]`: devices, memory, offload, deadlines.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use std::fmt;
+
+/// `[engine]`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineConfig {
+    /// Threads of the CPU device; 0 for all cores. Changes no result.
+    pub threads: usize,
+    /// Bytes that the arenas may hold, e.g. "1.5 GiB"; absent for no limit.
+    pub budget: Option<Bytes>,
+    /// What leaves the device in phases that do not use it.
+    pub offload: Vec<Offload>,
+    /// Form of attention in training.
+    pub attention: AttentionForm,
+    /// Tokens of a cache page.
+    pub page_tokens: usize,
+    /// Sequences that decode together at most.
+    pub decode_batch: usize,
+    /// Messages that wait in an actor's mailbox or a worker's channel at most.
+    pub mailbox: usize,
+    /// Seconds that a request to another actor may take before it is named and fails.
+    pub deadline_seconds: u64,
+    /// Restarts of one actor within `restart_window_seconds` before the run stops.
+    pub restarts: usize,
+    /// See `restarts`.
+    pub restart_window_seconds: u64,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        EngineConfig {
+            threads: 0, budget: None, offload: vec![Offload::Optimizer, Offload::Reference, Offload::RewardModels],
+            attention: AttentionForm::Expanded, page_tokens: 16, decode_batch: 128, mailbox: 64, deadline_seconds: 600,
+            restarts: 3, restart_window_seconds: 60,
+        }
+    }
+}
+
+/// Something that can be offloaded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Offload {
+    /// Optimizer moments, outside Train.
+    Optimizer,
+    /// The reference model, outside Score.
+    Reference,
+    /// Reward models, outside Score.
+    RewardModels,
+}
+
+/// Form of MLA in training and scoring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AttentionForm {
+    /// Keys and values expanded per head (deepseek_v2.md 1.2).
+    Expanded,
+    /// W_UK absorbed into the query (1.5): the sampler's form.
+    Absorbed,
+}
+
+/// A number of bytes, written "1.5 GiB", "512 MiB" or as an integer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Bytes(pub u64);
+
+/// The units of [`Bytes`], largest first.
+const UNITS: [(&str, u64); 4] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+
+impl Bytes {
+    /// Reads "1.5 GiB", "512 MiB", "64 KiB", "100 B" or "100".
+    pub fn parse(text: &str) -> Option<Bytes> {
+        let number_end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let (number, unit) = text.split_at(number_end);
+        let number: f64 = number.parse().ok()?;
+        let unit = match unit.trim() {
+            "" => 1,
+            word => UNITS.iter().find(|(name, _)| *name == word)?.1,
+        };
+        let bytes = number * unit as f64;
+        (bytes < u64::MAX as f64).then_some(Bytes(bytes as u64))
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (name, unit) = UNITS.into_iter().find(|(_, unit)| self.0 >= *unit).unwrap_or(("B", 1));
+        match unit {
+            1 => write!(out, "{} B", self.0),
+            _ => write!(out, "{:.2} {name}", self.0 as f64 / unit as f64),
+        }
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Bytes, D::Error> {
+        struct BytesVisitor;
+        impl de::Visitor<'_> for BytesVisitor {
+            type Value = Bytes;
+
+            fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str("bytes, as in \"1.5 GiB\", \"512 MiB\" or 1000000")
+            }
+
+            fn visit_u64<E: de::Error>(self, bytes: u64) -> Result<Bytes, E> {
+                Ok(Bytes(bytes))
+            }
+
+            fn visit_i64<E: de::Error>(self, bytes: i64) -> Result<Bytes, E> {
+                let wrong = || E::invalid_value(de::Unexpected::Signed(bytes), &self);
+                u64::try_from(bytes).map(Bytes).map_err(|_| wrong())
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Bytes, E> {
+                Bytes::parse(text).ok_or_else(|| E::invalid_value(de::Unexpected::Str(text), &self))
+            }
+        }
+        deserializer.deserialize_any(BytesVisitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_are_read_with_their_units() {
+        for (text, bytes) in [("1.5 GiB", Some(1_610_612_736)), ("512 MiB", Some(536_870_912)), ("64KiB", Some(65_536)), ("9 B", Some(9)), ("77", Some(77)), ("1.5 GB", None), ("GiB", None), ("-1 B", None), ("1e9 GiB", None), ("", None)] {
+            assert_eq!(Bytes::parse(text), bytes.map(Bytes), "{text}");
+        }
+        assert_eq!(Bytes(1_610_612_736).to_string(), "1.50 GiB");
+        assert_eq!(Bytes(12).to_string(), "12 B");
+    }
+}

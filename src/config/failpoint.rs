@@ -1,0 +1,100 @@
+//! Named points at which a test kills the process, to show that nothing is lost or done twice.
+//!
+//! `REHEARSAL_FAIL_AT=name` or `name:n` kills at the n-th passage of the point (the first by
+//! default) with SIGKILL, which no code of ours can soften. `REHEARSAL_FAIL_WITNESS=FILE` gets the
+//! name just before: a test whose witness is empty has tested nothing. Without the variable a
+//! passage costs one atomic read.
+//!
+//! It stands on the lowest floor because every floor has places where a crash hurts.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Kills the process here if the environment says so.
+pub fn failpoint(name: &str) {
+    static PLAN: OnceLock<Option<Plan>> = OnceLock::new();
+    let plan = PLAN.get_or_init(|| {
+        let spec = std::env::var("REHEARSAL_FAIL_AT").ok().filter(|s| !s.is_empty())?;
+        let witness = std::env::var_os("REHEARSAL_FAIL_WITNESS").map(PathBuf::from);
+        Some(Plan::parse(&spec, witness))
+    });
+    if let Some(plan) = plan
+        && plan.is_due(name)
+    {
+        plan.kill();
+    }
+}
+
+#[derive(Debug)]
+struct Plan {
+    name: String,
+    /// Passages that are still survived, plus one; 0 when the point has fired.
+    left: AtomicU64,
+    witness: Option<PathBuf>,
+}
+
+impl Plan {
+    fn parse(spec: &str, witness: Option<PathBuf>) -> Plan {
+        let (name, passage) = match spec.split_once(':') {
+            Some((name, count)) => (name, count.parse().ok().filter(|n| *n > 0)),
+            None => (spec, Some(1)),
+        };
+        let passage = passage.unwrap_or_else(|| {
+            panic!("REHEARSAL_FAIL_AT = {spec:?}: expected NAME or NAME:N with N at least 1")
+        });
+        Plan { name: name.to_string(), left: AtomicU64::new(passage), witness }
+    }
+
+    fn is_due(&self, name: &str) -> bool {
+        name == self.name
+            && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
+                == Ok(1)
+    }
+
+    fn kill(&self) -> ! {
+        if let Some(path) = &self.witness {
+            let mut file = std::fs::OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(path)
+                .expect("the test names a witness file that can be written");
+            writeln!(file, "{}", self.name).expect("the witness file can be written");
+            // The kill below must not overtake the witness.
+            file.sync_all().expect("the witness file can be written");
+        }
+        let me = rustix::process::getpid();
+        rustix::process::kill_process(me, rustix::process::Signal::KILL)
+            .expect("a process may kill itself");
+        // The signal may be delivered to another thread first; this one must not go on.
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plan_fires_once_at_the_passage_it_names() {
+        let plan = Plan::parse("checkpoint-write:3", None);
+        let fired: Vec<bool> = (0..5).map(|_| plan.is_due("checkpoint-write")).collect();
+        assert_eq!(fired, [false, false, true, false, false]);
+    }
+
+    #[test]
+    fn other_points_do_not_count() {
+        let plan = Plan::parse("checkpoint-write", None);
+        assert!(!plan.is_due("export-write"));
+        assert!(plan.is_due("checkpoint-write"));
+    }
+
+    #[test]
+    #[should_panic(expected = "expected NAME or NAME:N")]
+    fn a_malformed_plan_is_refused_so_that_no_test_passes_by_accident() {
+        Plan::parse("checkpoint-write:x", None);
+    }
+}

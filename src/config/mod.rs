@@ -1,0 +1,36 @@
+//! What a person sets: one TOML, one file here per table.
+//!
+//! Plain data only. Reading, `--set`, and every message about a wrong key or value are in [`run`];
+//! a module takes its own table, never the whole [`RunConfig`].
+
+pub mod failpoint;
+pub mod fault;
+pub mod run;
+
+// How a document becomes typed tables, in the order it happens.
+mod document;
+mod json;
+mod nearest;
+mod overrides;
+mod reader;
+mod validate;
+mod validate_model;
+mod validate_stage;
+
+pub mod checkpoint;
+pub mod console;
+pub mod data;
+pub mod engine;
+pub mod model;
+pub mod stage;
+pub mod tokenizer;
+
+pub use checkpoint::CheckpointConfig;
+pub use console::{ConsoleConfig, ConsoleMode};
+pub use data::{DataConfig, FieldMap, Schema, SetConfig, WordMachineConfig};
+pub use engine::{Bytes, EngineConfig, Offload};
+pub use fault::Fault;
+pub use model::{ModelConfig, RopeScaling};
+pub use run::{ConfigError, Loaded, RunConfig, load_model};
+pub use stage::{Stage, StageKind};
+pub use tokenizer::TokenizerConfig;

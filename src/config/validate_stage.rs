@@ -1,0 +1,340 @@
+//! Rules of stages: their own keys, and what they take from the stages before them.
+
+use super::data::Schema;
+use super::document::ConfigError;
+use super::nearest::{hint, listed};
+use super::stage::{EvalConfig, GrpoStage, LongContextStage, Metric, MixtureEntry, OptimizerConfig};
+use super::validate::Rules;
+use super::{Stage, StageKind, load_model};
+
+/// Checks every stage, in order.
+pub fn stages(rules: &Rules<'_>) -> Result<(), ConfigError> {
+    // The longest sequence of each stage's result; a long-context stage lengthens it.
+    let mut reaches = Vec::new();
+    for (index, stage) in rules.config.stages.iter().enumerate() {
+        let checked = StageRules { rules, stage, index: index.to_string(), earlier: &rules.config.stages[..index] };
+        let before = match checked.start()? {
+            Some(from) => reaches[from],
+            None => checked.first_reach(),
+        };
+        reaches.push(checked.kind(before)?);
+        checked.evals(reaches[index])?;
+        checked.gate()?;
+    }
+    Ok(())
+}
+
+/// Schemas that next-token training and perplexity take.
+const DOCUMENTS: [Schema; 3] = [Schema::Text, Schema::Messages, Schema::Prompts];
+
+struct StageRules<'a> {
+    rules: &'a Rules<'a>,
+    stage: &'a Stage,
+    index: String,
+    earlier: &'a [Stage],
+}
+
+impl StageRules<'_> {
+    fn require(&self, holds: bool, path: &[&str], message: impl FnOnce(String) -> String) -> Result<(), ConfigError> {
+        self.rules.require(holds, &self.path(path), || message(self.key(path)))
+    }
+
+    fn path<'b>(&'b self, path: &[&'b str]) -> Vec<&'b str> {
+        ["stage", self.index.as_str()].into_iter().chain(path.iter().copied()).collect()
+    }
+
+    /// The key as messages name it.
+    fn key(&self, path: &[&str]) -> String {
+        format!("stage.{}.{}", self.stage.name, path.join("."))
+    }
+
+    fn set(&self, path: &[&str], name: &str, schemas: &[Schema]) -> Result<(), ConfigError> {
+        self.rules.set(&self.path(path), &self.key(path), name, schemas).map(|_| ())
+    }
+
+    fn above_zero(&self, counts: &[(&str, u64)]) -> Result<(), ConfigError> {
+        for (name, count) in counts {
+            self.require(*count > 0, &[name], |key| format!("{key} = 0 must be at least 1"))?;
+        }
+        Ok(())
+    }
+
+    /// The earlier stage that this one starts from, if it starts from a stage.
+    fn start(&self) -> Result<Option<usize>, ConfigError> {
+        let name = &self.stage.name;
+        let Some(start) = &self.stage.start_from else {
+            let last = self.earlier.iter().rposition(|stage| stage.kind.makes_policy());
+            return Ok(last);
+        };
+        if let Some(index) = self.earlier.iter().position(|stage| stage.name == *start) {
+            self.require(self.earlier[index].kind.makes_policy(), &["start_from"], |_| {
+                format!("stage {name} starts from {start:?}, which is a reward model and no policy; name another stage")
+            })?;
+            return Ok(Some(index));
+        }
+        let later = self.rules.config.stages.iter().any(|stage| stage.name == *start);
+        self.require(!later, &["start_from"], |_| {
+            format!("stage {name} starts from {start:?}, which does not run before it; put that stage first")
+        })?;
+        self.require(self.rules.folder.join(start).is_dir(), &["start_from"], |_| {
+            format!("stage {name} starts from {start:?}, which is neither an earlier stage nor a folder")
+        })?;
+        Ok(None)
+    }
+
+    /// The longest sequence of a model that comes from a folder, if its config says so, or of the run's own.
+    fn first_reach(&self) -> usize {
+        let folder = self.stage.start_from.as_ref().map(|folder| self.rules.folder.join(folder));
+        let model = folder.and_then(|folder| load_model(&folder.join("config.json")).ok());
+        model.as_ref().unwrap_or(&self.rules.config.model).max_position_embeddings
+    }
+
+    /// The rules of the kind; returns the longest sequence of the stage's result.
+    fn kind(&self, reach: usize) -> Result<usize, ConfigError> {
+        match &self.stage.kind {
+            StageKind::Pretrain(stage) => {
+                self.mixture(&stage.data)?;
+                self.above_zero(&[("steps", stage.steps), ("batch", stage.batch as u64)])?;
+                self.sequence(stage.sequence, reach)?;
+                self.require(stage.batch_start <= stage.batch, &["batch_start"], |key| {
+                    format!("{key} = {} exceeds batch = {}; a ramp grows to `batch`", stage.batch_start, stage.batch)
+                })?;
+                self.share("batch_ramp", stage.batch_ramp)?;
+                self.optimizer(&stage.optimizer, Some(stage.steps))?;
+            }
+            StageKind::LongContext(stage) => return self.long_context(stage, reach),
+            StageKind::Sft(stage) => {
+                self.set(&["data"], &stage.data, &[Schema::Messages, Schema::Prompts])?;
+                self.above_zero(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
+                self.optimizer(&stage.optimizer, None)?;
+            }
+            StageKind::RewardModel(stage) => {
+                self.set(&["data"], &stage.data, &[Schema::Preferences])?;
+                if let Some(set) = &stage.calibration {
+                    self.set(&["calibration"], set, &[Schema::Preferences])?;
+                }
+                self.above_zero(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
+                self.optimizer(&stage.optimizer, None)?;
+            }
+            StageKind::Grpo(stage) => self.grpo(stage, reach)?,
+        }
+        Ok(reach)
+    }
+
+    fn long_context(&self, stage: &LongContextStage, reach: usize) -> Result<usize, ConfigError> {
+        self.mixture(&stage.data)?;
+        self.above_zero(&[("steps", stage.steps), ("batch", stage.batch as u64)])?;
+        self.require(stage.factor >= 1.0, &["factor"], |key| {
+            format!("{key} = {} must be at least 1: YaRN only lengthens", stage.factor)
+        })?;
+        self.require(stage.beta_fast > stage.beta_slow && stage.beta_slow > 0.0, &["beta_fast"], |key| {
+            format!("{key} = {} must be above beta_slow = {}, and that above 0; the paper's are 32 and 1", stage.beta_fast, stage.beta_slow)
+        })?;
+        self.require(stage.mscale >= 0.0, &["mscale"], |key| format!("{key} = {} must not be negative", stage.mscale))?;
+        let longer = (reach as f64 * stage.factor) as usize;
+        self.require(stage.sequence <= longer, &["sequence"], |key| {
+            let sequence = stage.sequence;
+            format!("{key} = {sequence} exceeds {longer}, {reach} positions times factor = {}; raise factor", stage.factor)
+        })?;
+        self.require(stage.sequence >= 2, &["sequence"], |key| format!("{key} = {} must be at least 2", stage.sequence))?;
+        self.optimizer(&stage.optimizer, Some(stage.steps))?;
+        Ok(longer)
+    }
+
+    fn grpo(&self, stage: &GrpoStage, reach: usize) -> Result<(), ConfigError> {
+        self.set(&["data"], &stage.data, &[Schema::Prompts])?;
+        let tokens = stage.max_new_tokens;
+        self.above_zero(&[
+            ("steps", stage.steps),
+            ("prompts", stage.prompts as u64),
+            ("max_new_tokens", tokens as u64),
+            ("updates", stage.updates),
+        ])?;
+        self.require(stage.group_size >= 2, &["group_size"], |key| {
+            format!("{key} = {} must be at least 2: an advantage compares the rollouts of a group", stage.group_size)
+        })?;
+        self.new_tokens(&["max_new_tokens"], tokens, reach)?;
+        self.require(stage.temperature > 0.0, &["temperature"], |key| {
+            format!("{key} = {} must be above 0: greedy rollouts of a group are all equal", stage.temperature)
+        })?;
+        self.require(stage.top_p == 1.0, &["top_p"], |key| {
+            format!("{key} = {} is refused: truncated sampling biases the ratio; use 1", stage.top_p)
+        })?;
+        self.require(stage.top_k == 0, &["top_k"], |key| {
+            format!("{key} = {} is refused: truncated sampling biases the ratio; use 0", stage.top_k)
+        })?;
+        self.require(stage.clip > 0.0 && stage.clip < 1.0, &["clip"], |key| {
+            format!("{key} = {} must lie between 0 and 1; the usual value is 0.2", stage.clip)
+        })?;
+        self.require(stage.kl_weight >= 0.0, &["kl_weight"], |key| {
+            format!("{key} = {} must not be negative; 0 needs no reference model", stage.kl_weight)
+        })?;
+        self.require(stage.deviation_epsilon > 0.0, &["deviation_epsilon"], |key| {
+            format!("{key} = {} must be above 0, or a group of equal rewards divides by 0", stage.deviation_epsilon)
+        })?;
+        if let Some(after) = &stage.after {
+            let ran = self.earlier.iter().any(|stage| stage.name == *after && stage.kind.makes_policy());
+            self.require(ran, &["after"], |key| {
+                format!("{key} = {after:?} is no policy stage that runs before this one; put it first or leave `after` out")
+            })?;
+        }
+        self.rewards(stage)?;
+        self.optimizer(&stage.optimizer, Some(stage.steps.saturating_mul(stage.updates)))
+    }
+
+    fn rewards(&self, stage: &GrpoStage) -> Result<(), ConfigError> {
+        self.require(!stage.reward.is_empty(), &["reward"], |key| {
+            format!("{key} is empty; add an entry such as {{ verifier = \"exact\", weight = 1.0 }}")
+        })?;
+        let models: Vec<&str> =
+            self.earlier.iter().filter(|stage| !stage.kind.makes_policy()).map(|stage| stage.name.as_str()).collect();
+        for (index, entry) in stage.reward.iter().enumerate() {
+            let at = index.to_string();
+            self.require(entry.verifier.is_some() != entry.model.is_some(), &["reward", &at], |key| {
+                format!("{key} takes exactly one of `verifier` (a program) and `model` (a reward-model stage)")
+            })?;
+            if let Some(model) = &entry.model {
+                self.require(models.contains(&model.as_str()), &["reward", &at, "model"], |key| {
+                    let known = match models.is_empty() {
+                        true => "; no reward-model stage runs before this one".to_string(),
+                        false => hint(model, &models),
+                    };
+                    format!("{key} = {model:?} is no earlier reward-model stage{known}")
+                })?;
+                self.require(entry.partial == 0.0, &["reward", &at, "partial"], |key| {
+                    format!("{key} is for verifiers; a model's score has no partly right answer")
+                })?;
+            }
+            self.require((0.0..=1.0).contains(&entry.partial), &["reward", &at, "partial"], |key| {
+                format!("{key} = {} is a share; it must lie between 0 and 1", entry.partial)
+            })?;
+            let name = entry.name();
+            let twice = stage.reward[..index].iter().any(|earlier| earlier.name() == name);
+            self.require(!twice, &["reward", &at], |key| {
+                format!("{key} is the second reward named {name:?}; join them into one with the sum of their weights")
+            })?;
+        }
+        self.require(stage.reward.iter().any(|entry| entry.weight != 0.0), &["reward"], |key| {
+            format!("{key} has only weights of 0, so nothing would be learned; raise one")
+        })
+    }
+
+    fn mixture(&self, entries: &[MixtureEntry]) -> Result<(), ConfigError> {
+        self.require(!entries.is_empty(), &["data"], |key| {
+            format!("{key} is empty; add an entry such as {{ set = \"NAME\", share = 1.0 }}")
+        })?;
+        for (index, entry) in entries.iter().enumerate() {
+            let at = index.to_string();
+            self.set(&["data", &at, "set"], &entry.set, &DOCUMENTS)?;
+            self.require(entry.share > 0.0, &["data", &at, "share"], |key| {
+                format!("{key} = {} must be above 0; to leave a set out, remove its entry", entry.share)
+            })?;
+        }
+        Ok(())
+    }
+
+    fn sequence(&self, sequence: usize, reach: usize) -> Result<(), ConfigError> {
+        self.require(sequence >= 2, &["sequence"], |key| format!("{key} = {sequence} must be at least 2"))?;
+        self.require(sequence <= reach, &["sequence"], |key| {
+            format!("{key} = {sequence} exceeds the model's {reach} positions; lower it or raise model.max_position_embeddings")
+        })
+    }
+
+    fn new_tokens(&self, path: &[&str], tokens: usize, reach: usize) -> Result<(), ConfigError> {
+        self.require(tokens < reach, path, |key| {
+            format!("{key} = {tokens} leaves no room for a prompt in the model's {reach} positions; lower it")
+        })
+    }
+
+    fn share(&self, name: &str, share: f64) -> Result<(), ConfigError> {
+        self.require((0.0..=1.0).contains(&share), &[name], |key| {
+            format!("{key} = {share} is a share; it must lie between 0 and 1")
+        })
+    }
+
+    fn optimizer(&self, optimizer: &OptimizerConfig, steps: Option<u64>) -> Result<(), ConfigError> {
+        let path = |name| ["optimizer", name];
+        let above_zero = [("learning_rate", optimizer.learning_rate), ("epsilon", optimizer.epsilon)];
+        for (name, value) in above_zero {
+            self.require(value > 0.0, &path(name), |key| format!("{key} = {value} must be above 0"))?;
+        }
+        for (name, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
+            self.require((0.0..1.0).contains(&value), &path(name), |key| {
+                format!("{key} = {value} must be at least 0 and below 1")
+            })?;
+        }
+        for (name, value) in [("weight_decay", optimizer.weight_decay), ("clip", optimizer.clip)] {
+            self.require(value >= 0.0, &path(name), |key| format!("{key} = {value} must not be negative; 0 is none"))?;
+        }
+        self.require((0.0..=1.0).contains(&optimizer.final_share), &path("final_share"), |key| {
+            format!("{key} = {} is a share of the peak; it must lie between 0 and 1", optimizer.final_share)
+        })?;
+        self.require(optimizer.decay_factor > 0.0 && optimizer.decay_factor <= 1.0, &path("decay_factor"), |key| {
+            format!("{key} = {} must be above 0 and at most 1", optimizer.decay_factor)
+        })?;
+        let rising = optimizer.decay_at.is_sorted_by(|a, b| a < b);
+        let shares = optimizer.decay_at.iter().all(|share| (0.0..=1.0).contains(share));
+        self.require(rising && shares, &path("decay_at"), |key| {
+            format!("{key} = {:?} must be rising shares between 0 and 1, as in [0.6, 0.9]", optimizer.decay_at)
+        })?;
+        self.require(steps.is_none_or(|steps| optimizer.warmup_steps <= steps), &path("warmup_steps"), |key| {
+            let steps = steps.unwrap_or_default();
+            format!("{key} = {} exceeds the stage's {steps} updates; lower it", optimizer.warmup_steps)
+        })
+    }
+
+    fn evals(&self, reach: usize) -> Result<(), ConfigError> {
+        for (index, eval) in self.stage.eval.iter().enumerate() {
+            let at = index.to_string();
+            let twice = self.stage.eval[..index].iter().any(|earlier| earlier.name == eval.name);
+            self.require(!twice && !eval.name.is_empty(), &["eval", &at, "name"], |key| {
+                format!("{key} = {:?} must be a name that no other eval of the stage has", eval.name)
+            })?;
+            self.measure(eval, &at, reach)?;
+        }
+        Ok(())
+    }
+
+    fn measure(&self, eval: &EvalConfig, at: &str, reach: usize) -> Result<(), ConfigError> {
+        let policy = self.stage.kind.makes_policy();
+        self.require(eval.verifier.is_some() != eval.metric.is_some(), &["eval", at], |key| {
+            format!("{key} takes exactly one of `verifier` (replies to prompts) and `metric` (perplexity or accuracy)")
+        })?;
+        let schemas: &[Schema] = match eval.metric {
+            None => &[Schema::Prompts],
+            Some(Metric::Perplexity) => &DOCUMENTS,
+            Some(Metric::Accuracy) => &[Schema::Preferences],
+        };
+        let fits = (eval.metric == Some(Metric::Accuracy)) != policy;
+        self.require(fits, &["eval", at], |key| match policy {
+            true => format!("{key} measures accuracy, which only a reward-model stage has; use a verifier or perplexity"),
+            false => format!("{key} needs a policy, and a reward model answers nothing; use metric = \"accuracy\""),
+        })?;
+        self.set(&["eval", at, "data"], &eval.data, schemas)?;
+        self.require(!eval.as_rate || eval.verifier.is_some(), &["eval", at, "as_rate"], |key| {
+            format!("{key} is for verifiers; leave it out with a metric")
+        })?;
+        if eval.verifier.is_some() {
+            self.require(eval.max_new_tokens > 0, &["eval", at, "max_new_tokens"], |key| {
+                format!("{key} = 0 must be at least 1")
+            })?;
+            self.new_tokens(&["eval", at, "max_new_tokens"], eval.max_new_tokens, reach)?;
+        }
+        Ok(())
+    }
+
+    fn gate(&self) -> Result<(), ConfigError> {
+        let Some(gate) = &self.stage.gate else { return Ok(()) };
+        let names: Vec<&str> = self.stage.eval.iter().map(|eval| eval.name.as_str()).collect();
+        self.require(names.contains(&gate.eval.as_str()), &["gate", "eval"], |key| {
+            format!("{key} = {:?} is no eval of the stage; it has {}", gate.eval, listed(&names))
+        })?;
+        self.require(gate.minimum.is_some() || gate.maximum.is_some(), &["gate"], |key| {
+            format!("{key} has neither `minimum` nor `maximum`, so it stops nothing; add one")
+        })?;
+        let (least, most) = (gate.minimum.unwrap_or(f64::MIN), gate.maximum.unwrap_or(f64::MAX));
+        self.require(least <= most, &["gate", "minimum"], |key| {
+            format!("{key} = {least} exceeds maximum = {most}; nothing can pass")
+        })
+    }
+}

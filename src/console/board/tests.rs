@@ -1,0 +1,180 @@
+//! Tests of the board: what events make of it, its file, its text.
+
+use super::*;
+use serde_json::json;
+
+fn events() -> Vec<Event> {
+    let mut events = vec![
+        Event::new("run").at(100.0).with(
+            "stages",
+            json!([
+                {"name": "sft", "kind": "sft", "steps": 3},
+                {"name": "align", "kind": "grpo", "steps": null},
+            ]),
+        ),
+        Event::new("stage-start").of_stage("sft", "sft").with("steps", 3).at(101.0),
+    ];
+    for step in 1..=3 {
+        let event = Event::step("sft", "sft", step).at(101.0 + step as f64);
+        events.push(
+            event
+                .with("loss", 3.0 / step as f64)
+                .with("memory", json!({"policy/weights": 1 << 20})),
+        );
+    }
+    events.push(Event::eval("sft", "sft", 3, "held-out", "pass_at_1", 0.25, 300).at(105.0).with(
+        "replies",
+        json!([{"prompt": "p\u{1b}[2J", "text": "r\u{7}\nx", "answer": "a", "score": 1.0}]),
+    ));
+    events.push(Event::new("stage-end").of_stage("sft", "sft").at(106.0));
+    events
+}
+
+fn filled() -> Board {
+    let mut board = Board {
+        run: "demo".to_string(),
+        started: 100.0,
+        updated: 100.0,
+        pid: 42,
+        ..Board::default()
+    };
+    for event in events() {
+        board.take(&event);
+    }
+    board
+}
+
+#[test]
+fn events_fill_the_board() {
+    let board = filled();
+    assert_eq!(board.stages.len(), 2);
+    let sft = &board.stages[0];
+    assert_eq!((sft.state, sft.step, sft.steps, sft.seconds), (StageState::Done, 3, Some(3), 5.0));
+    assert_eq!(
+        (board.stages[1].state, board.stages[1].kind.as_str()),
+        (StageState::Waiting, "grpo")
+    );
+    assert_eq!(board.curves["loss"], [(1, 3.0), (2, 1.5), (3, 1.0)]);
+    assert_eq!(board.evals[0].value, 0.25);
+    assert_eq!(board.replies[0].answer.as_deref(), Some("a"));
+    assert_eq!((board.memory["policy/weights"], board.memory_high_water), (1 << 20, 1 << 20));
+    assert_eq!(board.updated, 106.0);
+}
+
+#[test]
+fn the_text_is_ascii_of_at_most_eighty_columns_whatever_a_model_says() {
+    let mut board = filled();
+    let long = "x\u{1b}]52;c;\u{202e}é".repeat(40);
+    board.run = long.clone();
+    board.reason = Some(long.clone());
+    board.phase = "generate".to_string();
+    board.commit = Some(long.clone());
+    board.notes.push(long.clone());
+    board.memory.insert(long.clone(), u64::MAX / 2);
+    board.curves.insert(long.clone(), (0..500).map(|i| (i, f64::from(i as u32).sin())).collect());
+    board.curves.insert("flat".to_string(), vec![(1, 2.0), (2, 2.0), (3, f64::NAN)]);
+    board.stages[0].name = long.clone();
+    let wait = WaitRow { actor: long.clone(), message: long.clone(), seconds: 1e9 };
+    board.actors.push(ActorRow {
+        name: long.clone(),
+        state: long.clone(),
+        last_message: Some(long.clone()),
+        waits: vec![wait],
+        reason: Some(long.clone()),
+        handled: u64::MAX,
+        ..ActorRow::default()
+    });
+    board.evals.push(EvalRow {
+        name: long.clone(),
+        stage: long,
+        metric: "perplexity".to_string(),
+        ..EvalRow::default()
+    });
+    let text = board.to_string();
+    for line in text.lines() {
+        assert!(line.len() <= 80, "{} columns: {line}", line.len());
+        assert!(line.bytes().all(|b| (b' '..=b'~').contains(&b)), "{line:?}");
+    }
+    assert!(text.contains("held-out") && text.contains("waits for"), "{text}");
+}
+
+#[test]
+fn the_board_does_not_grow_with_the_run() {
+    let mut board = Board::default();
+    for step in 1..=5000 {
+        board.take(&Event::step("a", "sft", step).with("loss", 1.0));
+        board.take(&Event::eval("a", "sft", step, "e", "rate", 0.5, 1));
+        board.take(&Event::new("note").with("text", "x"));
+    }
+    assert_eq!(
+        (board.curves["loss"].len(), board.evals.len(), board.notes.len()),
+        (CURVE_POINTS, EVALS, NOTES)
+    );
+    assert_eq!(board.curves["loss"].last(), Some(&(5000, 1.0)));
+}
+
+#[test]
+fn the_file_is_written_at_most_every_quarter_second() {
+    let run = tempfile::tempdir().expect("a temporary folder");
+    let mut writer = BoardWriter::new(run.path());
+    let start = Instant::now();
+    let offered: Vec<bool> = [0, 100, 249, 250, 300, 600]
+        .map(|ms| writer.offer(&filled(), start + Duration::from_millis(ms)).expect("written"))
+        .to_vec();
+    assert_eq!(offered, [true, false, false, true, false, true]);
+    assert_eq!(
+        std::fs::read_dir(run.path()).expect("a folder").count(),
+        1,
+        "nothing is left aside"
+    );
+}
+
+#[test]
+fn a_run_whose_process_is_gone_or_holds_no_lock_is_lost() {
+    let run = tempfile::tempdir().expect("a temporary folder");
+    let writer = BoardWriter::new(run.path());
+    let lock = File::create(run.path().join(LOCK_FILE)).expect("a lock");
+    let mut board = Board { pid: std::process::id(), ..filled() };
+    writer.write(&board).expect("written");
+    assert_eq!(
+        Board::read(run.path()).expect("a board").state,
+        RunState::Lost,
+        "nobody holds the lock"
+    );
+    flock(&lock, FlockOperation::NonBlockingLockExclusive).expect("the lock is free again");
+    assert_eq!(Board::read(run.path()).expect("a board"), board);
+    // No process has a number this large (the kernel's limit is 2^22).
+    board.pid = 1 << 30;
+    writer.write(&board).expect("written");
+    let found = Board::read(run.path()).expect("a board");
+    assert_eq!(found.state, RunState::Lost);
+    assert!(found.reason.expect("a reason").contains("--resume"));
+    board.state = RunState::Finished;
+    writer.write(&board).expect("written");
+    assert_eq!(Board::read(run.path()).expect("a board").state, RunState::Finished);
+}
+
+#[test]
+fn without_a_board_the_journal_tells_what_it_can() {
+    let run = tempfile::tempdir().expect("a temporary folder");
+    let lines: Vec<String> =
+        events().iter().map(|e| serde_json::to_string(e).expect("JSON")).collect();
+    std::fs::write(run.path().join(JOURNAL_FILE), lines.join("\n") + "\n").expect("a journal");
+    std::fs::write(run.path().join(BOARD_FILE), "{\"run\":").expect("half a board");
+    let board = Board::read(run.path()).expect("a board");
+    assert_eq!(
+        (board.state, board.pid, board.started, board.updated),
+        (RunState::Lost, 0, 100.0, 106.0)
+    );
+    assert_eq!(
+        (board.stages, board.curves, board.evals),
+        (filled().stages, filled().curves, filled().evals)
+    );
+}
+
+#[test]
+fn a_folder_that_is_no_run_is_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let error = Board::read(folder.path()).expect_err("no run");
+    assert!(matches!(error.downcast_ref(), Some(Fault::User(_))), "{error:#}");
+}

@@ -1,0 +1,23 @@
+//! What a person sees: the journal of a run, the picture of its present state, lines on a terminal,
+//! curves.
+//!
+//! Everything here is made from events and from one [`Board`]; nothing asks an actor or a tensor.
+
+// The event log, and what an event looks like.
+pub mod event;
+pub mod journal;
+
+// The present.
+pub mod board;
+mod board_text;
+
+// For people.
+pub mod plain;
+pub mod plot;
+mod text;
+
+pub use board::{Board, BoardWriter};
+pub use event::Event;
+pub use journal::{Journal, read_events};
+pub use plain::Plain;
+pub use plot::write_curves;

@@ -1,0 +1,405 @@
+//! HybridEngine: one device, its models, and the phases it moves through (DeepSeek-V2, section 4.2; deepseek_v2.md 4.5).
+//!
+//! | phase    | policy weights | packed for       | moments  | gradients | cache | other models   |
+//! |----------|----------------|------------------|----------|-----------|-------|----------------|
+//! | Idle     | resident       | -                | parked   | -         | -     | parked         |
+//! | Generate | resident       | sampling         | parked   | -         | yes   | parked         |
+//! | Score    | resident       | one model scored | parked   | -         | -     | one at a time  |
+//! | Train    | resident       | training         | resident | yes       | -     | parked         |
+//!
+//! "Parked" is in a file if `engine.offload` names it, else still resident. Packed weights carry the policy version;
+//! the sampler refuses another one before its first token.
+
+use super::offload::Parked;
+use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
+use super::resident::{Calibration, Resident, config_of, out_of_memory, save_model, write_slabs};
+use super::sampling::{Decoder, pages_for};
+use crate::checkpoint::TensorFolder;
+use crate::checkpoint::tensors::OPTIMIZER_FILE;
+use crate::config::engine::AttentionForm;
+use crate::config::fault::Fault;
+use crate::config::stage::OptimizerConfig;
+use crate::config::{EngineConfig, ModelConfig, Offload};
+use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
+use crate::inference::{Limits, generate};
+use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
+use crate::train::job::{StepReport, TrainJob};
+use crate::train::step::{StepSettings, Trainee, train_step};
+use crate::train::{Items, Optimizer};
+use anyhow::{Context, Result, bail, ensure};
+use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+/// What an engine is made with.
+#[derive(Clone, Debug)]
+pub struct EngineSetup {
+    /// The run's model.
+    pub model: ModelConfig,
+    /// `[engine]`.
+    pub engine: EngineConfig,
+    /// The run's seed (initial weights).
+    pub seed: u64,
+    /// Folder for offloaded slabs; removed with the engine.
+    pub spill: PathBuf,
+}
+
+/// Counters that a checkpoint keeps beside the tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedState {
+    /// Version of the policy's weights.
+    pub policy_version: u64,
+    /// Updates made by the optimizer.
+    pub optimizer_step: u64,
+}
+
+/// One device and everything on it.
+pub struct HybridEngine {
+    kernels: Box<dyn Kernels>,
+    setup: EngineSetup,
+    phase: Phase,
+    policy: Option<Resident>,
+    policy_version: u64,
+    others: BTreeMap<Role, Resident>,
+    optimizer: Option<Parameterised>,
+    balance: f64,
+    /// What the phase made; dropped when it ends.
+    working: Working,
+}
+
+/// The optimizer of the policy, its moments parked outside Train.
+struct Parameterised {
+    config: OptimizerConfig,
+    steps: u64,
+    step: u64,
+    first: Parked,
+    second: Parked,
+}
+
+/// Memory of the current phase.
+#[derive(Default)]
+struct Working {
+    packed: Option<PackedModel>,
+    gradients: Option<Gradients>,
+    cache: Option<LatentCache>,
+    scored: Option<(Role, Params, PackedModel)>,
+}
+
+impl HybridEngine {
+    /// An engine on the CPU with nothing loaded.
+    pub fn new(setup: EngineSetup) -> Result<HybridEngine> {
+        std::fs::create_dir_all(&setup.spill).with_context(|| format!("failed to create {}", setup.spill.display()))?;
+        let arena = Arena::new(setup.engine.budget.map(|b| b.0));
+        let kernels: Box<dyn Kernels> = Box::new(CpuKernels::new(setup.engine.threads, arena));
+        Ok(HybridEngine {
+            kernels,
+            setup,
+            phase: Phase::Idle,
+            policy: None,
+            policy_version: 0,
+            others: BTreeMap::new(),
+            optimizer: None,
+            balance: 0.0,
+            working: Working::default(),
+        })
+    }
+
+    /// Loads the models of a stage and starts its optimizer anew. Ends in Idle, at policy version 0.
+    pub fn prepare(&mut self, stage: &PrepareStage) -> Result<()> {
+        self.enter_phase(Phase::Idle)?;
+        (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
+        self.others.clear();
+        self.balance = stage.balance;
+        let (kernels, seed, spill) = (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
+        let mut config = config_of(&self.setup.model, &stage.policy)?;
+        if let Some((yarn, positions)) = &stage.yarn {
+            config.rope_scaling = Some(yarn.clone());
+            config.max_position_embeddings = *positions;
+        }
+        let mut policy = Resident::load(kernels, &Role::Policy, &config, &stage.policy, stage.value_head, seed, spill)?;
+        if let Some(settings) = &stage.optimizer {
+            self.optimizer = Some(Parameterised::new(kernels, &policy, settings, stage.steps, spill)?);
+        }
+        policy.calibration = Calibration::default();
+        self.policy = Some(policy);
+        let mut others: Vec<_> = stage.reference.iter().map(|source| (Role::Reference, source.clone(), false)).collect();
+        let folder = |path: &PathBuf| super::phase::ModelSource::Folder(path.clone());
+        others.extend(stage.rewards.iter().map(|(name, path)| (Role::Reward(name.clone()), folder(path), true)));
+        for (role, source, value_head) in others {
+            let config = config_of(&self.setup.model, &source)?;
+            let model = Resident::load(self.kernels.as_ref(), &role, &config, &source, value_head, seed, &self.setup.spill)?;
+            self.others.insert(role, model);
+            self.park()?;
+        }
+        Ok(())
+    }
+
+    /// Leaves the current phase's memory and readies the next one's. Does nothing if already there.
+    pub fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
+        let began = Instant::now();
+        let (mut bytes_out, mut bytes_in) = (0, 0);
+        if phase != self.phase {
+            self.leave()?;
+            self.phase = phase;
+            bytes_out += self.park()?;
+            self.kernels.arena().trim();
+            if self.policy.is_some() {
+                match phase {
+                    Phase::Generate => self.pack_policy(PackFor::SAMPLING)?,
+                    Phase::Train => bytes_in += self.ready_training()?,
+                    Phase::Score | Phase::Idle => {}
+                }
+            }
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(PhaseReport { seconds, bytes_out, bytes_in, ..self.holdings() })
+    }
+
+    /// Samples rollouts from the policy; each group is handed out when its last rollout ends.
+    pub fn generate(&mut self, job: &GenerateJob, on_group: &mut dyn FnMut(TokenGroup)) -> Result<GenerateReport> {
+        self.expect_phase(Phase::Generate, "generate")?;
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_mut().expect("checked by expect_phase");
+        let packed = self.working.packed.as_ref().expect("Generate packs the policy");
+        let context = policy.model.config.max_position_embeddings;
+        let page_bytes = LatentCache::page_bytes(kernels, &policy.model.config, self.setup.engine.page_tokens);
+        let pages = pages_for(job, &self.setup.engine, kernels, page_bytes, context);
+        if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
+            self.working.cache = None;
+            let cache = LatentCache::new(kernels, &policy.model.config, pages, self.setup.engine.page_tokens);
+            self.working.cache = Some(cache.map_err(out_of_memory)?);
+        }
+        let cache = self.working.cache.as_mut().expect("just made");
+        let limits = Limits { decode_batch: self.setup.engine.decode_batch, context, page_count: cache.page_count(), page_tokens: cache.page_tokens };
+        let (params, _) = policy.take(kernels)?;
+        let mut decoder = Decoder { kernels, model: &policy.model, params: &params, packed, cache };
+        let report = generate(&mut decoder, job, &limits, on_group);
+        policy.weights.put(params.slab);
+        report
+    }
+
+    /// Runs one model over whole sequences.
+    pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+        self.expect_phase(Phase::Score, "score")?;
+        let form = self.setup.engine.attention;
+        if self.working.scored.as_ref().is_none_or(|(role, ..)| *role != job.role) {
+            self.unload_scored();
+            let kernels = self.kernels.as_ref();
+            let resident = match &job.role {
+                Role::Policy => self.policy.as_mut(),
+                role => self.others.get_mut(role),
+            };
+            let Some(resident) = resident else { bail!("the engine holds no model {}", job.role.name()) };
+            let (params, _) = resident.take(kernels)?;
+            let pack = PackFor { form, training: false };
+            let packed = resident.model.pack(kernels, &params, &job.role.name(), self.policy_version, pack);
+            self.working.scored = Some((job.role.clone(), params, packed.map_err(out_of_memory)?));
+        }
+        let (role, params, packed) = self.working.scored.as_ref().expect("just loaded");
+        let resident = if *role == Role::Policy { self.policy.as_ref() } else { self.others.get(role) };
+        let resident = resident.expect("it was just loaded");
+        let calibration = resident.model.layout.score.map(|_| resident.calibration);
+        super::scoring::score(self.kernels.as_ref(), &resident.model, params, packed, calibration, job)
+    }
+
+    /// One optimizer step of the policy (or of the reward model that is being fitted).
+    pub fn train(&mut self, job: &TrainJob) -> Result<StepReport> {
+        self.expect_phase(Phase::Train, "train")?;
+        let Some(state) = self.optimizer.as_mut() else { bail!("the stage was prepared without an optimizer") };
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_mut().expect("checked by expect_phase");
+        let arena = kernels.arena();
+        let (mut params, _) = policy.take(kernels)?;
+        let mut optimizer =
+            Optimizer { first: state.first.take(arena)?.0, second: state.second.take(arena)?.0, step: state.step };
+        let (items, micro_batch) = match job {
+            TrainJob::Batch { batch, micro_batch } => (Items::of_batch(batch), *micro_batch),
+            TrainJob::Grpo { groups, settings, micro_batch } => (Items::rollouts(groups, settings), *micro_batch),
+        };
+        let settings = StepSettings {
+            optimizer: &state.config, step: state.step, steps: state.steps, balance: self.balance, micro_batch,
+        };
+        let report = train_step(
+            &mut Trainee {
+                kernels,
+                model: &policy.model,
+                params: &mut params,
+                packed: self.working.packed.as_ref().expect("Train packs the policy"),
+                gradients: self.working.gradients.as_mut().expect("Train makes gradients"),
+                optimizer: &mut optimizer,
+            },
+            &settings,
+            &items,
+        );
+        state.step = optimizer.step;
+        state.first.put_changed(optimizer.first);
+        state.second.put_changed(optimizer.second);
+        policy.weights.put_changed(params.slab);
+        let mut report = report.map_err(out_of_memory)?;
+        if !report.skipped {
+            self.policy_version += 1;
+            self.pack_policy(PackFor { form: self.setup.engine.attention, training: true })?;
+        }
+        report.policy_version = self.policy_version;
+        Ok(report)
+    }
+
+    /// Writes the policy (and its moments) into an existing folder.
+    pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
+        let kernels = self.kernels.as_ref();
+        let Some(policy) = self.policy.as_mut() else { bail!("no model is loaded that could be saved") };
+        let (params, _) = policy.take(kernels)?;
+        let mut result = save_model(kernels, &policy.model.config, &params, policy.calibration, folder);
+        let mut saved = SavedState { policy_version: self.policy_version, optimizer_step: 0 };
+        if let Some(state) = self.optimizer.as_mut().filter(|_| with_optimizer) {
+            saved.optimizer_step = state.step;
+            let (first, second) = (state.first.take(kernels.arena())?.0, state.second.take(kernels.arena())?.0);
+            let path = folder.join(OPTIMIZER_FILE);
+            let slabs = [("m.", &first), ("v.", &second)];
+            result = result.and_then(|()| write_slabs(kernels, &params, &slabs, &path));
+            state.first.put(first);
+            state.second.put(second);
+        }
+        policy.weights.put(params.slab);
+        result.map(|()| saved)
+    }
+
+    /// Brings policy and optimizer back from a committed checkpoint, after `prepare`.
+    pub fn restore(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
+        self.enter_phase(Phase::Idle)?;
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_mut().context("restore comes after prepare")?;
+        let tensors = TensorFolder::open(folder)?;
+        let (mut params, _) = policy.take(kernels)?;
+        params.load(kernels, |spec| tensors.read_f32(&spec.name))?;
+        if let Some(state) = &mut self.optimizer {
+            let moments = TensorFolder::open_file(&folder.join(OPTIMIZER_FILE))?;
+            for (parked, prefix) in [(&mut state.first, "m."), (&mut state.second, "v.")] {
+                let (slab, _) = parked.take(kernels.arena())?;
+                let mut as_params = Params { layout: params.layout.clone(), slab };
+                as_params.load(kernels, |spec| moments.read_f32(&format!("{prefix}{}", spec.name)))?;
+                parked.put_changed(as_params.slab);
+            }
+            state.step = saved.optimizer_step;
+        }
+        policy.weights.put_changed(params.slab);
+        self.policy_version = saved.policy_version;
+        Ok(())
+    }
+
+    /// Sets the calibration that is saved with a fitted reward model.
+    pub fn calibrate(&mut self, mean: f64, deviation: f64) {
+        if let Some(policy) = &mut self.policy {
+            policy.calibration = Calibration { mean, deviation: deviation.max(1e-6) };
+        }
+    }
+
+    /// Who holds how many bytes.
+    pub fn holdings(&self) -> PhaseReport {
+        let arena = self.kernels.arena();
+        let name = |kind: Kind| format!("{kind:?}").to_lowercase();
+        let held = arena.holdings().into_iter().map(|((role, kind), bytes)| (format!("{role}/{}", name(kind)), bytes));
+        PhaseReport { held: held.collect(), high_water: arena.high_water(), ..PhaseReport::default() }
+    }
+
+    /// The config of the loaded policy (YaRN and length of a long-context stage included).
+    pub fn model_config(&self) -> Option<&ModelConfig> {
+        self.policy.as_ref().map(|p| &p.model.config)
+    }
+
+    /// Drops the phase's memory.
+    fn leave(&mut self) -> Result<()> {
+        self.unload_scored();
+        self.working = Working::default();
+        Ok(())
+    }
+
+    /// Moves off the device what `engine.offload` names and no phase is using. Returns the bytes moved.
+    fn park(&mut self) -> Result<u64> {
+        let offload = &self.setup.engine.offload;
+        let mut bytes = 0;
+        for (role, model) in &mut self.others {
+            let kind = if *role == Role::Reference { Offload::Reference } else { Offload::RewardModels };
+            if offload.contains(&kind) {
+                bytes += model.weights.release()?;
+            }
+        }
+        if self.phase != Phase::Train && offload.contains(&Offload::Optimizer) && let Some(state) = &mut self.optimizer {
+            bytes += state.first.release()? + state.second.release()?;
+        }
+        Ok(bytes)
+    }
+
+    fn unload_scored(&mut self) {
+        if let Some((role, params, packed)) = self.working.scored.take() {
+            drop(packed);
+            let resident = if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
+            resident.expect("a scored model is held").weights.put(params.slab);
+            // A reward model or reference makes room for the next one at once.
+            let _ = self.park();
+        }
+    }
+
+    fn pack_policy(&mut self, pack: PackFor) -> Result<()> {
+        self.working.packed = None;
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_mut().expect("only called with a policy");
+        let (params, _) = policy.take(kernels)?;
+        let packed = policy.model.pack(kernels, &params, "policy", self.policy_version, pack);
+        policy.weights.put(params.slab);
+        self.working.packed = Some(packed.map_err(out_of_memory)?);
+        Ok(())
+    }
+
+    fn ready_training(&mut self) -> Result<u64> {
+        let form: AttentionForm = self.setup.engine.attention;
+        self.pack_policy(PackFor { form, training: true })?;
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_ref().expect("only called with a policy");
+        let gradients = Gradients::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
+        self.working.gradients = Some(gradients);
+        let mut bytes = 0;
+        if let Some(state) = &mut self.optimizer {
+            for parked in [&mut state.first, &mut state.second] {
+                let (slab, read) = parked.take(kernels.arena())?;
+                parked.put(slab);
+                bytes += read;
+            }
+        }
+        Ok(bytes)
+    }
+
+    fn expect_phase(&self, phase: Phase, verb: &str) -> Result<()> {
+        ensure!(self.phase == phase, "cannot {verb} in phase {:?}: enter {phase:?} first", self.phase);
+        if self.policy.is_none() {
+            bail!(Fault::User(format!("cannot {verb}: no model is loaded")));
+        }
+        Ok(())
+    }
+}
+
+impl Parameterised {
+    fn new(kernels: &dyn Kernels, policy: &Resident, config: &OptimizerConfig, steps: u64, spill: &Path) -> Result<Parameterised> {
+        let optimizer = Optimizer::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
+        let owner = kernels.arena().owner("policy", Kind::Moments);
+        let parked = |name: &str, slab| Parked::new(owner, spill.join(name), slab);
+        Ok(Parameterised {
+            config: config.clone(),
+            steps,
+            step: 0,
+            first: parked("moments-first", optimizer.first),
+            second: parked("moments-second", optimizer.second),
+        })
+    }
+}
+
+impl Drop for HybridEngine {
+    fn drop(&mut self) {
+        self.working = Working::default();
+        self.others.clear();
+        (self.policy, self.optimizer) = (None, None);
+        let _ = std::fs::remove_dir(&self.setup.spill);
+    }
+}

@@ -1,0 +1,16 @@
+//! What one device does: it holds models and moves between the layouts of training and of sampling.
+//!
+//! [`HybridEngine`] is the only door. It keeps the law of the phases (see [`phase`]) and moves idle models off
+//! the device; the count of who holds how many bytes is the arena's own.
+
+pub mod phase;
+
+pub mod offload;
+pub mod resident;
+
+pub mod hybrid;
+pub mod sampling;
+pub mod scoring;
+
+pub use hybrid::{EngineSetup, HybridEngine, SavedState};
+pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};

@@ -1,0 +1,148 @@
+//! A model in the engine: description, weights, and where they come from and go to.
+
+use super::offload::Parked;
+use super::phase::{ModelSource, Role};
+use crate::checkpoint::tensors::MODEL_FILE;
+use crate::checkpoint::{
+    TensorFolder, TensorEntry, read_model_config, write_model_config, write_tensors,
+};
+use crate::config::ModelConfig;
+use crate::config::fault::Fault;
+use crate::model::{Params, Transformer};
+use anyhow::{Context, Result, bail};
+use rehearsal_kernels::{Kernels, Kind, Slab};
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// Mean and deviation that calibrate a reward model's score; saved beside its weights as `reward.json`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Calibration {
+    /// Mean raw score.
+    pub mean: f64,
+    /// Deviation of the raw scores, above 0.
+    pub deviation: f64,
+}
+
+impl Default for Calibration {
+    fn default() -> Self {
+        Calibration { mean: 0.0, deviation: 1.0 }
+    }
+}
+
+/// A model whose weights may be parked.
+pub struct Resident {
+    /// The description.
+    pub model: Transformer,
+    /// The weights.
+    pub weights: Parked,
+    /// A reward model's calibration.
+    pub calibration: Calibration,
+}
+
+/// The config of a model that starts from `source`: the run's, with the positions of the folder it continues.
+pub fn config_of(run: &ModelConfig, source: &ModelSource) -> Result<ModelConfig> {
+    let mut config = run.clone();
+    if let ModelSource::Folder(folder) = source {
+        let saved = read_model_config(folder)?;
+        config.rope_scaling = saved.rope_scaling;
+        config.max_position_embeddings = saved.max_position_embeddings;
+    }
+    Ok(config)
+}
+
+impl Resident {
+    /// Loads or initialises a model. `value_head`: it has a scalar head, zero if the source has none.
+    pub fn load(
+        kernels: &dyn Kernels, role: &Role, config: &ModelConfig, source: &ModelSource, value_head: bool, seed: u64, spill: &Path,
+    ) -> Result<Resident> {
+        let model = Transformer::new(kernels, config, value_head).map_err(out_of_memory)?;
+        let name = role.name();
+        let mut params = Params::new(kernels, model.layout.clone(), &name).map_err(out_of_memory)?;
+        let mut calibration = Calibration::default();
+        match source {
+            ModelSource::Fresh => params.initialize(kernels, seed, config.initializer_range),
+            ModelSource::Folder(folder) => {
+                load_weights(kernels, &mut params, folder)?;
+                calibration = read_calibration(folder)?.unwrap_or_default();
+            }
+        }
+        let owner = kernels.arena().owner(&name, Kind::Weights);
+        let file = spill.join(format!("{}.weights", name.replace(' ', "-")));
+        Ok(Resident { model, weights: Parked::new(owner, file, params.slab), calibration })
+    }
+
+    /// Takes the weights out for use; put them back with `Parked::put`.
+    pub fn take(&mut self, kernels: &dyn Kernels) -> Result<(Params, u64)> {
+        let (slab, bytes) = self.weights.take(kernels.arena())?;
+        Ok((Params { layout: self.model.layout.clone(), slab }, bytes))
+    }
+}
+
+/// Fills `params` from the tensors of `folder`; every tensor must be there in its shape, and none too many.
+fn load_weights(kernels: &dyn Kernels, params: &mut Params, folder: &Path) -> Result<()> {
+    let tensors = TensorFolder::open(folder)?;
+    let layout = params.layout.clone();
+    let known = |name: &str| name == "score.weight" || layout.specs.iter().any(|s| s.name == name);
+    if let Some(extra) = tensors.names().iter().find(|name| !known(name)) {
+        let wanted = layout.specs.len();
+        bail!(Fault::User(format!(
+            "{}: tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights",
+            folder.display()
+        )));
+    }
+    params.load(kernels, |spec| {
+        let Some(shape) = tensors.shape(&spec.name) else {
+            if spec.name == "score.weight" {
+                return Ok(vec![0.0; spec.rows * spec.cols]);
+            }
+            bail!(Fault::User(format!("{}: tensor {} is missing", folder.display(), spec.name)));
+        };
+        if shape != spec.shape() {
+            bail!(Fault::User(format!(
+                "{}: tensor {} has shape {shape:?}, the config wants {:?}; check [model] against the weights",
+                folder.display(), spec.name, spec.shape()
+            )));
+        }
+        tensors.read_f32(&spec.name)
+    })
+}
+
+fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
+    let path = folder.join("reward.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+    let calibration: Calibration =
+        serde_json::from_str(&text).map_err(|e| Fault::User(format!("{}: {e}", path.display())))?;
+    Ok(Some(calibration))
+}
+
+/// Writes config.json, model.safetensors and, with a scalar head, reward.json into `folder`.
+pub fn save_model(kernels: &dyn Kernels, config: &ModelConfig, params: &Params, calibration: Calibration, folder: &Path) -> Result<()> {
+    write_model_config(folder, config)?;
+    write_slabs(kernels, params, &[("", &params.slab)], &folder.join(MODEL_FILE))?;
+    if params.layout.score.is_some() {
+        let text = serde_json::to_string_pretty(&calibration).expect("two numbers are JSON");
+        let path = folder.join("reward.json");
+        std::fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Writes slabs of one layout into one file; each slab's names stand behind its prefix.
+pub fn write_slabs(kernels: &dyn Kernels, params: &Params, slabs: &[(&str, &Slab)], path: &Path) -> Result<()> {
+    let specs = &params.layout.specs;
+    let shapes: Vec<TensorEntry> = slabs
+        .iter()
+        .flat_map(|(prefix, _)| specs.iter().map(move |s| TensorEntry { name: format!("{prefix}{}", s.name), shape: s.shape() }))
+        .collect();
+    write_tensors(path, &shapes, &mut |index| {
+        Ok(kernels.download(&slabs[index / specs.len()].1.tensor(index % specs.len())))
+    })
+}
+
+/// A lack of memory as the fault that ends with exit code 4.
+pub fn out_of_memory(error: rehearsal_kernels::OutOfMemory) -> anyhow::Error {
+    Fault::resources(error.to_string())
+}

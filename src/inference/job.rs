@@ -1,0 +1,66 @@
+//! What a generation is asked for and what it hands out.
+
+use crate::rl::rollout::Rollout;
+use serde::{Deserialize, Serialize};
+
+/// A prompt to sample from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateRequest {
+    /// Caller's number, returned with the group.
+    pub slot: u32,
+    /// Prompt tokens.
+    pub tokens: Vec<u32>,
+    /// The prompt's counter for random numbers (its line index).
+    pub prompt: u64,
+    /// Rollouts of this prompt.
+    pub samples: u32,
+}
+
+/// Prompts to sample from, and how.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GenerateJob {
+    /// The prompts.
+    pub requests: Vec<GenerateRequest>,
+    /// Most new tokens.
+    pub max_new_tokens: usize,
+    /// 0 is greedy.
+    pub temperature: f64,
+    /// Nucleus; 1 keeps all.
+    pub top_p: f64,
+    /// Most likely tokens kept; 0 keeps all.
+    pub top_k: usize,
+    /// Tokens that end a reply.
+    pub stop_tokens: Vec<u32>,
+    /// Seed of the random numbers.
+    pub seed: u64,
+    /// Step counter of the random numbers.
+    pub step: u64,
+    /// The policy version that must have been packed.
+    pub policy_version: u64,
+}
+
+/// The finished rollouts of one request (their `text` is still empty).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenGroup {
+    /// The request's slot.
+    pub slot: u32,
+    /// In order of `sample`.
+    pub rollouts: Vec<Rollout>,
+    /// Policy version that sampled them.
+    pub policy_version: u64,
+}
+
+/// What a generation took.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GenerateReport {
+    /// Prompt tokens that went through the model (once per group).
+    pub prompt_tokens: u64,
+    /// Sampled tokens.
+    pub new_tokens: u64,
+    /// Seconds until the last prompt was in the cache, and in all.
+    pub prefill_seconds: f64,
+    /// See `prefill_seconds`.
+    pub seconds: f64,
+    /// Most cache pages in use at once.
+    pub pages_high_water: usize,
+}

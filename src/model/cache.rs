@@ -1,0 +1,177 @@
+//! The sampler's memory: one latent cache entry per token and layer, in pages (deepseek_v2.md 1.6).
+//!
+//! An entry is the latent after its norm (d_c elements), then the rope key after its rotation
+//! (d_R): all that attention needs of a token, for all heads. Which sequence holds which page is
+//! `inference::pages`' business.
+//!
+//! Invariants:
+//!   * slot of token j of a sequence = table[j / page_tokens] * page_tokens + j % page_tokens
+//!   * one more token costs d_c + d_R elements a layer and nothing else
+
+use crate::config::ModelConfig;
+use rehearsal_kernels::{Buffer, Kernels, Kind, OutOfMemory};
+
+/// Rows of one sampler step, of one or many sequences: chunks of prompts, or one new token per
+/// sequence.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DecodeRows {
+    /// Token of each row.
+    pub tokens: Vec<u32>,
+    /// Its position in its sequence.
+    pub positions: Vec<u32>,
+    /// Cache slot that its own entry is written to.
+    pub slots: Vec<u32>,
+    /// Its sequence: a row of `tables`.
+    pub sequence: Vec<u32>,
+    /// Cached tokens that it sees, itself included.
+    pub length: Vec<u32>,
+    /// Page numbers of each sequence.
+    pub tables: Vec<Vec<u32>>,
+    /// Rows whose logits are wanted, in the order wanted; a row may be wanted more than once.
+    pub wanted: Vec<u32>,
+}
+
+impl DecodeRows {
+    /// Adds the sequence that the next rows belong to.
+    pub fn begin(&mut self, pages: &[u32]) {
+        self.tables.push(pages.to_vec());
+    }
+
+    /// Adds a row to the sequence last begun, whose pages must reach to `position`.
+    pub fn push(&mut self, token: u32, position: usize, page_tokens: usize) {
+        let table = self.tables.last().expect("a row belongs to a sequence that was begun");
+        let slot = table[position / page_tokens] as usize * page_tokens + position % page_tokens;
+        self.tokens.push(token);
+        self.positions.push(position as u32);
+        self.slots.push(slot as u32);
+        self.sequence.push(self.tables.len() as u32 - 1);
+        self.length.push(position as u32 + 1);
+    }
+
+    /// Wants the logits of the row last added.
+    pub fn want_last(&mut self) {
+        self.wanted.push(self.tokens.len() as u32 - 1);
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// True if there is no row.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+}
+
+/// The cache entries of all layers.
+pub struct LatentCache {
+    /// One buffer per layer: `[page_count * page_tokens, d_c + d_R]`.
+    pub layers: Vec<Buffer>,
+    /// Tokens of a page.
+    pub page_tokens: usize,
+    /// A page on its way to another one: a buffer cannot be read and written in one call.
+    transit: Buffer,
+}
+
+impl LatentCache {
+    /// Memory for `page_count` pages.
+    pub fn new(
+        kernels: &dyn Kernels, config: &ModelConfig, page_count: usize, page_tokens: usize,
+    ) -> Result<LatentCache, OutOfMemory> {
+        let owner = kernels.arena().owner("policy", Kind::Cache);
+        let buffer = |rows| kernels.arena().buffer(owner, kernels.float(), rows, config.cache_width());
+        let layers = (0..config.num_hidden_layers).map(|_| buffer(page_count * page_tokens));
+        Ok(LatentCache { layers: layers.collect::<Result<_, _>>()?, page_tokens, transit: buffer(page_tokens)? })
+    }
+
+    /// Bytes of one page over all layers.
+    pub fn page_bytes(kernels: &dyn Kernels, config: &ModelConfig, page_tokens: usize) -> u64 {
+        let elements = config.num_hidden_layers * config.cache_width() * page_tokens;
+        (elements * kernels.float().size()) as u64
+    }
+
+    /// Number of pages.
+    pub fn page_count(&self) -> usize {
+        self.layers.first().map_or(0, |layer| layer.rows() / self.page_tokens)
+    }
+
+    /// Bytes of all pages.
+    pub fn bytes(&self) -> u64 {
+        self.layers.iter().map(|layer| (layer.len() * layer.dtype().size()) as u64).sum()
+    }
+
+    /// Copies the first `tokens` entries of page `from` to page `to`, in every layer.
+    pub fn copy_page(&mut self, kernels: &dyn Kernels, from: u32, to: u32, tokens: usize) {
+        assert!(tokens <= self.page_tokens, "a page has {} tokens, not {tokens}", self.page_tokens);
+        let rows = |page: u32| page as usize * self.page_tokens..page as usize * self.page_tokens + tokens;
+        for layer in &mut self.layers {
+            let mut transit = self.transit.rows_of_mut(0..tokens);
+            kernels.copy(&layer.rows_of(rows(from)), &mut transit);
+            kernels.copy(&transit, &mut layer.rows_of_mut(rows(to)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rehearsal_kernels::{Arena, ReferenceKernels};
+
+    fn config(layers: usize) -> ModelConfig {
+        let text = format!(
+            r#"{{"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": {layers}, "first_k_dense_replace": 1,
+            "intermediate_size": 8, "moe_intermediate_size": 8, "n_routed_experts": 2, "n_shared_experts": 1,
+            "num_experts_per_tok": 1, "num_attention_heads": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 64}}"#
+        );
+        serde_json::from_str(&text).unwrap()
+    }
+
+    #[test]
+    fn each_token_costs_one_entry_of_latent_and_rope_key_a_layer() {
+        let kernels = ReferenceKernels::new(Arena::new(None));
+        let held = |page_count: usize, layers: usize| {
+            let cache = LatentCache::new(&kernels, &config(layers), page_count, 16).unwrap();
+            assert_eq!(cache.page_count(), page_count);
+            assert_eq!(cache.bytes(), page_count as u64 * LatentCache::page_bytes(&kernels, &config(layers), 16));
+            kernels.arena().held_by(Kind::Cache)
+        };
+        // The allocator's own count, in f64: 8 bytes an element; the number of heads plays no part.
+        assert_eq!(held(10, 3) - held(9, 3), 16 * 3 * 576 * 8);
+        assert_eq!(held(10, 4) - held(10, 3), 10 * 16 * 576 * 8);
+        assert_eq!(kernels.arena().held_by(Kind::Cache), 0);
+    }
+
+    #[test]
+    fn a_page_is_copied_in_every_layer_and_touches_nothing_else() {
+        let kernels = ReferenceKernels::new(Arena::new(None));
+        let mut cache = LatentCache::new(&kernels, &config(2), 3, 4).unwrap();
+        let (rows, width) = (12, 576);
+        let before: Vec<Vec<f64>> =
+            (0..2).map(|layer| (0..rows * width).map(|i| (layer * 100_000 + i) as f64).collect()).collect();
+        for (layer, values) in cache.layers.iter_mut().zip(&before) {
+            kernels.upload_f64(values, layer);
+        }
+        cache.copy_page(&kernels, 2, 1, 3);
+        for (layer, values) in cache.layers.iter().zip(before) {
+            let mut expected = values.clone();
+            expected[4 * width..7 * width].copy_from_slice(&values[8 * width..11 * width]);
+            assert_eq!(kernels.download_f64(layer), expected);
+        }
+    }
+
+    #[test]
+    fn rows_carry_the_slots_of_their_pages() {
+        let mut rows = DecodeRows::default();
+        rows.begin(&[7, 2]);
+        rows.push(50, 3, 4);
+        rows.push(51, 4, 4);
+        rows.want_last();
+        rows.begin(&[0]);
+        rows.push(60, 1, 4);
+        assert_eq!(rows.slots, [31, 8, 1]);
+        assert_eq!((rows.sequence.as_slice(), rows.length.as_slice()), (&[0, 0, 1][..], &[4, 5, 2][..]));
+        assert_eq!((rows.len(), rows.wanted.as_slice()), (3, &[1][..]));
+    }
+}

@@ -1,0 +1,142 @@
+//! The two heads: log-probabilities over the vocabulary, and a reward model's scalar.
+//!
+//! Both read only the rows they are asked for: the hidden rows are gathered, then the final norm is applied.
+
+use super::linear::{Linear, Packing};
+use super::norm::{Norm, Normed};
+use super::params::{Gradients, Params};
+use super::pass::{Pass, floats};
+use crate::config::ModelConfig;
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Store};
+
+/// The packed heads of a model.
+pub struct Heads {
+    norm: Norm,
+    vocabulary: Linear,
+    scalar: Option<Linear>,
+}
+
+/// Rows of the residual stream, gathered and normed.
+struct Gathered {
+    rows: Buffer,
+    x: Buffer,
+    normed: Normed,
+}
+
+/// Log-probabilities of targets, and what the backward pass needs.
+pub struct VocabularyOutput {
+    gathered: Gathered,
+    targets: Buffer,
+    temperature: f64,
+    lse: Buffer,
+    /// log-softmax(logits / T) at each target.
+    pub logprobs: Vec<f64>,
+    /// Entropy of each row's distribution at T, nats.
+    pub entropies: Vec<f64>,
+}
+
+/// Scores of sequences, and what the backward pass needs.
+pub struct ScalarOutput {
+    gathered: Gathered,
+    /// One score per row asked for.
+    pub scores: Vec<f64>,
+}
+
+impl Heads {
+    /// Packs the weights.
+    pub fn pack(packing: &Packing<'_>, params: &Params, config: &ModelConfig) -> Result<Heads, OutOfMemory> {
+        let layout = params.layout.clone();
+        let linear = |index: usize| Linear::pack(packing, params, index..index + 1, 1);
+        Ok(Heads {
+            norm: Norm { weight: layout.norm, epsilon: config.rms_norm_eps },
+            vocabulary: linear(layout.head)?,
+            scalar: layout.score.map(linear).transpose()?,
+        })
+    }
+
+    /// Log-probability of `targets[i]` after hidden row `rows[i]`, at `temperature`.
+    pub fn logprobs(
+        &self, pass: &Pass<'_>, params: &Params, hidden: &Buffer, rows: &[u32], targets: &[u32], temperature: f64,
+    ) -> Result<VocabularyOutput, OutOfMemory> {
+        let kernels = pass.kernels;
+        let gathered = self.gather(kernels, params, hidden, rows)?;
+        let targets = super::pass::indices(kernels, targets)?;
+        let [mut logprob, mut lse, mut entropy] =
+            [pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?];
+        let head = self.vocabulary.packed();
+        kernels.head_logprob(&gathered.normed.y, head, &targets, temperature, &mut logprob, &mut lse, &mut entropy)?;
+        let (logprobs, entropies) = (kernels.download_f64(&logprob), kernels.download_f64(&entropy));
+        Ok(VocabularyOutput { gathered, targets, temperature, lse, logprobs, entropies })
+    }
+
+    /// Adds to d_hidden and to the head's and the final norm's gradients, given d(loss)/d(logprob) per row.
+    pub fn backward_logprobs(
+        &self, pass: &Pass<'_>, params: &Params, output: &VocabularyOutput, coefficients: &[f64], d_hidden: &mut Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<(), OutOfMemory> {
+        let kernels = pass.kernels;
+        let x = &output.gathered.normed.y;
+        let mut c = pass.floats(x.rows(), 1)?;
+        kernels.upload_f64(coefficients, &mut c);
+        let mut dx = pass.floats(x.rows(), x.cols())?;
+        kernels.head_logprob_backward(
+            x, self.vocabulary.packed(), self.vocabulary.plain(), &output.targets, output.temperature, &output.lse, &c,
+            &mut dx, &mut gradients.span(self.vocabulary.tensors.clone()),
+        )?;
+        self.scatter(kernels, params, &output.gathered, &dx, d_hidden, gradients)
+    }
+
+    /// The scalar head at hidden rows `rows`.
+    pub fn scores(&self, pass: &Pass<'_>, params: &Params, hidden: &Buffer, rows: &[u32]) -> Result<ScalarOutput, OutOfMemory> {
+        let gathered = self.gather(pass.kernels, params, hidden, rows)?;
+        let mut scores = pass.floats(rows.len(), 1)?;
+        self.scalar().forward(pass.kernels, &gathered.normed.y, &mut scores, Store::Set);
+        Ok(ScalarOutput { gathered, scores: pass.kernels.download_f64(&scores) })
+    }
+
+    /// Adds to d_hidden and to the gradients, given d(loss)/d(score) per row.
+    pub fn backward_scores(
+        &self, pass: &Pass<'_>, params: &Params, output: &ScalarOutput, coefficients: &[f64], d_hidden: &mut Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<(), OutOfMemory> {
+        let kernels = pass.kernels;
+        let x = &output.gathered.normed.y;
+        let mut c = pass.floats(x.rows(), 1)?;
+        kernels.upload_f64(coefficients, &mut c);
+        let mut dx = pass.floats(x.rows(), x.cols())?;
+        self.scalar().backward_input(kernels, &c, &mut dx, Store::Set);
+        self.scalar().backward_weight(kernels, &c, x, gradients);
+        self.scatter(kernels, params, &output.gathered, &dx, d_hidden, gradients)
+    }
+
+    /// Logits of hidden rows `rows`, for the sampler.
+    pub fn logits(&self, kernels: &dyn Kernels, params: &Params, hidden: &Buffer, rows: &[u32]) -> Result<Buffer, OutOfMemory> {
+        let gathered = self.gather(kernels, params, hidden, rows)?;
+        let mut logits = floats(kernels, rows.len(), self.vocabulary.outputs())?;
+        self.vocabulary.forward(kernels, &gathered.normed.y, &mut logits, Store::Set);
+        Ok(logits)
+    }
+
+    fn scalar(&self) -> &Linear {
+        self.scalar.as_ref().expect("a reward model has a scalar head")
+    }
+
+    fn gather(&self, kernels: &dyn Kernels, params: &Params, hidden: &Buffer, rows: &[u32]) -> Result<Gathered, OutOfMemory> {
+        let rows = super::pass::indices(kernels, rows)?;
+        let mut x = floats(kernels, rows.rows(), hidden.cols())?;
+        kernels.gather_rows(hidden, &rows, &mut x);
+        let normed = self.norm.forward(kernels, params, &x)?;
+        Ok(Gathered { rows, x, normed })
+    }
+
+    fn scatter(
+        &self, kernels: &dyn Kernels, params: &Params, gathered: &Gathered, d_normed: &Buffer, d_hidden: &mut Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<(), OutOfMemory> {
+        let mut dx = floats(kernels, d_normed.rows(), d_normed.cols())?;
+        self.norm.backward_input(kernels, params, d_normed, &gathered.x, &gathered.normed, &mut dx, Store::Set);
+        self.norm.backward_weight(kernels, d_normed, &gathered.x, &gathered.normed, gradients);
+        kernels.scatter_add_rows(&dx, &gathered.rows, d_hidden);
+        Ok(())
+    }
+}

@@ -1,0 +1,30 @@
+//! What is learned: a DeepSeek-V2 transformer, layer by layer, with explicit backward passes.
+//!
+//! Every module has `forward`, `backward_input` (B: what the layer below waits for) and
+//! `backward_weight` (W: may run later), over [`Kernels`](rehearsal_kernels::Kernels). There is no autograd.
+//! Knows nothing of losses, optimizers or phases.
+
+// What a model is made of.
+pub mod params;
+pub mod pass;
+pub mod rope;
+
+// From the bottom of a block to the whole stack.
+pub mod linear;
+pub mod norm;
+
+pub mod mla;
+pub mod mlp;
+pub mod moe;
+
+pub mod block;
+pub mod heads;
+pub mod transformer;
+
+// The sampler's memory.
+pub mod cache;
+
+pub use cache::{DecodeRows, LatentCache};
+pub use params::{Gradients, Layout, Params};
+pub use pass::{Documents, Pass};
+pub use transformer::{PackFor, PackedModel, Transformer};

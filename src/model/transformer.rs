@@ -1,0 +1,163 @@
+//! The whole stack in one reading: embedding, blocks, heads; forward, backward, and the sampler's step.
+//!
+//! The model is a description (config, layout, positions). Weights ([`Params`]) and their packed form
+//! ([`PackedModel`], stamped with a policy version) come as arguments, so that policy, reference and reward
+//! models share one `Transformer`.
+
+use super::block::{Block, BlockSaved};
+use super::cache::{DecodeRows, LatentCache};
+use super::heads::Heads;
+use super::linear::Packing;
+use super::moe::Routing;
+use super::params::{Gradients, Layout, Params};
+use super::pass::{Documents, Pass, floats, indices};
+use crate::config::ModelConfig;
+use crate::config::engine::AttentionForm;
+use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, Kind, OutOfMemory, RopeTable};
+use std::sync::Arc;
+
+/// What a model's weights are packed for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackFor {
+    /// Form of attention.
+    pub form: AttentionForm,
+    /// Input gradients too.
+    pub training: bool,
+}
+
+impl PackFor {
+    /// The sampler: absorbed, forward only.
+    pub const SAMPLING: PackFor = PackFor { form: AttentionForm::Absorbed, training: false };
+}
+
+/// A DeepSeek-V2 transformer.
+pub struct Transformer {
+    /// Published config.
+    pub config: ModelConfig,
+    /// Tensors in slab order.
+    pub layout: Arc<Layout>,
+    rope: RopeTable,
+}
+
+/// Weights in a device's order, all from one policy version.
+pub struct PackedModel {
+    /// Form of attention.
+    pub form: AttentionForm,
+    /// Policy version.
+    pub version: u64,
+    blocks: Vec<Block>,
+    /// Vocabulary and scalar head.
+    pub heads: Heads,
+}
+
+/// What the backward pass needs.
+pub struct Saved {
+    blocks: Vec<BlockSaved>,
+}
+
+impl Transformer {
+    /// A model for `config`, with a scalar head if `value_head`.
+    pub fn new(kernels: &dyn Kernels, config: &ModelConfig, value_head: bool) -> Result<Transformer, OutOfMemory> {
+        Ok(Transformer {
+            config: config.clone(),
+            layout: Arc::new(Layout::new(config, value_head)),
+            rope: super::rope::table(kernels, config, config.max_position_embeddings)?,
+        })
+    }
+
+    /// Packs `params` for `role`.
+    pub fn pack(
+        &self, kernels: &dyn Kernels, params: &Params, role: &str, version: u64, pack: PackFor,
+    ) -> Result<PackedModel, OutOfMemory> {
+        let owner = kernels.arena().owner(role, Kind::Packed);
+        let packing = Packing { kernels, owner, version, training: pack.training };
+        let block = |index| Block::pack(&packing, params, &self.config, index, pack.form);
+        Ok(PackedModel {
+            form: pack.form,
+            version,
+            blocks: self.layout.layers.iter().map(block).collect::<Result<_, _>>()?,
+            heads: Heads::pack(&packing, params, &self.config)?,
+        })
+    }
+
+    /// A pass over packed documents.
+    pub fn pass<'a>(&'a self, kernels: &'a dyn Kernels, documents: &'a Documents, packed: &PackedModel) -> Pass<'a> {
+        Pass { kernels, documents, rope: &self.rope, form: packed.form, balance: 0.0, share: 1.0 }
+    }
+
+    /// The residual stream after the last block, `[T, d]`, before the final norm.
+    pub fn forward(&self, pass: &Pass<'_>, params: &Params, packed: &PackedModel) -> Result<(Buffer, Saved), OutOfMemory> {
+        let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
+        let mut blocks = Vec::with_capacity(packed.blocks.len());
+        for block in &packed.blocks {
+            let (y, saved) = block.forward(pass, params, x)?;
+            blocks.push(saved);
+            x = y;
+        }
+        Ok((x, Saved { blocks }))
+    }
+
+    /// The same without keeping anything for a backward pass.
+    pub fn forward_only(&self, pass: &Pass<'_>, params: &Params, packed: &PackedModel) -> Result<Buffer, OutOfMemory> {
+        let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
+        for block in &packed.blocks {
+            x = block.forward(pass, params, x)?.0;
+        }
+        Ok(x)
+    }
+
+    /// Adds the gradients of all blocks and of the embedding; returns what the routers did, by MoE layer.
+    pub fn backward(
+        &self, pass: &Pass<'_>, params: &Params, packed: &PackedModel, mut saved: Saved, d_hidden: Buffer,
+        gradients: &mut Gradients,
+    ) -> Result<Vec<Routing>, OutOfMemory> {
+        let mut dx = d_hidden;
+        let mut routings = Vec::new();
+        for block in packed.blocks.iter().rev() {
+            let saved = saved.blocks.pop().expect("one saved state per block");
+            let (below, pending) = block.backward_input(pass, params, &saved, dx)?;
+            block.backward_weight(pass, &saved, &pending, gradients);
+            routings.extend(block.routing(pass.kernels, &saved, &pending));
+            dx = below;
+        }
+        let mut d_embed = gradients.tensor(self.layout.embed);
+        pass.kernels.scatter_add_rows(&dx, &pass.documents.tokens, &mut d_embed);
+        routings.reverse();
+        Ok(routings)
+    }
+
+    /// One step of the sampler: writes the rows' cache entries and returns the logits of the wanted rows.
+    pub fn decode(
+        &self, kernels: &dyn Kernels, params: &Params, packed: &PackedModel, cache: &mut LatentCache, rows: &DecodeRows,
+    ) -> Result<Buffer, OutOfMemory> {
+        let [tokens, positions, slots, sequence, length] =
+            [&rows.tokens, &rows.positions, &rows.slots, &rows.sequence, &rows.length].map(|v| indices(kernels, v));
+        let (positions, slots, sequence, length) = (positions?, slots?, sequence?, length?);
+        let tables = page_tables(kernels, rows)?;
+        let batch = DecodeBatch { tables: &tables, sequence: &sequence, length: &length, page_tokens: cache.page_tokens };
+        let mut x = self.embed(kernels, params, &tokens?)?;
+        for (block, layer) in packed.blocks.iter().zip(&mut cache.layers) {
+            block.decode(kernels, params, &mut x, &positions, &self.rope, &slots, &batch, layer)?;
+        }
+        packed.heads.logits(kernels, params, &x, &rows.wanted)
+    }
+
+    fn embed(&self, kernels: &dyn Kernels, params: &Params, tokens: &Buffer) -> Result<Buffer, OutOfMemory> {
+        let mut x = floats(kernels, tokens.rows(), self.config.hidden_size)?;
+        kernels.gather_rows(&params.slab.tensor(self.layout.embed), tokens, &mut x);
+        Ok(x)
+    }
+}
+
+/// The page tables as one index matrix, short ones padded with page 0 (never read past a row's length).
+fn page_tables(kernels: &dyn Kernels, rows: &DecodeRows) -> Result<Buffer, OutOfMemory> {
+    let width = rows.tables.iter().map(Vec::len).max().unwrap_or(0).max(1);
+    let mut flat = Vec::with_capacity(rows.tables.len() * width);
+    for table in &rows.tables {
+        flat.extend_from_slice(table);
+        flat.resize(flat.len().next_multiple_of(width), 0);
+    }
+    let mut buffer = super::pass::index_buffer(kernels, rows.tables.len(), width)?;
+    kernels.upload_indices(&flat, &mut buffer);
+    Ok(buffer)
+}

@@ -1,0 +1,50 @@
+//! Cost of one token: FLOPs and cache bytes.
+
+use super::parameters::parameters;
+use crate::config::ModelConfig;
+
+/// Data type of the latent cache.
+pub const CACHE_DTYPE: &str = "f32";
+
+/// Bytes of the latent cache that one token takes over all layers.
+pub fn cache_bytes_per_token(model: &ModelConfig) -> u64 {
+    (model.num_hidden_layers * model.cache_width() * size_of::<f32>()) as u64
+}
+
+/// FLOPs of a token's forward pass in the middle of a causal sequence: 2 for each active parameter that it passes,
+/// and 2 for each element of query, key and value over the half of the sequence that it sees on average.
+pub fn forward_flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
+    let weights = 2.0 * parameters(model).active_without_input_embedding as f64;
+    let widths = model.num_attention_heads * (model.query_width() + model.v_head_dim);
+    let seen = (sequence as f64 + 1.0) / 2.0;
+    weights + model.num_hidden_layers as f64 * 2.0 * widths as f64 * seen
+}
+
+/// FLOPs of a token in training: one forward pass, and two as long for the gradients of inputs and weights.
+pub fn flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
+    3.0 * forward_flops_per_token(model, sequence)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::parameters::tests::preset;
+    use super::*;
+
+    #[test]
+    fn v2_trains_at_155_gigaflops_a_token() {
+        let gigaflops = flops_per_token(&preset("deepseek-v2.json"), 4096) / 1e9;
+        assert_eq!(format!("{gigaflops:.1}"), "155.3");
+    }
+
+    #[test]
+    fn the_cache_holds_576_elements_a_layer() {
+        assert_eq!(cache_bytes_per_token(&preset("deepseek-v2.json")), 34_560 * 4);
+        assert_eq!(cache_bytes_per_token(&preset("deepseek-v2-lite.json")), 15_552 * 4);
+    }
+
+    #[test]
+    fn the_quickstart_trains_at_the_megaflops_of_its_recipe() {
+        let megaflops = flops_per_token(&preset("quickstart.json"), 64) / 1e6;
+        assert!((megaflops - 3.39).abs() < 0.05, "{megaflops}");
+    }
+}

@@ -1,0 +1,272 @@
+//! Steps, tokens, seconds and disk of a run.
+//!
+//! What is assumed, and told beside the figures:
+//!   * an example is as long as a pretraining row of the run (256 tokens without one)
+//!   * a rollout uses half of `max_new_tokens`
+//!   * [`FLOPS_PER_THREAD`], and a sampled token at half that rate; evaluations are left out
+
+use super::cost::{flops_per_token, forward_flops_per_token};
+use super::parameters::parameters;
+use crate::config::stage::GrpoStage;
+use crate::config::{ModelConfig, Offload, RopeScaling, RunConfig, Stage, StageKind};
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// FLOPs that a thread is taken to do in a second.
+pub const FLOPS_PER_THREAD: f64 = 10e9;
+
+/// Lines of data sets, by name.
+pub type Lines = BTreeMap<String, u64>;
+
+/// What one stage takes. What depends on a data set whose length is not known is absent.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StageEstimate {
+    /// The stage's name.
+    pub name: String,
+    /// Its kind.
+    pub kind: &'static str,
+    /// Optimizer steps.
+    pub steps: Option<u64>,
+    /// Tokens that are trained on.
+    pub trained_tokens: Option<u64>,
+    /// Tokens that are sampled.
+    pub sampled_tokens: u64,
+    /// Tokens that other models score.
+    pub scored_tokens: u64,
+    /// Seconds on this many threads.
+    pub seconds: Option<f64>,
+}
+
+/// What a run takes.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// Of every stage.
+    pub stages: Vec<StageEstimate>,
+    /// Tokens that are trained on in all stages whose data is known.
+    pub tokens: u64,
+    /// Seconds of all stages; absent if a stage's are.
+    pub seconds: Option<f64>,
+    /// Threads that the seconds are for.
+    pub threads: usize,
+    /// Most bytes that the run folder holds.
+    pub disk_bytes: u64,
+}
+
+/// Estimates a run on `threads` threads, with the lines of the sets that were counted.
+pub fn estimate(config: &RunConfig, counted: &Lines, threads: usize) -> Estimate {
+    let mut lines = generated_lines(config);
+    lines.extend(counted.iter().map(|(name, count)| (name.clone(), *count)));
+    let stages: Vec<StageEstimate> = (0..config.stages.len()).map(|index| stage(config, index, &lines, threads)).collect();
+    Estimate {
+        tokens: stages.iter().filter_map(|stage| stage.trained_tokens).sum(),
+        seconds: stages.iter().map(|stage| stage.seconds).sum(),
+        threads,
+        disk_bytes: disk_bytes(config, &stages),
+        stages,
+    }
+}
+
+/// The sequence length whose FLOPs are told for a run: pretraining's, else the longest of its stages'.
+pub fn sequence(config: &RunConfig) -> usize {
+    let of = |stage: &Stage| match &stage.kind {
+        StageKind::Pretrain(stage) => Some(stage.sequence),
+        StageKind::LongContext(stage) => Some(stage.sequence),
+        _ => None,
+    };
+    config.stages.iter().find_map(of).unwrap_or_else(|| example_tokens(config))
+}
+
+/// Tokens that an example is taken to have.
+pub fn example_tokens(config: &RunConfig) -> usize {
+    let rows = config.stages.iter().find_map(|stage| match &stage.kind {
+        StageKind::Pretrain(stage) => Some(stage.sequence),
+        _ => None,
+    });
+    rows.unwrap_or(config.model.max_position_embeddings.min(256))
+}
+
+/// The model in stage number `index`: a long-context stage before it, or itself, has lengthened it.
+pub fn model_at(config: &RunConfig, index: usize) -> ModelConfig {
+    let stage = &config.stages[index];
+    let before = match &stage.start_from {
+        Some(name) => config.stages[..index].iter().position(|stage| stage.name == *name),
+        None => config.stages[..index].iter().rposition(|stage| stage.kind.makes_policy()),
+    };
+    let mut model = before.map_or_else(|| config.model.clone(), |before| model_at(config, before));
+    if let StageKind::LongContext(long) = &stage.kind {
+        let original = model.max_position_embeddings;
+        model.max_position_embeddings = (original as f64 * long.factor) as usize;
+        model.rope_scaling = Some(RopeScaling {
+            kind: "yarn".to_string(),
+            factor: long.factor,
+            original_max_position_embeddings: original,
+            beta_fast: long.beta_fast,
+            beta_slow: long.beta_slow,
+            mscale: long.mscale,
+            mscale_all_dim: long.mscale,
+        });
+    }
+    model
+}
+
+/// Lines of the sets that the word machine will write.
+fn generated_lines(config: &RunConfig) -> Lines {
+    let Some(machine) = &config.data.word_machine else { return Lines::new() };
+    let count = |file: &str| match file {
+        "pages.jsonl" => Some(machine.pages),
+        "conversations.jsonl" => Some(machine.conversations),
+        "helpful.jsonl" | "safety.jsonl" => Some(machine.pairs),
+        "prompts.jsonl" | "prompts-mixed.jsonl" => Some(machine.prompts),
+        _ => None,
+    };
+    let sets = config.data.sets.iter().filter_map(|(name, set)| {
+        let lines = set.file.strip_prefix("run:").and_then(count)? as u64;
+        let kept = set.split.map_or(lines, |split| lines * (split.to - split.from) as u64 / split.of as u64);
+        Some((name.clone(), kept))
+    });
+    sets.collect()
+}
+
+fn stage(config: &RunConfig, index: usize, lines: &Lines, threads: usize) -> StageEstimate {
+    let stage = &config.stages[index];
+    let example = example_tokens(config) as u64;
+    let passes = |set: &str, epochs: u64, batch: usize, tokens: u64| {
+        let examples = lines.get(set).map(|lines| lines * epochs);
+        (examples.map(|examples| examples.div_ceil(batch as u64)), examples.map(|examples| examples * tokens))
+    };
+    let (mut sampled_tokens, mut scored_tokens) = (0, 0);
+    let (steps, trained_tokens) = match &stage.kind {
+        StageKind::Pretrain(stage) => {
+            let ramp = stage.batch_ramp * stage.steps as f64 * f64::from(u8::from(stage.batch_start > 0));
+            let missing = ramp * (stage.batch - stage.batch_start.min(stage.batch)) as f64 / 2.0;
+            let rows = stage.steps as f64 * stage.batch as f64 - missing;
+            (Some(stage.steps), Some(rows as u64 * stage.sequence as u64))
+        }
+        StageKind::LongContext(stage) => {
+            (Some(stage.steps), Some(stage.steps * (stage.batch * stage.sequence) as u64))
+        }
+        StageKind::Sft(stage) => passes(&stage.data, stage.epochs, stage.batch, example),
+        StageKind::RewardModel(stage) => passes(&stage.data, stage.epochs, stage.batch, 2 * example),
+        StageKind::Grpo(stage) => {
+            let each = reply_tokens(stage) + prompt_tokens(config, stage);
+            sampled_tokens = rollouts(stage) * reply_tokens(stage);
+            let models = stage.reward.iter().filter(|entry| entry.model.is_some()).count();
+            scored_tokens = rollouts(stage) * each * (models as u64 + u64::from(stage.kl_weight > 0.0));
+            (Some(stage.steps * stage.updates), Some(rollouts(stage) * each * stage.updates))
+        }
+    };
+    let (model, length) = (model_at(config, index), sequence(config));
+    let forward = forward_flops_per_token(&model, length);
+    let seconds = trained_tokens.map(|trained| {
+        let flops = trained as f64 * flops_per_token(&model, length)
+            + scored_tokens as f64 * forward
+            + sampled_tokens as f64 * forward * 2.0;
+        flops / (FLOPS_PER_THREAD * threads as f64)
+    });
+    StageEstimate {
+        name: stage.name.clone(),
+        kind: stage.kind.name(),
+        steps,
+        trained_tokens,
+        sampled_tokens,
+        scored_tokens,
+        seconds,
+    }
+}
+
+fn rollouts(stage: &GrpoStage) -> u64 {
+    stage.steps * (stage.prompts * stage.group_size) as u64
+}
+
+fn reply_tokens(stage: &GrpoStage) -> u64 {
+    (stage.max_new_tokens as u64).div_ceil(2)
+}
+
+/// A quarter of an example is its prompt.
+fn prompt_tokens(config: &RunConfig, stage: &GrpoStage) -> u64 {
+    let room = stage_room(config, stage);
+    (example_tokens(config) as u64 / 4).clamp(1, room.max(1))
+}
+
+fn stage_room(config: &RunConfig, stage: &GrpoStage) -> u64 {
+    config.model.max_position_embeddings.saturating_sub(stage.max_new_tokens) as u64
+}
+
+/// Checkpoints with moments (one more than is kept while one is written), artefacts, export, offloaded models,
+/// rollouts and the journal.
+fn disk_bytes(config: &RunConfig, stages: &[StageEstimate]) -> u64 {
+    let weights = 4 * parameters(&config.model).total;
+    let checkpoints = (config.checkpoint.keep as u64 + 1) * 3 * weights;
+    let artefacts = stages.len() as u64 * weights + weights;
+    let offloads = |what| config.engine.offload.contains(&what);
+    let others = config.stages.iter().map(|stage| match &stage.kind {
+        StageKind::Grpo(stage) => {
+            let models = stage.reward.iter().filter(|entry| entry.model.is_some()).count() as u64;
+            u64::from(offloads(Offload::Reference)) + models * u64::from(offloads(Offload::RewardModels))
+        }
+        _ => 0,
+    });
+    let spilled = weights * (others.max().unwrap_or(0) + 2 * u64::from(offloads(Offload::Optimizer)));
+    let kept_rollouts: u64 = config
+        .stages
+        .iter()
+        .map(|stage| match &stage.kind {
+            StageKind::Grpo(stage) => rollouts(stage) * (600 + 8 * reply_tokens(stage)),
+            _ => 0,
+        })
+        .sum();
+    let journal: u64 = stages.iter().filter_map(|stage| stage.steps).sum::<u64>() * 2048;
+    checkpoints + artefacts + spilled + kept_rollouts + journal
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::path::Path;
+
+    pub fn quickstart(assignments: &[&str]) -> RunConfig {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
+        RunConfig::load(&folder.join("configs/quickstart.toml"), &assignments).unwrap().config
+    }
+
+    fn of<'a>(estimate: &'a Estimate, name: &str) -> &'a StageEstimate {
+        estimate.stages.iter().find(|stage| stage.name == name).unwrap()
+    }
+
+    #[test]
+    fn tokens_of_pretraining_are_steps_times_rows_times_length() {
+        let run = estimate(&quickstart(&["stage.base.steps=1600"]), &Lines::new(), 2);
+        assert_eq!(of(&run, "base").trained_tokens, Some(1600 * 8 * 64));
+        let ramp = ["stage.base.steps=1600", "stage.base.batch_start=4", "stage.base.batch_ramp=0.5"];
+        let run = estimate(&quickstart(&ramp), &Lines::new(), 2);
+        assert_eq!(of(&run, "base").trained_tokens, Some((1600 * 8 - 800 * 4 / 2) * 64));
+    }
+
+    #[test]
+    fn steps_of_epochs_follow_the_lines_that_were_counted() {
+        let counted = Lines::from([("conversations".to_string(), 100)]);
+        let run = estimate(&quickstart(&["stage.sft.batch=32", "stage.sft.epochs=2"]), &counted, 2);
+        assert_eq!(of(&run, "sft").steps, Some(7));
+        assert_eq!(of(&run, "sft").trained_tokens, Some(200 * 64));
+    }
+
+    #[test]
+    fn twice_the_threads_take_half_the_seconds() {
+        let run = quickstart(&[]);
+        let (one, two) = (estimate(&run, &Lines::new(), 1), estimate(&run, &Lines::new(), 2));
+        assert!((one.seconds.unwrap() - 2.0 * two.seconds.unwrap()).abs() < 1e-9);
+        assert!(two.seconds.unwrap() < 700.0, "{:?}", two.seconds);
+    }
+
+    #[test]
+    fn a_long_context_stage_lengthens_the_model_of_the_stages_after_it() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let config = RunConfig::load(&folder.join("configs/smoke.toml"), &[]).unwrap().config;
+        let long = config.stages.iter().position(|stage| stage.kind.name() == "long-context").unwrap();
+        let StageKind::LongContext(stage) = &config.stages[long].kind else { panic!("it is that kind") };
+        let longer = (config.model.max_position_embeddings as f64 * stage.factor) as usize;
+        assert_eq!(model_at(&config, long + 1).max_position_embeddings, longer);
+        assert_eq!(model_at(&config, 0).max_position_embeddings, config.model.max_position_embeddings);
+    }
+}

@@ -1,0 +1,17 @@
+//! What a run will cost, before it starts: parameters, bytes by phase and owner, FLOPs, tokens, disk, time.
+//!
+//! Arithmetic on the config alone; reads no file and touches no device. Counts of parameters, tensors
+//! and cache bytes are exact, everything else is an estimate and says so.
+
+// Exact.
+pub mod cost;
+pub mod parameters;
+
+// Estimates.
+pub mod estimate;
+pub mod memory;
+
+pub use cost::{cache_bytes_per_token, flops_per_token};
+pub use estimate::{Estimate, StageEstimate, estimate};
+pub use memory::{Memory, StageMemory, memory};
+pub use parameters::{Parameters, parameters};

@@ -1,0 +1,69 @@
+//! What an optimizer step is asked for and what it reports.
+
+use crate::data::example::Batch;
+use crate::rl::grpo::GrpoSettings;
+use crate::rl::rollout::ScoredGroup;
+use serde::{Deserialize, Serialize};
+
+/// One optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum TrainJob {
+    /// Next-token or preference loss, by the kind of batch.
+    Batch {
+        /// The examples.
+        batch: Batch,
+        /// Examples that go through the model at once; 0 for all.
+        micro_batch: usize,
+    },
+    /// One GRPO update.
+    Grpo {
+        /// Scored groups, in order of slot.
+        groups: Vec<ScoredGroup>,
+        /// Settings of the loss.
+        settings: GrpoSettings,
+        /// Rollouts that go through the model at once; 0 for all.
+        micro_batch: usize,
+    },
+}
+
+/// What one optimizer step did.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StepReport {
+    /// Loss: of the objective, balance loss apart.
+    pub loss: f64,
+    /// Balance loss, weighted.
+    pub balance_loss: f64,
+    /// Learning rate used.
+    pub learning_rate: f64,
+    /// Global gradient norm before the clip.
+    pub gradient_norm: f64,
+    /// Tokens through the model.
+    pub tokens: u64,
+    /// Seconds of the step.
+    pub seconds: f64,
+    /// True if loss or gradient was not finite: no weight was changed.
+    pub skipped: bool,
+    /// Version of the weights after the step.
+    pub policy_version: u64,
+    /// Per MoE layer, the share of slots of each expert.
+    pub expert_load: Vec<Vec<f32>>,
+    /// Preference loss: share of pairs whose chosen reply scores higher.
+    pub accuracy: Option<f64>,
+    /// GRPO only.
+    pub grpo: Option<GrpoReport>,
+}
+
+/// GRPO's own figures of one update.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct GrpoReport {
+    /// Mean of k3 over tokens.
+    pub kl: f64,
+    /// Mean entropy of the policy over reply tokens, nats.
+    pub entropy: f64,
+    /// Share of tokens whose gradient the clip removed.
+    pub clip_share: f64,
+    /// Largest |sampler - trainer| log-probability over tokens, before the first update of a batch.
+    pub logprob_gap_max: f64,
+    /// Its mean.
+    pub logprob_gap_mean: f64,
+}

@@ -1,0 +1,14 @@
+//! How weights change: learning rate, objective, optimizer, and the step that joins them.
+//!
+//! Knows the model and plain rollouts; nothing of phases, files or actors.
+
+pub mod job;
+pub mod learning_rate;
+pub mod objective;
+pub mod optimizer;
+pub mod step;
+
+pub use learning_rate::learning_rate;
+pub use objective::{Items, Micro};
+pub use optimizer::Optimizer;
+pub use step::{Trainee, train_step};

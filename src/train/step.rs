@@ -1,0 +1,126 @@
+//! One optimizer step: forward, objective, backward, clip, update.
+//!
+//! Invariants:
+//!   * after the backward passes every trainable tensor has a gradient (asserted: nothing is cut in silence)
+//!   * a loss or gradient that is not finite changes no weight and no moment
+//!   * the split into micro-batches changes no bit of the gradient
+
+use super::job::StepReport;
+use super::learning_rate::learning_rate;
+use super::objective::{Items, Micro, Tally};
+use super::optimizer::Optimizer;
+use crate::config::failpoint::failpoint;
+use crate::config::stage::OptimizerConfig;
+use crate::model::moe::Routing;
+use crate::model::{Documents, Gradients, PackedModel, Params, Transformer};
+use rehearsal_kernels::{Kernels, OutOfMemory};
+use std::ops::Range;
+use std::time::Instant;
+
+/// A model in training.
+pub struct Trainee<'a> {
+    /// The device.
+    pub kernels: &'a dyn Kernels,
+    /// The model.
+    pub model: &'a Transformer,
+    /// Its weights.
+    pub params: &'a mut Params,
+    /// The same weights, packed for training.
+    pub packed: &'a PackedModel,
+    /// Gradients; cleared by the step.
+    pub gradients: &'a mut Gradients,
+    /// Moments.
+    pub optimizer: &'a mut Optimizer,
+}
+
+/// What a step is to do, apart from its examples.
+pub struct StepSettings<'a> {
+    /// Optimizer and schedule.
+    pub optimizer: &'a OptimizerConfig,
+    /// Number of the step, from 0, for the schedule.
+    pub step: u64,
+    /// Steps of the stage, for the schedule.
+    pub steps: u64,
+    /// Weight of the balance loss.
+    pub balance: f64,
+    /// Examples that go through the model at once; 0 for all.
+    pub micro_batch: usize,
+}
+
+/// Runs one step. The caller repacks the weights if `!report.skipped`.
+pub fn train_step(trainee: &mut Trainee<'_>, settings: &StepSettings<'_>, items: &Items<'_>) -> Result<StepReport, OutOfMemory> {
+    let began = Instant::now();
+    trainee.gradients.clear(trainee.kernels);
+    let mut tally = Tally::default();
+    let mut routings: Vec<Vec<Routing>> = Vec::new();
+    let micro_batch = if settings.micro_batch == 0 { items.len() } else { settings.micro_batch };
+    let documents = items.sequences(0..items.len()).len();
+    let mut tokens = 0;
+    for first in (0..items.len()).step_by(micro_batch.max(1)) {
+        let range = first..items.len().min(first + micro_batch);
+        routings.push(backpropagate(trainee, settings.balance, documents, items, range.clone(), &mut tally)?);
+        tokens += items.sequences(range).iter().map(|s| s.len() as u64).sum::<u64>();
+        failpoint("mid-gradient");
+    }
+    let scalar_head = items.uses_scalar_head();
+    let missing = trainee.gradients.missing(&trainee.model.layout, scalar_head);
+    assert!(missing.is_empty() || items.is_empty(), "no gradient was written for {missing:?}");
+
+    let gradient_norm = trainee.kernels.squared_sum(&trainee.gradients.slab.whole()).sqrt();
+    let rate = learning_rate(settings.optimizer, settings.step, settings.steps);
+    let balance_loss = routings.iter().flatten().map(|r| r.balance_loss).sum::<f64>();
+    let skipped = !(tally.loss.is_finite() && balance_loss.is_finite() && gradient_norm.is_finite());
+    if !skipped {
+        trainee.optimizer.update(
+            trainee.kernels, settings.optimizer, rate, gradient_norm, trainee.params, trainee.gradients, scalar_head,
+        );
+    }
+    Ok(StepReport {
+        loss: tally.loss,
+        balance_loss,
+        learning_rate: rate,
+        gradient_norm,
+        tokens,
+        seconds: began.elapsed().as_secs_f64(),
+        skipped,
+        policy_version: 0,
+        expert_load: mean_load(&routings),
+        accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
+        grpo: matches!(items, Items::Rollouts(..)).then(|| tally.grpo()),
+    })
+}
+
+/// Forward and backward of one micro-batch.
+fn backpropagate(
+    trainee: &mut Trainee<'_>, balance: f64, documents_in_step: usize, items: &Items<'_>, range: Range<usize>, tally: &mut Tally,
+) -> Result<Vec<Routing>, OutOfMemory> {
+    let (kernels, model, packed) = (trainee.kernels, trainee.model, trainee.packed);
+    let documents = Documents::pack(kernels, &items.sequences(range.clone()))?;
+    let mut pass = model.pass(kernels, &documents, packed);
+    pass.balance = balance;
+    pass.share = documents.count as f64 / documents_in_step as f64;
+    let (hidden, saved) = model.forward(&pass, trainee.params, packed)?;
+    let mut d_hidden = pass.floats(hidden.rows(), hidden.cols())?;
+    kernels.fill(&mut d_hidden, 0.0);
+    let mut micro = Micro {
+        pass: &pass,
+        params: trainee.params,
+        heads: &packed.heads,
+        hidden: &hidden,
+        d_hidden: &mut d_hidden,
+        gradients: trainee.gradients,
+    };
+    items.evaluate(range, &mut micro, tally)?;
+    model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)
+}
+
+/// Per MoE layer, the mean over micro-batches of each expert's share of slots.
+fn mean_load(routings: &[Vec<Routing>]) -> Vec<Vec<f32>> {
+    let Some(first) = routings.first() else { return Vec::new() };
+    let layer_mean = |layer: usize| {
+        let experts = first[layer].load.len();
+        let mean = |e: usize| routings.iter().map(|r| r[layer].load[e]).sum::<f32>() / routings.len() as f32;
+        (0..experts).map(mean).collect()
+    };
+    (0..first.len()).map(layer_mean).collect()
+}

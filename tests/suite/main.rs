@@ -1,0 +1,6 @@
+//! The suite: one binary, one module per capability.
+
+mod tiny;
+
+mod model;
+mod tidy;

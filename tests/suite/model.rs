@@ -1,0 +1,185 @@
+//! The model against finite differences, against itself in its other form, and f32 against f64.
+
+use crate::tiny::{Tiny, config, config_lite, cpu, documents, reference, relative_l2, worst};
+use rehearsal::config::ModelConfig;
+use rehearsal::config::engine::AttentionForm::{self, Absorbed, Expanded};
+use rehearsal::data::example::Pair;
+use rehearsal::model::{DecodeRows, Documents, LatentCache};
+use rehearsal::train::Items;
+use rehearsal_kernels::Kernels;
+use rehearsal_kernels::random::{Draws, Stream};
+
+/// Compares every tensor's gradient with central differences at a few random elements.
+fn check_gradients(config: &ModelConfig, value_head: bool, items: &Items<'_>, form: AttentionForm, balance: f64) {
+    let kernels = reference();
+    let mut tiny = Tiny::new(&kernels, config, value_head);
+    let (_, gradients) = tiny.loss_and_gradients(items, form, balance);
+    let layout = tiny.model.layout.clone();
+    assert!(gradients.missing(&layout, value_head).is_empty());
+    let mut draws = Draws::new(1, Stream::Data, [7, 7, 7]);
+    let mut worst = (0.0, String::new());
+    for (index, spec) in layout.specs.iter().enumerate().filter(|(i, _)| layout.is_trained(*i, value_head)) {
+        let analytic = kernels.download_f64(&gradients.slab.tensor(index));
+        let original = kernels.download_f64(&tiny.params.slab.tensor(index));
+        let scale = analytic.iter().fold(0.0f64, |m, g| m.max(g.abs())).max(1e-4);
+        for _ in 0..4 {
+            let element = draws.below(original.len() as u64) as usize;
+            let mut loss_at = |delta: f64| {
+                let mut values = original.clone();
+                values[element] += delta;
+                kernels.upload_f64(&values, &mut tiny.params.slab.tensor_mut(index));
+                tiny.loss_and_gradients(items, form, balance).0
+            };
+            let step = 1e-5;
+            let numeric = (loss_at(step) - loss_at(-step)) / (2.0 * step);
+            kernels.upload_f64(&original, &mut tiny.params.slab.tensor_mut(index));
+            let error = (numeric - analytic[element]).abs() / scale;
+            if error > worst.0 {
+                worst = (error, format!("{}[{element}]: {numeric:e} against {:e}", spec.name, analytic[element]));
+            }
+        }
+    }
+    println!("worst gradient element, {form:?}: {:e} at {}", worst.0, worst.1);
+    assert!(worst.0 < 1e-5, "{} {}", worst.0, worst.1);
+}
+
+#[test]
+fn every_gradient_equals_its_finite_difference() {
+    for (config, form) in [(config(), Expanded), (config(), Absorbed), (config_lite(), Expanded), (config_lite(), Absorbed)] {
+        let documents = documents(&config, &[7, 4, 9]);
+        // The balance loss is only piecewise smooth: choices of experts must not flip within a step of 1e-5.
+        check_gradients(&config, false, &Items::Documents(&documents), form, 0.01);
+    }
+}
+
+#[test]
+fn a_reward_models_gradients_equal_their_finite_differences() {
+    let config = config();
+    let pairs: Vec<Pair> = documents(&config, &[5, 7, 6, 4])
+        .chunks(2)
+        .map(|pair| Pair { chosen: pair[0].tokens.clone(), rejected: pair[1].tokens.clone() })
+        .collect();
+    check_gradients(&config, true, &Items::Pairs(&pairs), Expanded, 0.0);
+}
+
+#[test]
+fn tied_embeddings_collect_both_gradients() {
+    let mut config = config();
+    config.tie_word_embeddings = true;
+    let documents = documents(&config, &[8, 5]);
+    check_gradients(&config, false, &Items::Documents(&documents), Expanded, 0.0);
+}
+
+#[test]
+fn the_absorbed_form_equals_the_expanded_one() {
+    for config in [config(), config_lite()] {
+        let documents = documents(&config, &[11, 3, 20]);
+        let kernels = reference();
+        let tiny = Tiny::new(&kernels, &config, false);
+        let items = Items::Documents(&documents);
+        let (expanded, absorbed) = (tiny.loss_and_gradients(&items, Expanded, 0.0), tiny.loss_and_gradients(&items, Absorbed, 0.0));
+        assert!((expanded.0 - absorbed.0).abs() < 1e-10, "{} {}", expanded.0, absorbed.0);
+        let whole = |g: &rehearsal::model::Gradients| kernels.download_f64(&g.slab.whole());
+        let (index, error) = worst(&whole(&absorbed.1), &whole(&expanded.1), 1e-3);
+        assert!(error < 1e-9, "element {index}: {error:e}");
+    }
+}
+
+#[test]
+fn f32_gradients_follow_the_f64_reference() {
+    for (config, form) in [(config(), Expanded), (config_lite(), Absorbed)] {
+        let documents = documents(&config, &[11, 3, 20]);
+        let items = Items::Documents(&documents);
+        let (fast, exact) = (cpu(2), reference());
+        let (ours, wanted) = (Tiny::new(&fast, &config, false), Tiny::new(&exact, &config, false));
+        let (got, want) = (ours.loss_and_gradients(&items, form, 0.01), wanted.loss_and_gradients(&items, form, 0.01));
+        assert!((got.0 - want.0).abs() < 1e-5, "loss {} against {}", got.0, want.0);
+        for (index, spec) in ours.model.layout.specs.iter().enumerate() {
+            let error = relative_l2(
+                &fast.download_f64(&got.1.slab.tensor(index)),
+                &exact.download_f64(&want.1.slab.tensor(index)),
+            );
+            assert!(error < 1e-4, "{}: relative L2 {error:e}", spec.name);
+        }
+    }
+}
+
+#[test]
+fn thread_count_changes_no_bit_of_a_gradient() {
+    let config = config();
+    let documents = documents(&config, &[30, 17, 41, 9]);
+    let gradients: Vec<Vec<u32>> = [1, 2, 4]
+        .map(|threads| {
+            let kernels = cpu(threads);
+            let tiny = Tiny::new(&kernels, &config, false);
+            let (_, gradients) = tiny.loss_and_gradients(&Items::Documents(&documents), Expanded, 0.01);
+            kernels.download(&gradients.slab.whole()).iter().map(|g| g.to_bits()).collect()
+        })
+        .to_vec();
+    assert!(gradients[0] == gradients[1] && gradients[0] == gradients[2]);
+}
+
+/// Log-probabilities of one document's tokens through the training forward.
+fn logprobs(tiny: &Tiny<'_>, form: AttentionForm, documents: &[&[u32]], which: usize) -> Vec<f64> {
+    let packed = tiny.pack(form, false);
+    let packed_documents = Documents::pack(tiny.kernels, documents).unwrap();
+    let pass = tiny.model.pass(tiny.kernels, &packed_documents, &packed);
+    let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
+    let base: usize = documents[..which].iter().map(|d| d.len()).sum();
+    let rows: Vec<u32> = (0..documents[which].len() as u32 - 1).map(|i| base as u32 + i).collect();
+    packed.heads.logprobs(&pass, &tiny.params, &hidden, &rows, &documents[which][1..], 1.0).unwrap().logprobs
+}
+
+#[test]
+fn a_token_sees_neither_the_future_nor_another_document() {
+    let kernels = cpu(2);
+    let tiny = Tiny::new(&kernels, &config(), false);
+    let document: Vec<u32> = (0..18).map(|i| i * 7 % 29).collect();
+    let neighbour: Vec<u32> = (0..9).map(|i| i * 5 % 29).collect();
+    let alone = logprobs(&tiny, Expanded, &[&document], 0);
+    assert_eq!(alone, logprobs(&tiny, Expanded, &[&neighbour, &document, &neighbour], 1));
+    let mut changed = document.clone();
+    changed[10] = (changed[10] + 1) % 29;
+    let after = logprobs(&tiny, Expanded, &[&changed], 0);
+    assert_eq!(alone[..9], after[..9]);
+    assert_ne!(alone[10..], after[10..]);
+}
+
+#[test]
+fn decoding_from_the_cache_equals_the_training_forward_at_every_position() {
+    for config in [config(), config_lite()] {
+        let kernels = cpu(2);
+        let tiny = Tiny::new(&kernels, &config, false);
+        let document: Vec<u32> = (0..23).map(|i| i * 11 % 29).collect();
+        let packed = tiny.pack(Absorbed, false);
+        let mut cache = LatentCache::new(&kernels, &config, 8, 4).unwrap();
+        let table = vec![5, 2, 7, 0, 1, 3];
+        let mut decoded = Vec::new();
+        // A prompt of nine tokens in one go, then token by token.
+        let chunks = std::iter::once(0..9).chain((9..document.len()).map(|i| i..i + 1));
+        for chunk in chunks {
+            let position = |i: usize| i as u32;
+            let slot = |i: usize| table[i / 4] * 4 + (i % 4) as u32;
+            let rows = DecodeRows {
+                tokens: document[chunk.clone()].to_vec(),
+                positions: chunk.clone().map(position).collect(),
+                slots: chunk.clone().map(slot).collect(),
+                sequence: vec![0; chunk.len()],
+                length: chunk.clone().map(|i| i as u32 + 1).collect(),
+                tables: vec![table.clone()],
+                wanted: (0..chunk.len() as u32).collect(),
+            };
+            let logits = tiny.model.decode(&kernels, &tiny.params, &packed, &mut cache, &rows).unwrap();
+            let flat = kernels.download_f64(&logits);
+            for (row, position) in flat.chunks(config.vocab_size).zip(chunk) {
+                let Some(next) = document.get(position + 1) else { continue };
+                let lse = row.iter().map(|l| l.exp()).sum::<f64>().ln();
+                decoded.push(row[*next as usize] - lse);
+            }
+        }
+        for (form, tolerance) in [(Absorbed, 1e-5), (Expanded, 1e-4)] {
+            let (index, error) = worst(&decoded, &logprobs(&tiny, form, &[&document], 0), 1.0);
+            assert!(error < tolerance, "{form:?}, position {index}: {error:e}");
+        }
+    }
+}

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Puts nvcc 13.0 in a folder, from PyPI wheels: no GPU, no driver and no CUDA installation is needed.
+# Puts nvcc 13.0 in a folder, from PyPI wheels; needs no GPU, no driver and no CUDA installation.
 #
 #   .ci/nvcc.sh FOLDER && . FOLDER/env.sh && cargo build --release --features cuda
 #

@@ -2,8 +2,8 @@
 //
 // Layout: gradient, weight and both moments of `count` f32 each, without gaps.
 // Grid: blocks of 256 threads that step over all elements; any number of blocks is right.
-// Limits: count < 2^63. The host computes the constants in f64: `rate` is the learning rate over the
-// first moment's correction, `root` one over the square root of the second's, `keep` is
+// Limits: count < 2^63. The host computes the constants in f64: `rate` is the learning rate over
+// the first moment's correction, `root` one over the square root of the second's, `keep` is
 // 1 - learning rate * decay.
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -1,7 +1,8 @@
-//! With the feature `cuda`: compiles every `*.cu` of this folder with nvcc for sm_80 and sm_90a, and
-//! writes OUT_DIR/modules.rs, a table of names and machine code. Without it: nothing.
+//! With the feature `cuda`: compiles every `*.cu` of this folder with nvcc for sm_80 and sm_90a,
+//! and writes OUT_DIR/modules.rs, a table of names and machine code. Without it: nothing.
 //!
-//! nvcc is looked for in NVCC, CUDA_HOME/bin and PATH, in this order; no GPU and no driver is needed.
+//! nvcc is looked for in NVCC, CUDA_HOME/bin and PATH, in this order; neither GPU nor driver is
+//! needed.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -70,8 +71,8 @@ fn compile(nvcc: &Path, source: &Path, image: &Path) -> Result<(), String> {
     }
     let output = command.arg("-o").arg(image).arg(source).output().map_err(|e| {
         format!(
-            "the feature cuda needs nvcc, and {} did not start: {e}; `.ci/nvcc.sh FOLDER` fetches one, \
-             then `. FOLDER/env.sh`, or set NVCC or CUDA_HOME",
+            "the feature cuda needs nvcc, and {} did not start: {e}; `.ci/nvcc.sh FOLDER` fetches \
+             one, then `. FOLDER/env.sh`, or set NVCC or CUDA_HOME",
             nvcc.display()
         )
     })?;

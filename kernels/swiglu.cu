@@ -6,8 +6,9 @@
 
 extern "C" __global__ void __launch_bounds__(256)
 swiglu(const float* __restrict__ gate_up, float* __restrict__ y, long long rows, long long width) {
+  const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x;
   const long long step = (long long)gridDim.x * blockDim.x;
-  for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < rows * width; i += step) {
+  for (long long i = first; i < rows * width; i += step) {
     const long long row = i / width, column = i - row * width;
     const float gate = gate_up[row * 2 * width + column];
     const float up = gate_up[row * 2 * width + width + column];

@@ -1,1 +1,17 @@
-fn main(){}
+//! The program: parse, dispatch, and turn an error into text and exit code.
+
+use clap::Parser;
+use rehearsal::cli::Cli;
+use rehearsal::cli::failure::{exit_code, is_closed_output};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match Cli::parse().execute() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if is_closed_output(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}

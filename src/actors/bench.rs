@@ -1,7 +1,7 @@
 //! `bench grpo`: alignment steps on random tokens through the same actors as a run.
 //!
-//! Prompts are drawn from the vocabulary, the reward is a rule that about half of the replies fulfil (their last
-//! token is even), and nothing is written. Knows no more of a step than the Director does.
+//! Prompts are drawn from the vocabulary, the reward is a rule that about half of the replies fulfil (the parity of
+//! their last token, which stands for their text), and nothing is written. Knows no more of a step than the Director does.
 
 use super::company::{Setup, run};
 use super::director::Direction;
@@ -11,7 +11,7 @@ use super::stage_plan::Folders;
 use super::worker::DeviceMaker;
 use crate::config::stage::{GrpoStage, RewardEntry, StageKind, VerifierKind};
 use crate::config::{
-    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, RunConfig, Stage, TokenizerConfig,
+    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, Fault, ModelConfig, RunConfig, Stage, TokenizerConfig,
 };
 use crate::data::example::Prompt;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
@@ -20,8 +20,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// What a reply must look like to be rewarded: its last token, written as a number, is even.
-const EVEN: &str = "[02468]$";
+/// The parity that is rewarded.
+const ODD: &str = "1";
 
 /// What to time.
 #[derive(Clone, Debug)]
@@ -46,30 +46,36 @@ pub struct BenchRequest {
 
 /// Times alignment steps on random tokens.
 pub fn bench_grpo(request: BenchRequest) -> anyhow::Result<Vec<BenchStep>> {
-    let BenchRequest { model, weights, engine, mut settings, prompt_tokens, steps, seed, spill } = request;
-    let bench = Bench { weights, prompts: settings.prompts, prompt_tokens, steps };
-    settings.reward =
-        vec![RewardEntry { verifier: Some(VerifierKind::Regex), model: None, weight: 1.0, partial: 0.0 }];
-    let setup = EngineSetup { model: model.clone(), engine: engine.clone(), seed, spill: spill.clone() };
+    let setup = EngineSetup {
+        model: request.model.clone(),
+        engine: request.engine.clone(),
+        seed: request.seed,
+        spill: request.spill.clone(),
+    };
     let device: DeviceMaker = Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?)));
-    let limits = Limits::of(&engine);
-    let outcome = run(
-        Setup {
-            config: Arc::new(run_config(model, engine, settings, seed)),
-            folders: Folders { run: spill.clone(), config: spill },
-            limits,
-            console: None,
-            device,
-            injection: Arc::default(),
-            bench: Some(bench),
-            stop: Arc::default(),
-        },
-        |_| {},
-    )?;
-    match outcome {
+    match run(self::setup(request, device), |_| {})? {
         Outcome::Timed(steps) => Ok(steps),
         Outcome::Failed(failure) => Err(failure.into_error()),
-        Outcome::Done | Outcome::Stopped(_) => unreachable!("a bench ends with its times or fails"),
+        Outcome::Stopped(signal) => Err(Fault::Stopped(signal).into()),
+        Outcome::Done => unreachable!("a bench ends with its times"),
+    }
+}
+
+/// The company of a bench, on this device.
+pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
+    let BenchRequest { model, weights, engine, mut settings, prompt_tokens, steps, seed, spill } = request;
+    let bench = Bench { weights, prompts: settings.prompts, prompt_tokens, steps };
+    let rule = RewardEntry { verifier: Some(VerifierKind::Number), model: None, weight: 1.0, partial: 0.0 };
+    settings.reward = vec![rule];
+    Setup {
+        limits: Limits::of(&engine),
+        config: Arc::new(run_config(model, engine, settings, seed)),
+        folders: Folders { run: spill.clone(), config: spill },
+        console: None,
+        device,
+        injection: Arc::default(),
+        bench: Some(bench),
+        stop: Arc::default(),
     }
 }
 
@@ -145,7 +151,7 @@ fn random_prompts(bench: &Bench, seed: u64, step: u64, vocabulary: usize) -> Vec
             index: step * bench.prompts as u64 + slot,
             text: String::new(),
             tokens: (0..bench.prompt_tokens).map(|_| next()).collect(),
-            answer: Some(EVEN.to_string()),
+            answer: Some(ODD.to_string()),
         })
         .collect()
 }

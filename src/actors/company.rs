@@ -10,8 +10,8 @@ use super::fine_tuner::{FineTuner, FineTunerPorts};
 use super::messages::*;
 use super::monitor::{Monitor, Notes};
 use super::policy_updater::PolicyUpdater;
-use super::port::{Limits, Seat};
-use super::post::Injection;
+use super::port::{Desk, Limits, Port, Seat};
+use super::post::{Injection, Post};
 use super::pretrainer::{Pretrainer, PretrainerPorts};
 use super::reader::Reader;
 use super::reward_scorer::RewardScorer;
@@ -71,7 +71,7 @@ pub fn start(request: RunRequest) -> Result<()> {
     }
 }
 
-/// How long the device's thread may take to put away its device.
+/// How long the device's thread may take to put away its device; never longer than a request may take.
 const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What a company is set up with.
@@ -128,7 +128,7 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     drop(link);
     // A device that is stuck in a job would be waited for in vain; the process's end takes it along.
     if arbiter.join().is_ok() {
-        farewell.wait(FAREWELL);
+        farewell.wait(FAREWELL.min(setup.limits.deadline));
     }
     Ok(outcome)
 }
@@ -162,6 +162,21 @@ impl Seats {
             checkpointer: Seat::new("checkpointer", limits),
             monitor: Seat::new("monitor", limits),
         }
+    }
+
+    /// What can be seen of an actor.
+    pub fn desk(&self, name: &str) -> Option<Arc<Desk>> {
+        self.desks().into_iter().find(|desk| desk.name() == name)
+    }
+
+    /// A port to stop actors by name.
+    pub fn port_to_stop(&self) -> Port<StopActor> {
+        self.supervisor.port(self.supervisor.desk())
+    }
+
+    /// A port to ask the worker how it is.
+    pub fn port_to_ask_worker(&self) -> Port<AskStatus> {
+        self.worker.port(self.supervisor.desk())
     }
 
     /// What the supervisor is in charge of.
@@ -199,7 +214,6 @@ impl Seats {
         let read = move || Arc::new(Reader::new(Arc::clone(&config), folders.run.clone(), folders.config.clone()));
         let (config, folders, stop) = (Arc::clone(&setup.config), setup.folders.clone(), Arc::clone(&setup.stop));
         let (kept, run) = (Arc::clone(&setup.config), setup.folders.run.clone());
-        let desk = self.director.desk();
         let director = self.director_ports();
         let pretrainer =
             PretrainerPorts { train: self.worker.port(self.pretrainer.desk()), score: self.worker.port(self.pretrainer.desk()) };
@@ -217,9 +231,7 @@ impl Seats {
         let train = self.worker.port(self.policy_updater.desk());
         let groups = self.rollout_generator.port(self.worker.desk());
         let link = link.clone();
-        let desks = self.desks();
-        assert_eq!(desks.iter().filter(|d| d.name() == desk.name()).count(), 1, "names are unique");
-        let notes = Arc::new(Notes::open(setup.console, &setup.folders.run, desks, setup.limits.mailbox, engine.budget.map(|b| b.0))?);
+        let notes = Arc::new(Notes::open(setup.console, &setup.folders.run, self.desks(), setup.limits.mailbox, engine.budget.map(|b| b.0))?);
         let (read_pages, read_pairs, read_prompts) = (read.clone(), read.clone(), read);
         Ok(vec![
             hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
@@ -274,7 +286,7 @@ impl Seats {
         }
     }
 
-    fn desks(&self) -> Vec<Arc<super::port::Desk>> {
+    fn desks(&self) -> Vec<Arc<Desk>> {
         vec![
             Arc::clone(self.supervisor.desk()),
             Arc::clone(self.director.desk()),
@@ -295,14 +307,14 @@ struct Hiring<'a> {
     arbiter: &'a ArbiterHandle,
     mailbox: usize,
     intensity: Intensity,
-    supervisor: &'a Arc<super::port::Desk>,
+    supervisor: &'a Arc<Desk>,
 }
 
 impl Hiring<'_> {
     fn member<A>(
         &self,
         seat: &Seat<A>,
-        make: impl Fn(super::post::Post) -> A + Send + Sync + 'static,
+        make: impl Fn(Post) -> A + Send + Sync + 'static,
     ) -> Box<dyn Staff>
     where
         A: Actor<Context = actix::Context<A>> + actix::Handler<Halt> + actix::Handler<AskStatus>,

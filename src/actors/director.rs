@@ -298,8 +298,8 @@ impl Direction {
     /// The steps that are left, with their evals and commits.
     async fn steps(&self, at: &mut Position) -> Result<Next, Failure> {
         let (every, seconds) = (self.config.checkpoint.every_steps, self.config.checkpoint.every_seconds);
-        let mut committed = (at.step, Instant::now());
-        let mut not_finite = 0;
+        let mut committed = Instant::now();
+        let (mut not_finite, mut is_due) = (0, false);
         while at.step < at.steps {
             let (report, event) = self.step(at).await?;
             at.step += 1;
@@ -313,12 +313,12 @@ impl Direction {
                 self.measure(at, Moment::Between).await?;
             }
             let signal = self.stop.load(Ordering::SeqCst);
-            let is_due = every > 0 && at.step % every == 0
-                || seconds > 0 && committed.1.elapsed() >= Duration::from_secs(seconds)
-                || at.step == at.steps;
-            if is_due || signal != 0 {
+            is_due |= every > 0 && at.step % every == 0;
+            is_due |= seconds > 0 && committed.elapsed() >= Duration::from_secs(seconds);
+            // A commit that a rollback would come back to is made after a finite step only.
+            if is_due && not_finite == 0 || at.step == at.steps || signal != 0 {
                 self.commit(at).await?;
-                committed = (at.step, Instant::now());
+                (committed, is_due) = (Instant::now(), false);
             }
             if signal != 0 {
                 return Ok(Next::Stopped(signal));

@@ -7,12 +7,12 @@
 use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself, aside};
-use crate::config::stage::{GrpoStage, RewardEntry};
+use crate::config::stage::{GrpoStage, RewardEntry, VerifierKind};
 use crate::engine::phase::{Role, ScoreJob, SequenceScore};
 use crate::rl::reward::{clamp_model_score, component_names, finish_group, weights};
-use crate::rl::rollout::{Group, JudgedGroup, Rollout};
+use crate::rl::rollout::{Group, JudgedGroup, Rollout, Stop};
 use crate::rl::stats::step_statistics;
-use crate::rl::verifiers::verify as verify_reply;
+use crate::rl::verifiers::verify;
 use actix::{Handler, ResponseActFuture};
 
 /// See the module.
@@ -35,7 +35,7 @@ impl Handler<JudgeGroup> for RewardScorer {
 
     fn handle(&mut self, message: JudgeGroup, _: &mut Self::Context) -> Self::Result {
         let JudgeGroup { group, reward } = message;
-        self.post.work(JudgeGroup::NAME, aside(move || judge(group, &reward)))
+        self.post.work(JudgeGroup::NAME, aside(move || Ok(judge(group, &reward))))
     }
 }
 
@@ -50,19 +50,22 @@ impl Handler<ScoreGroups> for RewardScorer {
 }
 
 /// The components that programs decide; models' components stay open.
-fn judge(group: Group, reward: &[RewardEntry]) -> anyhow::Result<JudgedGroup> {
+fn judge(group: Group, reward: &[RewardEntry]) -> JudgedGroup {
     let answer = group.prompt.answer.as_deref();
-    let mut components = Vec::with_capacity(group.rollouts.len());
-    for rollout in &group.rollouts {
-        components.push(reward.iter().map(|entry| verify(entry, rollout, answer)).collect::<anyhow::Result<_>>()?);
-    }
-    Ok(JudgedGroup { group, components })
+    let row = |rollout: &Rollout| reward.iter().map(|entry| component(entry, rollout, answer)).collect();
+    let components = group.rollouts.iter().map(row).collect();
+    JudgedGroup { group, components }
 }
 
-/// What a program gives a reply; `None` if the component is a model's.
-fn verify(entry: &RewardEntry, rollout: &Rollout, answer: Option<&str>) -> anyhow::Result<Option<f64>> {
-    let Some(verifier) = entry.verifier else { return Ok(None) };
-    Ok(Some(verify_reply(verifier, &rollout.text, answer, entry.partial)?.score))
+/// What a program gives a reply; `None` if the component is a model's. Where there is no answer no rule applies.
+fn component(entry: &RewardEntry, rollout: &Rollout, answer: Option<&str>) -> Option<f64> {
+    let verifier = entry.verifier?;
+    let answer = match (answer, verifier) {
+        (Some(answer), _) => answer,
+        (None, VerifierKind::Annotations) => "",
+        (None, _) => return Some(0.0),
+    };
+    Some(verify(verifier, entry.partial, &rollout.text, rollout.stop == Stop::Eos, answer).score)
 }
 
 /// Completes the components, then rewards and advantages, and asks for the reference's log-probabilities.
@@ -114,4 +117,34 @@ fn score_job(role: Role, groups: &[JudgedGroup], temperature: f64) -> ScoreJob {
         }
     }
     ScoreJob { role, sequences, temperature, first }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry(verifier: Option<VerifierKind>, model: Option<&str>) -> RewardEntry {
+        RewardEntry { verifier, model: model.map(str::to_string), weight: 1.0, partial: 0.0 }
+    }
+
+    fn reply(text: &str, stop: Stop) -> Rollout {
+        Rollout { sample: 0, tokens: vec![1], logprobs: vec![-1.0], stop, text: text.to_string() }
+    }
+
+    #[test]
+    fn a_program_decides_its_component_and_leaves_a_models_open() {
+        let exact = entry(Some(VerifierKind::Exact), None);
+        assert_eq!(component(&exact, &reply("b", Stop::Eos), Some("b")), Some(1.0));
+        assert_eq!(component(&exact, &reply("b", Stop::Length), Some("b")), Some(0.0), "it was cut off");
+        assert_eq!(component(&exact, &reply("b", Stop::Eos), None), Some(0.0), "no rule applies");
+        assert_eq!(component(&entry(None, Some("helpful")), &reply("b", Stop::Eos), Some("b")), None);
+    }
+
+    #[test]
+    fn reply_tokens_are_scored_after_their_prompt() {
+        let prompt = crate::data::example::Prompt { index: 0, text: String::new(), tokens: vec![7, 8], answer: None };
+        let group = Group { slot: 0, prompt, policy_version: 0, rollouts: vec![reply("", Stop::Eos)] };
+        let job = score_job(Role::Reference, &[JudgedGroup { group, components: vec![vec![]] }], 0.5);
+        assert_eq!((job.sequences, job.first, job.temperature), (vec![vec![7, 8, 1]], vec![2], 0.5));
+    }
 }

@@ -201,7 +201,8 @@ impl Round {
         for rollout in &mut rollouts {
             rollout.text = match &self.tokenizer {
                 Some(tokenizer) => tokenizer.decode(&rollout.tokens),
-                None => rollout.tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(" "),
+                // Random tokens are no text; the parity of the last gives a program something to judge.
+                None => rollout.tokens.last().map_or(0, |token| token % 2).to_string(),
             };
         }
         Group { slot: group.slot, prompt, policy_version: group.policy_version, rollouts }

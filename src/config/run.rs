@@ -53,6 +53,8 @@ pub struct Loaded {
     pub file: PathBuf,
     /// The TOML's folder, absolute: relative paths in the config start here.
     pub folder: PathBuf,
+    /// The text with `--set` and the model's file laid into it, for the places of later faults.
+    document: Node,
 }
 
 /// The tables and keys of a run's top level.
@@ -70,12 +72,12 @@ impl RunConfig {
         let source = Source::read(path)?;
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let folder = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
-        let config = RunConfig::parse(&source, &folder, assignments)?;
-        Ok(Loaded { config, file: path.to_path_buf(), folder })
+        let (config, document) = RunConfig::parse(&source, &folder, assignments)?;
+        Ok(Loaded { config, file: path.to_path_buf(), folder, document })
     }
 
     /// `load` of a text that was read from `source`.
-    fn parse(source: &Source, folder: &Path, assignments: &[String]) -> Result<RunConfig, ConfigError> {
+    fn parse(source: &Source, folder: &Path, assignments: &[String]) -> Result<(RunConfig, Node), ConfigError> {
         let mut document = parse_toml(source)?;
         for assignment in assignments {
             overrides::apply(&mut document, assignment)?;
@@ -94,7 +96,7 @@ impl RunConfig {
             stages: stages(&document)?,
         };
         validate::run(&config, &document, folder)?;
-        Ok(config)
+        Ok((config, document))
     }
 
     /// The config as TOML, with every default written out; paths stay as they were written.
@@ -113,6 +115,11 @@ impl RunConfig {
 }
 
 impl Loaded {
+    /// A fault of the value at `path`, with its place: for what only reading a file can find out.
+    pub fn fault(&self, path: &[&str], message: String) -> ConfigError {
+        ConfigError { place: self.document.place_of(path), message }
+    }
+
     /// A path of the config, seen from the TOML's folder.
     pub fn resolve(&self, path: &str) -> PathBuf {
         self.folder.join(path)

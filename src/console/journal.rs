@@ -221,6 +221,8 @@ mod tests {
             assert_eq!(read_events(&path).expect("whole lines").len(), lines);
             let mut journal = Journal::open(&path).expect("a torn journal opens");
             assert_eq!(journal.lines(), lines as u64);
+            let trimmed = std::fs::read(&path).expect("the journal");
+            assert_eq!(trimmed, whole[..kept], "cut at {length}");
             assert!(journal.append(&step("sft", 3)).expect("written"));
             let bytes = std::fs::read(&path).expect("the journal");
             assert_eq!(bytes[..kept], whole[..kept], "cut at {length}");

@@ -131,3 +131,6 @@ fn joined(messages: &[Message], system: bool) -> String {
 fn without_specials(text: &str) -> String {
     OWN_SPECIALS.iter().fold(text.to_string(), |text, special| text.replace(special, "\n"))
 }
+
+#[cfg(test)]
+mod tests;

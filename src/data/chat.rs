@@ -323,3 +323,6 @@ fn python_method(
         _ => return Err(unknown()),
     })
 }
+
+#[cfg(test)]
+mod tests;

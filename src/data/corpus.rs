@@ -55,11 +55,6 @@ impl Corpus {
         Ok(Corpus { tokens, pieces, sequence, key, rows_until, current: None })
     }
 
-    /// Tokens of an epoch.
-    pub fn tokens(&self) -> usize {
-        self.tokens.len()
-    }
-
     /// True if there is nothing to learn from.
     pub fn is_empty(&self) -> bool {
         self.pieces.is_empty()
@@ -143,11 +138,6 @@ impl Mixture {
             }
         }
         documents
-    }
-
-    /// Tokens of an epoch of each set.
-    pub fn tokens(&self) -> Vec<usize> {
-        self.corpora.iter().map(Corpus::tokens).collect()
     }
 }
 

@@ -313,3 +313,6 @@ impl Loader {
 fn most(limit: usize) -> usize {
     if limit == 0 { usize::MAX } else { limit }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,12 +5,10 @@
 
 pub mod example;
 
-// Files to records.
+// Files to records, records to tokens.
+pub mod chat;
 pub mod jsonl;
 pub mod lines;
-
-// Records to tokens.
-pub mod chat;
 pub mod tokenizer;
 mod tokenizer_json;
 

@@ -48,11 +48,6 @@ impl EpochOrder {
         EpochOrder { key, count, recent: Vec::new() }
     }
 
-    /// Number of examples.
-    pub fn count(&self) -> usize {
-        self.count
-    }
-
     /// The example at a position.
     pub fn index(&mut self, position: u64) -> usize {
         let (epoch, place) = (position / self.count as u64, position % self.count as u64);

@@ -32,9 +32,4 @@ impl Preferences {
         let chosen = self.order.batch(step, self.batch, self.positions);
         chosen.into_iter().map(|index| self.pairs[index].clone()).collect()
     }
-
-    /// All pairs in the order of their file.
-    pub fn all(&self) -> &[Pair] {
-        &self.pairs
-    }
 }

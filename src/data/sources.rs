@@ -5,7 +5,7 @@
 
 use crate::config::data::{DataConfig, SetConfig};
 use crate::config::fault::Fault;
-use crate::config::{Schema, TokenizerConfig};
+use crate::config::TokenizerConfig;
 use crate::data::jsonl::{Records, strings};
 use crate::data::tokenizer::Tokenizer;
 use anyhow::Result;
@@ -50,11 +50,6 @@ impl Sources {
         let (path, set) = self.set(name)?;
         let records = Records::open(&path, set)?;
         Ok((path, records))
-    }
-
-    /// The schema of a set.
-    pub fn schema(&self, name: &str) -> Result<Schema> {
-        Ok(self.set(name)?.1.schema)
     }
 
     /// Trains the tokenizer of `[tokenizer]`, or reads the one it names.

@@ -249,7 +249,6 @@ mod tests {
         for word in ["ache", "also", "amen"] {
             assert!(is_held_out(word.as_bytes().try_into().unwrap()), "{word}");
         }
-        assert!(!is_held_out(b"punk"));
         // FNV-1a's published value for "foobar".
         assert_eq!(fnv1a64(b"foobar"), 0x85944171f73967e8);
     }
@@ -259,8 +258,8 @@ mod tests {
         for index in 0..50 {
             let mut draws = Draws::new(1, Stream::Data, [0, index, 0]);
             let (reply, steps) = task().slipped_reply(&mut draws);
-            let mut word = task().word;
-            let wrong = task().edits.iter().zip(&steps).filter(|(edit, step)| {
+            let (task, mut word) = (task(), task().word);
+            let wrong = task.edits.iter().zip(&steps).filter(|(edit, step)| {
                 let right = edit.apply(word) == **step;
                 word = **step;
                 !right

@@ -343,3 +343,6 @@ fn held_out_prompts(count: usize, source: &Source) -> Vec<Value> {
     }
     lines
 }
+
+#[cfg(test)]
+mod tests;

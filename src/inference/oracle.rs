@@ -10,10 +10,17 @@ use super::score::ForwardTargets;
 use crate::model::cache::DecodeRows;
 use crate::rl::rollout::{Rollout, Stop};
 use anyhow::Result;
+use proptest::test_runner::{Config as ProptestConfig, RngSeed};
 use rehearsal_kernels::random::{self, Stream};
 use rehearsal_kernels::{SampleRow, Sampled};
 use std::cell::Cell;
 use std::rc::Rc;
+
+/// Property tests with an explicit seed that write no files.
+pub fn fixed(cases: u32) -> ProptestConfig {
+    let rng_seed = RngSeed::Fixed(29);
+    ProptestConfig { cases, rng_seed, failure_persistence: None, ..ProptestConfig::default() }
+}
 
 const VOCABULARY: u64 = 40;
 

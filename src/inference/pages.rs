@@ -111,6 +111,7 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(super::super::oracle::fixed(256))]
         #[test]
         fn any_history_keeps_the_invariants(count in 0usize..12, steps in steps()) {
             let mut table = PageTable::new(count);

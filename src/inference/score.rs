@@ -45,6 +45,7 @@ pub fn score_decoded(forward: &mut dyn ForwardTargets, sequences: &[Vec<u32>], l
             let pages = (0..count).map(|_| table.alloc().expect("counted above")).collect();
             running.push(Reading { index, pages, cached: 0 });
         }
+        assert!(!running.is_empty(), "an empty cache has room for every checked sequence");
         let (mut rows, mut targets) = (DecodeRows::default(), Vec::new());
         for reading in &running {
             let tokens = &sequences[reading.index];

@@ -89,6 +89,16 @@ pub fn memory(config: &RunConfig) -> Memory {
     Memory { stages: stages.collect() }
 }
 
+/// What a model alone holds, by phase: without a cache and activations, whose size depends on the run.
+pub fn model_memory(model: &ModelConfig) -> BTreeMap<&'static str, Owners> {
+    let (weights, packed) = (4 * parameters(model).total, 4 * multiplied(model));
+    let owned = |kinds: &[(&str, u64)]| kinds.iter().map(|(kind, bytes)| (format!("policy/{kind}"), *bytes)).collect();
+    BTreeMap::from([
+        ("train", owned(&[("weights", weights), ("packed", 2 * packed), ("gradients", weights), ("moments", 2 * weights)])),
+        ("generate", owned(&[("weights", weights), ("packed", packed)])),
+    ])
+}
+
 /// Sizes of one stage's model.
 struct Sizes<'a> {
     config: &'a RunConfig,

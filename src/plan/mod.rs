@@ -13,5 +13,5 @@ pub mod memory;
 
 pub use cost::{cache_bytes_per_token, flops_per_token};
 pub use estimate::{Estimate, StageEstimate, estimate};
-pub use memory::{Memory, StageMemory, memory};
+pub use memory::{Memory, StageMemory, memory, model_memory};
 pub use parameters::{Parameters, parameters};

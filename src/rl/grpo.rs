@@ -1,11 +1,10 @@
 //! GRPO's loss of one rollout and its slope per token (deepseek_v2.md 4.3).
 //!
-//! loss = -scale * w * ( policy term - β * KL term ), with scale = 1 / (groups * G) and w from
-//! `length_norm`:
-//!   * ratio per token (DeepSeekMath): Σ_t min(ρ_t A, clip(ρ_t) A) and Σ_t k3(d_t), ρ_t = exp(new_t
-//!     - old_t)
-//!   * ratio per sequence (DeepSeek-V2 as printed, with `length_norm = "none"`): one ρ = exp(Σ (new
-//!     - old)) and one k3(Σ d) for the whole output
+//! loss = -scale * w * (policy term - β * KL term); scale = 1 / (groups * G), w from `length_norm`:
+//!   * ratio per token (DeepSeekMath): Σ_t min(ρ_t A, clip(ρ_t) A) and Σ_t k3(d_t), with
+//!     ρ_t = exp(new_t - old_t)
+//!   * ratio per sequence (DeepSeek-V2 as printed, with `length_norm = "none"`): one k3(Σ d) and one
+//!     ρ = exp(Σ (new - old)) for the whole output
 //!
 //! k3(d) = e^d - d - 1 with d = reference - new, clamped to ±20 against overflow. Deviation from
 //! the plain derivative: beyond the clamp the slope keeps its value at the boundary, so that the
@@ -143,7 +142,6 @@ fn k3(gap: f64) -> Term {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rehearsal_kernels::random::{Draws, Stream};
 
     fn settings() -> GrpoSettings {
         GrpoSettings {
@@ -199,10 +197,14 @@ mod tests {
 
     #[test]
     fn loss_and_slopes_agree_with_the_formula_and_its_finite_differences() {
-        let mut draws = Draws::new(5, Stream::Data, [0, 0, 0]);
+        let mut state = 5u64;
+        let mut uniform = move || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 11) as f64 / (1u64 << 53) as f64
+        };
         for case in 0..400 {
-            let count = 1 + draws.below(6) as usize;
-            let mut column = |spread: f64| -> Vec<f64> { (0..count).map(|_| -2.0 + spread * draws.uniform()).collect() };
+            let count = 1 + (6.0 * uniform()) as usize;
+            let mut column = |spread: f64| -> Vec<f64> { (0..count).map(|_| -2.0 + spread * uniform()).collect() };
             let (new, old, reference) = (column(0.6), narrow(&column(0.6)), narrow(&column(1.5)));
             let settings = GrpoSettings {
                 kl_weight: 0.3,
@@ -210,7 +212,7 @@ mod tests {
                 length_norm: [LengthNorm::PerOutput, LengthNorm::None, LengthNorm::Constant][case % 3],
                 ..settings()
             };
-            let advantage = if case % 5 == 0 { 0.0 } else { 3.0 * draws.uniform() - 1.5 };
+            let advantage = if case % 5 == 0 { 0.0 } else { 3.0 * uniform() - 1.5 };
             let got = rollout_loss(&settings, advantage, 0.125, &new, &old, Some(&reference));
             let at = |new: &[f64]| naive(&settings, advantage, 0.125, new, &old, &reference);
             assert!((got.loss - at(&new)).abs() < 1e-12, "case {case}: {} is not {}", got.loss, at(&new));

@@ -93,16 +93,16 @@ mod tests {
     #[test]
     fn statistics_are_means_over_all_rollouts_of_the_step() {
         let groups = [
-            group(0, &[2, 8, 3], &[[1.0, 0.5], [0.0, 0.5], [0.0, 0.5]]),
+            group(0, &[2, 7, 3], &[[1.0, 0.5], [0.0, 0.5], [0.0, 0.5]]),
             group(1, &[1], &[[1.0, -1.5]]),
             group(2, &[8, 8], &[[0.25, 0.75], [0.75, 0.25]]),
         ];
         let names = ["exact".to_string(), "safety".to_string()];
         let statistics = step_statistics(&names, &groups);
-        assert_eq!((statistics.groups, statistics.rollouts, statistics.new_tokens), (3, 6, 30));
+        assert_eq!((statistics.groups, statistics.rollouts, statistics.new_tokens), (3, 6, 29));
         // A single rollout and two equal sums teach nothing.
         assert_eq!(statistics.zero_variance_groups, 2);
-        assert_eq!((statistics.length_mean, statistics.stopped_by_length), (5.0, 0.5));
+        assert_eq!((statistics.length_mean, statistics.stopped_by_length), (29.0 / 6.0, 2.0 / 6.0));
         assert!((statistics.reward_mean - 4.0 / 6.0).abs() < 1e-15, "{}", statistics.reward_mean);
         assert_eq!(statistics.components["exact"].mean, 0.5);
         assert!((statistics.components["safety"].mean - 1.0 / 6.0).abs() < 1e-15);

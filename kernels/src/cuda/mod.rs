@@ -1,16 +1,16 @@
 //! The seam to CUDA: finding a GPU, loading our machine code, launching three kernels.
 //!
-//! What is here: RMSNorm forward, the SwiGLU gate forward and AdamW, in f32, with the semantics of the
-//! same methods of [`Kernels`](crate::Kernels), on a device's own buffers, and a self-test that holds
-//! them against the f64 reference. **The rest of CUDA is not built**: there is no `CudaKernels`, so
+//! What is here: RMSNorm forward, the SwiGLU gate forward and AdamW, in f32, with the semantics of
+//! the same methods of [`Kernels`](crate::Kernels), on a device's own buffers, and a self-test that
+//! holds them against the f64 reference. **The rest of CUDA is not built**: there is no `CudaKernels`, so
 //! nothing trains or samples on a GPU yet. The kernels are compiled for sm_80 and sm_90a on every
 //! build with the feature `cuda`; this project's machines have no GPU, so they have **never run on
 //! one here**. `self_test` is what proves them on yours.
 //!
 //! Invariants:
-//!   * no call into the driver before its library was found: a binary built with the feature starts,
-//!     and says that it found no GPU, where there is none
-//!   * every fault is an `Err` that says what was tried; no fallback to the CPU behind a caller's back
+//!   * no call into the driver before its library was found: a binary built with the feature starts
+//!     where there is no GPU, and says that it found none
+//!   * every fault is an `Err` that says what was tried; no silent fallback to the CPU
 
 mod device;
 mod self_test;

@@ -1,7 +1,7 @@
 //! Self-test: the three kernels on small random inputs, against the f64 reference.
 //!
-//! It is what a binary on a machine with a GPU can run to prove the seam: driver found, code loaded,
-//! numbers there, kernels launched, numbers back.
+//! It is what a binary on a machine with a GPU can run to prove the seam: driver found, code
+//! loaded, numbers there, kernels launched, numbers back.
 
 use super::{CudaDevice, DeviceMatrix};
 use crate::arena::{Arena, Kind};
@@ -16,8 +16,8 @@ const TOLERANCE: f64 = 1e-5;
 const ROWS: usize = 37;
 const COLS: usize = 1027;
 
-/// Runs the kernels on GPU 0. `Ok` names the GPU and each kernel's largest error; `Err` says why there
-/// was no GPU, or which result is wrong and by how much.
+/// Runs the kernels on GPU 0. `Ok` names the GPU and each kernel's largest error; `Err` says why
+/// there was no GPU, or which result is wrong and by how much.
 pub fn self_test() -> Result<String, String> {
     let device = CudaDevice::open(0)?;
     let reference = ReferenceKernels::new(Arena::new(None));

@@ -1,11 +1,14 @@
-//! Expert-level balance loss of DeepSeek-V2 (eq. 23-25): pushes the router towards even use of experts.
+//! Expert-level balance loss of DeepSeek-V2 (eq. 23-25): pushes the router towards even use of
+//! experts.
 //!
-//! Knows no experts' weights and no logits; it reads the router's scores and choices, row by row, and
-//! adds to the gradient of the scores. Small next to any product, so it runs on one thread.
+//! Knows no experts' weights and no logits; it reads the router's scores and choices, row by row,
+//! and adds to the gradient of the scores. Small next to any product, so it runs on one thread.
 //!
 //! Invariants:
-//!   * one term per segment (sequence) of rows, then the mean over segments, never pooled over the batch
-//!   * f (how often an expert is chosen) is a constant for the gradient, which flows through P alone
+//!   * one term per segment (sequence) of rows, then the mean over segments, never pooled over the
+//!     batch
+//!   * f (how often an expert is chosen) is a constant for the gradient, which flows through P
+//!     alone
 //!   * even use gives exactly alpha; all tokens on the same K experts give f = E / K on these
 
 use super::Cx;
@@ -77,7 +80,13 @@ mod tests {
     use crate::ops::check::{cx, floats, indices, read};
 
     /// Loss and gradient of scores `[rows, E]` and choices `[rows, K]` with d_scores starting at 1.
-    fn run(scores: &[f32], experts: &[u32], segment: &[u32], alpha: f64, weight: f64) -> (f64, Vec<f32>) {
+    fn run(
+        scores: &[f32],
+        experts: &[u32],
+        segment: &[u32],
+        alpha: f64,
+        weight: f64,
+    ) -> (f64, Vec<f32>) {
         let (cx, rows) = (cx(1), segment.len());
         let scores = floats(&cx, rows, scores.len() / rows, scores);
         let experts = indices(&cx, rows, experts.len() / rows, experts);
@@ -100,17 +109,23 @@ mod tests {
         let experts: Vec<u32> = (0..10).flat_map(|_| 0..6).collect();
         let (loss, gradient) = run(&vec![1.0 / 160.0; 1600], &experts, &[0; 10], 1.0, 1.0);
         assert!((loss - 1.0).abs() < 1e-6, "Σ f P = 6 * 26.667 / 160, got {loss}");
-        assert!((gradient[0] - 1.0 - 160.0 / 60.0).abs() < 1e-6, "f / T = 2.667, got {}", gradient[0] - 1.0);
+        assert!(
+            (gradient[0] - 1.0 - 160.0 / 60.0).abs() < 1e-6,
+            "f / T = 2.667, got {}",
+            gradient[0] - 1.0
+        );
         assert_eq!(gradient[6], 1.0);
     }
 
     #[test]
     fn the_loss_is_the_mean_over_sequences_and_not_of_the_pooled_batch() {
-        // Each of two sequences uses one expert alone, and the batch uses both evenly: pooled it would cost 1.
-        let scores = [0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.1, 0.9];
+        // Each of two sequences uses one expert alone, and the batch uses both evenly: pooled it
+        // would cost 1. The mean over tokens would be 1.7.
+        let scores = [0.9, 0.1, 0.9, 0.1, 0.9, 0.1, 0.3, 0.7];
         let (loss, gradient) = run(&scores, &[0, 0, 0, 1], &[0, 0, 0, 1], 1.0, 0.5);
-        assert!((loss - 1.8).abs() < 1e-6, "{loss}");
-        // weight * f / (T * sequences): 0.5 * 2 / (3 * 2) and 0.5 * 2 / (1 * 2); the unused expert gets none.
+        assert!((loss - 1.6).abs() < 1e-6, "{loss}");
+        // weight * f / (T * sequences): 0.5 * 2 / (3 * 2) and 0.5 * 2 / (1 * 2); the unused expert
+        // gets none.
         let wanted = [1.0 + 1.0 / 6.0, 1.0, 1.0 + 1.0 / 6.0, 1.0, 1.0 + 1.0 / 6.0, 1.0, 1.0, 1.5];
         assert!(gradient.iter().zip(wanted).all(|(g, w)| (g - w).abs() < 1e-6), "{gradient:?}");
     }

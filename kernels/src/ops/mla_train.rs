@@ -1,16 +1,16 @@
 //! Causal attention of packed rows: MLA expanded, MLA absorbed and GQA in one form.
 //!
-//! Knows no weights and no positions (queries and keys come rotated), and never holds a T x T matrix:
-//! a block of [`ROWS`] queries meets the keys of its own segment, up to the block's end.
+//! Knows no weights and no positions (queries and keys come rotated), and never holds a T x T
+//! matrix: a block of [`ROWS`] queries meets the keys of its own segment, up to the block's end.
 //!
-//! Forward, per block and head: (1) scores by `product` on transposed panels of [`BLOCK`] keys,
-//! (2) softmax row by row, (3) output by `product` with the value rows, (4) times 1 / the row's sum.
+//! Forward, per block and head: (1) scores by `product` on transposed panels of [`BLOCK`] keys, (2)
+//! softmax row by row, (3) output by `product` with the value rows, (4) times 1 / the row's sum.
 //! The backward pass is in `backward`.
 //!
 //! Invariants:
-//!   * a row's result depends on the rows of its segment up to itself alone: a score is one chain over
-//!     the key part, then the rope part; exponentials are summed in blocks of keys counted from the
-//!     segment's start; the output is one chain over keys ascending
+//!   * a row's result depends on the rows of its segment up to itself alone: a score is one chain
+//!     over the key part, then the rope part; exponentials are summed in blocks of keys counted
+//!     from the segment's start; the output is one chain over keys ascending
 //!   * `mla_decode` does the same operations, so that sampler and trainer agree to the bit
 
 mod backward;
@@ -59,11 +59,13 @@ pub(crate) fn mla_train(
     let (o, lse) = (o.host_mut::<f32>(), lse.host_mut::<f32>());
     let cost = inputs.cost(&segments) / (blocks.len() * shape.heads).max(1);
     attempt(cx, blocks.len() * shape.heads, cost, &|piece| {
-        // The later blocks of a segment are the larger ones; they go first, so that no thread ends alone.
+        // The later blocks of a segment are the larger ones; they go first, so that no thread ends
+        // alone.
         let (segment, rows) = blocks[blocks.len() - 1 - piece / shape.heads].clone();
         let (head, first) = (piece % shape.heads, segments[segment].start);
         let seen = rows.end - first;
-        let mut scratch = cx.arena.buffer(cx.scratch, DType::F32, rows.len(), seen.next_multiple_of(BLOCK))?;
+        let mut scratch =
+            cx.arena.buffer(cx.scratch, DType::F32, rows.len(), seen.next_multiple_of(BLOCK))?;
         let mut scores = scratch.host_mut::<f32>();
         inputs.scores(&keys, (segment, head), &rows, &mut scores);
         let mut sums = [0.0; ROWS];
@@ -75,12 +77,24 @@ pub(crate) fn mla_train(
         }
         let (value, stride) = inputs.value(head, first);
         let width = shape.value_width;
-        // SAFETY: values lie in kv's rows up to the block's end, and the outputs are this piece's own.
+        // SAFETY: values lie in kv's rows up to the block's end, and the outputs are this piece's
+        // own.
         unsafe {
             let out = o.pointer().add(rows.start * o.stride + head * width);
             let weights = scores.pointer();
             product(
-                cx.isa, rows.len(), width, seen, weights, scores.stride, 1, value, stride, out, o.stride, Store::Set,
+                cx.isa,
+                rows.len(),
+                width,
+                seen,
+                weights,
+                scores.stride,
+                1,
+                value,
+                stride,
+                out,
+                o.stride,
+                Store::Set,
             );
             for (i, sum) in sums[..rows.len()].iter().enumerate() {
                 divide(std::slice::from_raw_parts_mut(out.add(i * o.stride), width), *sum);
@@ -100,19 +114,35 @@ struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    fn new(isa: Isa, shape: &'a AttentionShape, q: &'a Buffer, kv: &'a Buffer, k_rope: &'a Buffer) -> Inputs<'a> {
+    fn new(
+        isa: Isa,
+        shape: &'a AttentionShape,
+        q: &'a Buffer,
+        kv: &'a Buffer,
+        k_rope: &'a Buffer,
+    ) -> Inputs<'a> {
         assert!(shape.heads.is_multiple_of(shape.sharing), "attention: heads in equal groups");
         let last = (shape.heads / shape.sharing - 1) * shape.head_stride;
         assert!(last + shape.key_width <= kv.cols(), "attention: keys inside kv");
-        assert!(last + shape.value_offset + shape.value_width <= kv.cols(), "attention: values inside kv");
+        assert!(
+            last + shape.value_offset + shape.value_width <= kv.cols(),
+            "attention: values inside kv"
+        );
         assert_eq!(q.cols(), shape.heads * shape.query_width(), "attention: columns of q");
         assert_eq!(k_rope.cols(), shape.rope_width, "attention: columns of k_rope");
-        assert!(kv.rows() == q.rows() && k_rope.rows() == q.rows(), "attention: rows of keys and values");
+        assert!(
+            kv.rows() == q.rows() && k_rope.rows() == q.rows(),
+            "attention: rows of keys and values"
+        );
         Inputs { isa, shape, q: q.host(), kv: kv.host(), k_rope: k_rope.host() }
     }
 
     fn check_output(&self, o: &Buffer, lse: &Buffer) {
-        assert_eq!((o.rows(), o.cols()), (self.q.rows, self.shape.heads * self.shape.value_width), "attention: o");
+        assert_eq!(
+            (o.rows(), o.cols()),
+            (self.q.rows, self.shape.heads * self.shape.value_width),
+            "attention: o"
+        );
         assert_eq!((lse.rows(), lse.cols()), (self.q.rows, self.shape.heads), "attention: lse");
     }
 
@@ -129,14 +159,29 @@ impl<'a> Inputs<'a> {
     }
 
     /// Unscaled scores of a block of rows with all panels up to its end.
-    fn scores(&self, keys: &Panels, (segment, head): (usize, usize), rows: &Range<usize>, scores: &mut MatMut<'_, f32>) {
+    fn scores(
+        &self,
+        keys: &Panels,
+        (segment, head): (usize, usize),
+        rows: &Range<usize>,
+        scores: &mut MatMut<'_, f32>,
+    ) {
         let query = self.q.row(rows.start)[head * self.shape.query_width()..].as_ptr();
         // SAFETY: the query columns lie in q, and `against_panels` fills the scratch it is given.
-        unsafe { against_panels(self.isa, keys, (segment, head), (query, self.q.stride, self.shape.query_width()), scores) }
+        unsafe {
+            against_panels(
+                self.isa,
+                keys,
+                (segment, head),
+                (query, self.q.stride, self.shape.query_width()),
+                scores,
+            )
+        }
     }
 }
 
-/// Rows that see each other. Each row must start where its neighbour does, or begin a segment itself.
+/// Rows that see each other. Each row must start where its neighbour does, or begin a segment
+/// itself.
 fn segments(start: &Buffer, rows: usize) -> Vec<Range<usize>> {
     assert_eq!((start.rows(), start.cols()), (rows, 1), "attention: shape of start");
     let start = start.host::<u32>();
@@ -146,7 +191,10 @@ fn segments(start: &Buffer, rows: usize) -> Vec<Range<usize>> {
             first if first == row => segments.push(row..row + 1),
             first => {
                 let segment = segments.last_mut().expect("row 0 starts at 0");
-                assert_eq!(segment.start, first, "attention: row {row} starts inside another segment");
+                assert_eq!(
+                    segment.start, first,
+                    "attention: row {row} starts inside another segment"
+                );
                 segment.end = row + 1;
             }
         }
@@ -158,7 +206,11 @@ fn segments(start: &Buffer, rows: usize) -> Vec<Range<usize>> {
 fn blocks(segments: &[Range<usize>]) -> Vec<(usize, Range<usize>)> {
     let cut = |(index, segment): (usize, &Range<usize>)| {
         let end = segment.end;
-        segment.clone().step_by(ROWS).map(move |row| (index, row..end.min(row + ROWS))).collect::<Vec<_>>()
+        segment
+            .clone()
+            .step_by(ROWS)
+            .map(move |row| (index, row..end.min(row + ROWS)))
+            .collect::<Vec<_>>()
     };
     segments.iter().enumerate().flat_map(cut).collect()
 }

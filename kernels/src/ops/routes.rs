@@ -1,16 +1,16 @@
 //! Routes: which slot of the experts' batch each (token, choice) pair has, and the sums over slots.
 //!
-//! Knows no products; between `routes` and `combine` the experts work on rows in slot order, so that
-//! the rows of one expert lie together.
+//! Knows no products; between `routes` and `combine` the experts work on rows in slot order, so
+//! that the rows of one expert lie together.
 //!
 //! Invariants:
 //!   * slot order is expert, then token, then choice: one order for any number of threads
 //!   * each (token, choice) pair has exactly one slot, and each slot one pair
 //!   * an expert that nobody chose has an empty range
 
+use super::Cx;
 use super::lanes::{self, Lanes, OnLanes};
 use super::work::split;
-use super::Cx;
 use crate::buffer::{Buffer, DType, Mat, MatMut};
 use crate::kernels::{Result, Routes};
 use std::ops::Range;
@@ -136,7 +136,8 @@ impl OnLanes for CombineBackward<'_> {
             let dy = self.dy.row(row);
             for (choice, &slot) in self.slot.row(row).iter().enumerate() {
                 let weight = self.weights.row(row)[choice];
-                // SAFETY: the tokens of this job, and so their slots, are its own; the features are on.
+                // SAFETY: the tokens of this job, and so their slots, are its own; the features are
+                // on.
                 unsafe {
                     let x = self.x.row(slot as usize);
                     self.d_weights.shared_row_mut(row)[choice] = lanes::dot::<L>(dy, x);
@@ -188,7 +189,8 @@ mod tests {
     fn slots_are_sorted_by_expert_then_token_and_idle_experts_are_empty() {
         let cx = cx(1);
         let routes = routes(&cx, &indices(&cx, 3, 2, &[3, 0, 0, 1, 3, 1]), 5).unwrap();
-        let column = |b: &Buffer| (0..b.rows()).map(|row| b.host::<u32>().row(row)[0]).collect::<Vec<_>>();
+        let column =
+            |b: &Buffer| (0..b.rows()).map(|row| b.host::<u32>().row(row)[0]).collect::<Vec<_>>();
         assert_eq!(column(&routes.offsets), [0, 2, 4, 4, 6, 6]);
         assert_eq!(column(&routes.token), [0, 1, 1, 2, 0, 2]);
         let slot = routes.slot.host::<u32>();
@@ -198,13 +200,19 @@ mod tests {
     /// combine, d_x, d_weights and sum_slots of made-up rows; y starts at `start`.
     fn all(cx: &Cx, start: f32) -> [Vec<f32>; 4] {
         let (rows, choices, width) = (500, 3, 37);
-        let experts: Vec<u32> = (0..rows as u32).flat_map(|t| [t * 7 % 11, (t * 7 + 1) % 11, (t * 7 + 5) % 11]).collect();
+        let experts: Vec<u32> = (0..rows as u32)
+            .flat_map(|t| [t * 7 % 11, (t * 7 + 1) % 11, (t * 7 + 5) % 11])
+            .collect();
         let routes = routes(cx, &indices(cx, rows, choices, &experts), 11).unwrap();
-        let (x, weights, dy) =
-            (normal(cx, rows * choices, width, 1), normal(cx, rows, choices, 2), normal(cx, rows, width, 3));
+        let (x, weights, dy) = (
+            normal(cx, rows * choices, width, 1),
+            normal(cx, rows, choices, 2),
+            normal(cx, rows, width, 3),
+        );
         let filled = |rows, cols, value| floats(cx, rows, cols, &vec![value; rows * cols]);
         let (mut y, mut sum) = (filled(rows, width, start), filled(rows, width, start));
-        let (mut dx, mut dw) = (filled(rows * choices, width, f32::NAN), filled(rows, choices, f32::NAN));
+        let (mut dx, mut dw) =
+            (filled(rows * choices, width, f32::NAN), filled(rows, choices, f32::NAN));
         combine(cx, &x, &routes, &weights, &mut y);
         combine_backward(cx, &dy, &x, &routes, &weights, &mut dx, &mut dw);
         sum_slots(cx, &x, &routes, &mut sum);
@@ -215,12 +223,14 @@ mod tests {
             let slots: Vec<usize> = slot.row(row).iter().map(|&s| s as usize).collect();
             for col in 0..width {
                 let terms = slots.iter().map(|&s| f64::from(x.row(s)[col]));
-                let weighted: f64 = terms.clone().zip(weights.row(row)).map(|(x, &w)| x * f64::from(w)).sum();
+                let weighted: f64 =
+                    terms.clone().zip(weights.row(row)).map(|(x, &w)| x * f64::from(w)).sum();
                 assert!((at(&y, row, col) - f64::from(start) - weighted).abs() < 2e-6);
                 assert!((at(&sum, row, col) - f64::from(start) - terms.sum::<f64>()).abs() < 2e-6);
             }
             for (choice, &s) in slots.iter().enumerate() {
-                let products = x.row(s).iter().zip(dy.row(row)).map(|(&x, &d)| f64::from(x) * f64::from(d));
+                let products =
+                    x.row(s).iter().zip(dy.row(row)).map(|(&x, &d)| f64::from(x) * f64::from(d));
                 assert!((at(&dw, row, choice) - products.sum::<f64>()).abs() < 1e-5);
                 let wanted = weights.row(row)[choice] * dy.row(row)[5];
                 assert_eq!(dx.host::<f32>().row(s)[5], wanted);

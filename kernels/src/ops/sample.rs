@@ -1,11 +1,14 @@
-//! Sampler of tokens: temperature, top-k, nucleus, then the inverse of the distribution at one number.
+//! Sampler of tokens: temperature, top-k, nucleus, then the inverse of the distribution at one
+//! number.
 //!
 //! Knows no random stream: each row brings its own number. The log-probability is the one of
-//! `head_logprob`, by the same function, so that sampler and trainer agree to the bit for equal logits.
+//! `head_logprob`, by the same function, so that sampler and trainer agree to the bit for equal
+//! logits.
 //!
 //! Invariants:
 //!   * a row's token depends on its logits and its [`SampleRow`] alone
-//!   * tokens are walked in the order of their ids; equal logits: the lowest id counts as the larger
+//!   * tokens are walked in the order of their ids; equal logits: the lowest id counts as the
+//!     larger
 //!   * top-k is taken first, then the nucleus among what is left; the log-probability knows neither
 
 use super::Cx;
@@ -120,8 +123,9 @@ mod tests {
     /// Shares of the tokens over an even grid of uniforms.
     fn shares(logits: &[f32], row: SampleRow) -> Vec<f64> {
         let (cx, count) = (cx(2), 2000);
-        let rows: Vec<SampleRow> =
-            (0..count).map(|i| SampleRow { uniform: (i as f64 + 0.5) / count as f64, ..row }).collect();
+        let rows: Vec<SampleRow> = (0..count)
+            .map(|i| SampleRow { uniform: (i as f64 + 0.5) / count as f64, ..row })
+            .collect();
         let buffer = floats(&cx, count, logits.len(), &logits.repeat(count));
         let mut shares = vec![0.0; logits.len()];
         for drawn in sample(&cx, &buffer, &rows) {
@@ -151,7 +155,10 @@ mod tests {
         check_shares(SampleRow { top_p: 0.65, ..PLAIN }, [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
         check_shares(SampleRow { top_p: 0.0, ..PLAIN }, [0.0, 1.0, 0.0, 0.0]);
         // Among the best three, 0.4 / 0.9 + 0.3 / 0.9 reaches 0.75.
-        check_shares(SampleRow { top_k: 3, top_p: 0.75, ..PLAIN }, [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0]);
+        check_shares(
+            SampleRow { top_k: 3, top_p: 0.75, ..PLAIN },
+            [0.0, 4.0 / 7.0, 0.0, 3.0 / 7.0],
+        );
     }
 
     #[test]
@@ -160,7 +167,10 @@ mod tests {
         let buffer = floats(&cx, 1, 4, &[-1.0, 2.0, 2.0, 2.0]);
         let greedy = SampleRow { temperature: 0.0, uniform: 0.999, ..PLAIN };
         assert_eq!(sample(&cx, &buffer, &[greedy])[0].token, 1);
-        assert_eq!(shares(&[2.0, 1.0, 2.0, 2.0], SampleRow { top_k: 2, ..PLAIN }), shares(&[0.0, f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY], PLAIN));
+        assert_eq!(
+            shares(&[2.0, 1.0, 2.0, 2.0], SampleRow { top_k: 2, ..PLAIN }),
+            shares(&[0.0, f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY], PLAIN)
+        );
     }
 
     #[test]
@@ -182,12 +192,20 @@ mod tests {
         let one = cx(1);
         let logits = normal(&one, 300, 1000, 9);
         let rows: Vec<SampleRow> = (0..300)
-            .map(|i| SampleRow { uniform: i as f64 / 300.0, top_k: i % 3 * 40, top_p: 0.9, temperature: 0.8 })
+            .map(|i| SampleRow {
+                uniform: i as f64 / 300.0,
+                top_k: i % 3 * 40,
+                top_p: 0.9,
+                temperature: 0.8,
+            })
             .collect();
         let wanted = sample(&one, &logits, &rows);
         assert_eq!(sample(&cx(3), &logits, &rows), wanted);
         for row in [0, 7, 299] {
-            assert_eq!(sample(&one, &logits.rows_of(row..row + 1), &rows[row..row + 1]), wanted[row..row + 1]);
+            assert_eq!(
+                sample(&one, &logits.rows_of(row..row + 1), &rows[row..row + 1]),
+                wanted[row..row + 1]
+            );
         }
     }
 

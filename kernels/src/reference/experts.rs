@@ -79,7 +79,8 @@ pub fn router_backward(
     }
 }
 
-/// f_i = E / (K T) * tokens that chose i; P_i = mean score of i; loss = alpha Σ f_i P_i (eq. 23 to 25).
+/// f_i = E / (K T) * tokens that chose i; P_i = mean score of i; loss = alpha Σ f_i P_i.
+/// DeepSeek-V2, eq. 23 to 25, for each segment; the mean over segments.
 pub fn balance_loss(
     scores: &Buffer,
     experts: &Buffer,

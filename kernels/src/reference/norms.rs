@@ -1,7 +1,7 @@
 //! RMSNorm, rotary positions and the SwiGLU gate, with their gradients.
 //!
-//! Sources: DeepSeek-V2, section 2 (norm and gate as in LLaMA); the rotation is the interleaved one of
-//! the published checkpoints: pair k is components (2k, 2k + 1).
+//! Sources: DeepSeek-V2, section 2 (norm and gate as in LLaMA); the rotation is the interleaved one
+//! of the published checkpoints: pair k is components (2k, 2k + 1).
 
 use super::{dot, movement};
 use crate::buffer::Buffer;

@@ -2,8 +2,8 @@
 //!
 //! It uses only the public trait, so that one test body runs on every implementation of it.
 //!
-//! Invariant: random inputs are numbers of f32, so that an f32 device and the f64 reference are given
-//! exactly the same problem.
+//! Invariant: random inputs are numbers of f32, so that an f32 device and the f64 reference are
+//! given exactly the same problem.
 
 use rehearsal_kernels::random::{self, Stream};
 use rehearsal_kernels::{Buffer, DType, Kernels, Kind, Owner, Pack, Packed, Product};

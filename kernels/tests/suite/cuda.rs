@@ -1,5 +1,5 @@
-//! The seam to CUDA from outside: on a machine with a GPU the kernels must agree with the reference,
-//! on one without the answer must be a reason, not a crash.
+//! The seam to CUDA from outside: on a machine with a GPU the kernels must agree with the
+//! reference, on one without the answer must be a reason, not a crash.
 
 use rehearsal_kernels::cuda::{self, CudaDevice};
 

@@ -12,7 +12,7 @@ fn on_each(test: impl Fn(&Bench<'_>, f64)) {
     test(&Bench::new(&CpuKernels::new(2, Arena::new(None))), 1e-5);
 }
 
-/// DeepSeek-V2's rule (a group counts by its maximum) takes {0, 6, 7}; a top-2 sum would take {2, 3, 7}.
+/// DeepSeek-V2's rule (a group counts by its maximum) takes {0, 6, 7}; a top-2 sum {2, 3, 7}.
 #[test]
 fn the_router_keeps_the_groups_with_the_largest_maximum() {
     on_each(|bench, _| {
@@ -82,7 +82,7 @@ fn rotation_turns_interleaved_pairs_and_position_zero_stays() {
     });
 }
 
-/// q' = W_UKᵀ q, attention over the latent, o = W_UV z: the same as expanding keys and values first.
+/// q' = W_UKᵀ q, attention over the latent, o = W_UV z: the same as expanding keys and values.
 #[test]
 fn absorbed_attention_equals_expanded_attention() {
     on_each(|bench, tolerance| {

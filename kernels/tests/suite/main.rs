@@ -1,12 +1,12 @@
 //! Tests of the kernels through their public trait: one binary, one module per question.
 //!
-//!   * `gradients`: is every backward the derivative of its forward? (finite differences, reference)
+//!   * `gradients`: is every backward the derivative of its forward? (reference kernels)
 //!   * `goldens`: does a device do what the paper says? (numbers worked out by hand, both devices)
 //!   * `agreement`: does the CPU compute what the reference defines? (written tolerances)
 //!   * `invariance`: do threads, row splits and batch pieces leave every bit alone?
 //!   * `cuda`: does the seam to a GPU hold? (skipped aloud where there is none)
 //!
-//! `bench` makes buffers and compares; `problems` are the random problems that the last three share.
+//! `bench` makes buffers and compares; `problems` are the random problems of the comparisons.
 
 mod agreement;
 mod bench;

@@ -156,3 +156,38 @@ fn what_is_no_export_is_not_overwritten_and_nothing_is_left_aside() {
     export_hf(&source, &missing).expect_err("a model without a tokenizer must be refused");
     assert!(!missing.exists() && !beside(&missing, "tmp").exists());
 }
+
+/// Body of the process that [`killed_anywhere_an_export_is_whole_or_not_there`] kills; does nothing
+/// otherwise.
+#[test]
+fn child_that_exports_until_it_is_killed() {
+    let Some(run) = std::env::var_os("REHEARSAL_TEST_EXPORT") else { return };
+    let run = Path::new(&run);
+    export_hf(&run.join("source"), &run.join("export")).expect("an export");
+}
+
+#[test]
+fn killed_anywhere_an_export_is_whole_or_not_there() {
+    for point in ["export-write:3", "export-before-rename", "export-mid-rename"] {
+        let (run, source, _) = model(&[]);
+        let out = run.path().join("export");
+        export_hf(&source, &out).expect("an export");
+        let whole = bytes_of(&out);
+        let child = "checkpoint::export::tests::child_that_exports_until_it_is_killed";
+        let killed = std::process::Command::new(std::env::current_exe().expect("this binary"))
+            .args(["--exact", child])
+            .env("REHEARSAL_TEST_EXPORT", run.path())
+            .env("REHEARSAL_FAIL_AT", point)
+            .env("REHEARSAL_FAIL_WITNESS", run.path().join("witness"))
+            .output()
+            .expect("the child runs");
+        assert!(!killed.status.success(), "{point} must kill");
+        let witness = std::fs::read_to_string(run.path().join("witness")).expect("a witness");
+        assert_eq!(witness.trim(), point.split(':').next().expect("a name"));
+        assert!(!out.exists() || bytes_of(&out) == whole, "{point} left half an export");
+        export_hf(&source, &out).expect("the export goes on");
+        assert_eq!(bytes_of(&out), whole, "{point}");
+        let left: Vec<String> = list_files(run.path()).expect("files").into_iter().collect();
+        assert_eq!(left, ["export", "source", "witness"], "{point} left rubbish");
+    }
+}

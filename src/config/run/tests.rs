@@ -102,7 +102,7 @@ fn load(text: &str, model: &str, assignments: &[&str]) -> Result<RunConfig, Conf
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("model.json"), model).unwrap();
     let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
-    RunConfig::parse(&Source::new("run.toml", text.to_string()), folder.path(), &assignments)
+    RunConfig::parse(&Source::new("run.toml", text.to_string()), folder.path(), &assignments).map(|(config, _)| config)
 }
 
 /// Replaces `old` in the run by `new` and expects the fault at the line of `old`, or at line `at` where it says so.

@@ -1,16 +1,16 @@
 //! Gradients of causal attention, by recomputing the probabilities from the log-sum-exp.
 //!
-//! Per segment and head, block of rows by block: (1) probabilities again and (2) the gradient of their
-//! scores, (3) dq, (4) the head's own part of dk and dv. Then (5) the parts are summed over the heads
-//! that share a key, which is all of them for the rope part.
+//! Per segment and head, block of rows by block: (1) probabilities again and (2) the gradient of
+//! their scores, (3) dq, (4) the head's own part of dk and dv. Then (5) the parts are summed over
+//! the heads that share a key, which is all of them for the rope part.
 //!
 //! Invariants:
-//!   * a head's part is one chain over rows ascending, then the heads are added in ascending order, so
-//!     that no thread count changes a bit
+//!   * a head's part is one chain over rows ascending, then the heads are added in ascending order,
+//!     so that no thread count changes a bit
 //!   * the parts are as large as dq and the output together, whatever the segments' lengths
 
 use super::super::Cx;
-use super::super::tile::product;
+use super::super::tile::{Left, Out, PANEL, Right, multiply};
 use super::super::work::split;
 use super::panels::{Panels, against_panels};
 use super::softmax::RowGradient;
@@ -39,7 +39,11 @@ pub(crate) fn mla_train_backward_input(
     inputs.check_output(o, lse);
     inputs.check_output(d_o, lse);
     for (gradient, of) in [(&*dq, q), (&*dkv, kv), (&*dk_rope, k_rope)] {
-        assert_eq!((gradient.rows(), gradient.cols()), (of.rows(), of.cols()), "attention: shape of a gradient");
+        assert_eq!(
+            (gradient.rows(), gradient.cols()),
+            (of.rows(), of.cols()),
+            "attention: shape of a gradient"
+        );
     }
     let (heads, rows) = (shape.heads, q.rows());
     let segments = segments(start, rows);
@@ -178,24 +182,32 @@ impl Backward<'_> {
     ) {
         let Inputs { isa, shape, q, kv, k_rope } = self.inputs;
         let (isa, width, count, seen) = (*isa, shape.query_width(), rows.len(), rows.end - start);
-        let (p, p_row, ds, ds_row) = (p.pointer().cast_const(), p.stride, ds.pointer().cast_const(), ds.stride);
-        let key = kv.row(start)[head / shape.sharing * shape.head_stride..].as_ptr();
+        let first = head / shape.sharing * shape.head_stride;
         let (query, value) = (head * width, head * shape.value_width);
+        let across = |m: &MatMut<'_, f32>| Left { at: m.pointer(), row: m.stride, col: 1 };
+        let down = |m: &MatMut<'_, f32>| Left { at: m.pointer(), row: 1, col: m.stride };
+        let rows_of = |m: &Mat<'_, f32>, row: usize, col: usize| Right {
+            at: m.row(row)[col..].as_ptr(),
+            row: m.stride,
+            panel: PANEL,
+        };
+        let out = |m: &MatMut<'_, f32>, row: usize, col: usize| Out {
+            at: m.pointer().wrapping_add(row * m.stride + col),
+            row: m.stride,
+        };
+        let part = head * self.o.rows + start;
         // SAFETY: all blocks lie inside their matrices; the outputs are this piece's own.
         unsafe {
-            let (n, dq) = (shape.key_width, self.dq.pointer().add(rows.start * self.dq.stride + query));
-            product(isa, count, n, seen, ds, ds_row, 1, key, kv.stride, dq, self.dq.stride, Store::Set);
-            if shape.rope_width > 0 {
-                let (rope, dq) = (k_rope.row(start).as_ptr(), dq.add(n));
-                let n = shape.rope_width;
-                product(isa, count, n, seen, ds, ds_row, 1, rope, k_rope.stride, dq, self.dq.stride, Store::Set);
-            }
-            let (q_rows, dk) = (q.row(rows.start)[query..].as_ptr(), self.dk.pointer());
-            let dk = dk.add((head * self.o.rows + start) * width);
-            product(isa, seen, width, count, ds, 1, ds_row, q_rows, q.stride, dk, width, Store::Add);
-            let (n, d_o) = (shape.value_width, self.d_o.row(rows.start)[value..].as_ptr());
-            let dv = self.dv.pointer().add((head * self.o.rows + start) * n);
-            product(isa, seen, n, count, p, 1, p_row, d_o, self.d_o.stride, dv, n, Store::Add);
+            let keys = [count, shape.key_width, seen];
+            let to = out(&self.dq, rows.start, query);
+            multiply(isa, keys, across(ds), rows_of(kv, start, first), to, Store::Set);
+            let ropes = [count, shape.rope_width, seen];
+            let to = out(&self.dq, rows.start, query + shape.key_width);
+            multiply(isa, ropes, across(ds), rows_of(k_rope, start, 0), to, Store::Set);
+            let (queries, to) = (rows_of(q, rows.start, query), out(&self.dk, part, 0));
+            multiply(isa, [seen, width, count], down(ds), queries, to, Store::Add);
+            let (d_o, to) = (rows_of(&self.d_o, rows.start, value), out(&self.dv, part, 0));
+            multiply(isa, [seen, shape.value_width, count], down(p), d_o, to, Store::Add);
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Transposed keys and values: what turns a row of dot products into a product along lanes.
 //!
 //! Invariants:
-//!   * a panel is `[width, BLOCK]` and belongs to one segment, key-value head and block of keys counted
-//!     from the segment's start
+//!   * a panel is `[width, BLOCK]` and belongs to one segment, key-value head and block of keys
+//!     counted from the segment's start
 //!   * columns behind a segment's end are zero
 
 use super::super::tile::{Left, Out, PANEL, Right, multiply};
@@ -24,6 +24,9 @@ pub(super) struct Panels {
     per_head: usize,
     sharing: usize,
 }
+
+/// Writes the panel of a key-value head and of up to BLOCK rows.
+type Write<'a> = dyn Fn(usize, Range<usize>, &mut [f32]) + Sync + 'a;
 
 impl Panels {
     /// Keys: the key part, then the rope part.
@@ -51,13 +54,15 @@ impl Panels {
         inputs: &Inputs<'_>,
         segments: &[Range<usize>],
         width: usize,
-        write: &(dyn Fn(usize, Range<usize>, &mut [f32]) + Sync),
+        write: &Write<'_>,
     ) -> Result<Panels> {
         let mut first = Vec::with_capacity(segments.len());
         let mut rows = Vec::new();
         for segment in segments {
             first.push(rows.len());
-            rows.extend(segment.clone().step_by(BLOCK).map(|row| row..segment.end.min(row + BLOCK)));
+            rows.extend(
+                segment.clone().step_by(BLOCK).map(|row| row..segment.end.min(row + BLOCK)),
+            );
         }
         let sharing = inputs.shape.sharing;
         let count = inputs.shape.heads / sharing * rows.len();
@@ -95,7 +100,8 @@ pub(super) unsafe fn against_panels(
     let right = panels.right(segment, head);
     let left = Left { at: x, row: stride, col: 1 };
     let to = Out { at: out.pointer(), row: out.stride };
-    // SAFETY: the caller's promise; the segment's panels hold at least `width` rows and all of out's columns.
+    // SAFETY: the caller's promise; the segment's panels hold at least `width` rows and all of
+    // out's columns.
     unsafe { multiply(isa, [out.rows, out.cols, width], left, right, to, Store::Set) }
 }
 
@@ -113,7 +119,9 @@ pub(crate) fn transpose(rows: &[&[f32]], panel: &mut [f32]) {
             continue;
         };
         for column in (0..whole).step_by(4) {
-            let quad = |row: &[f32]| -> [f32; 4] { row[column..column + 4].try_into().expect("four of four") };
+            let quad = |row: &[f32]| -> [f32; 4] {
+                row[column..column + 4].try_into().expect("four of four")
+            };
             let (a, b, c, d) = (quad(a), quad(b), quad(c), quad(d));
             for i in 0..4 {
                 let to = (column + i) * BLOCK + first;

@@ -1,12 +1,12 @@
 //! The softmax of one attention row, and its gradient.
 //!
 //! Invariants:
-//!   * a row is as long as whole blocks; what lies behind the keys that it sees becomes zero, and zeros
-//!     change no partial sum, so that the length does not matter
+//!   * a row is as long as whole blocks; what lies behind the keys that it sees becomes zero, and
+//!     zeros change no partial sum, so that the length does not matter
 
+use super::super::Isa;
 use super::super::exp::exp;
 use super::super::lanes::{self, LANES, Lanes, OnLanes};
-use super::super::Isa;
 use super::BLOCK;
 
 /// Maximum and sum of a row of exponentials.
@@ -23,8 +23,8 @@ impl Softmax {
     }
 }
 
-/// Turns the first `seen` scores into exp(scale * score - max) and all others into zero. The row has whole
-/// blocks; zeros change no partial sum, so that its length does not matter.
+/// Turns the first `seen` scores into exp(scale * score - max) and all others into zero. The row
+/// has whole blocks; zeros change no partial sum, so that its length does not matter.
 pub(crate) fn softmax(isa: Isa, row: &mut [f32], seen: usize, scale: f64) -> Softmax {
     assert!(row.len().is_multiple_of(BLOCK) && seen <= row.len());
     // SAFETY: `isa` was detected; the job is safe code.
@@ -61,8 +61,8 @@ impl OnLanes for SoftmaxRow<'_> {
     }
 }
 
-/// Divides an output row by its softmax's sum. The zero that is added makes -0 a plain 0, so that keys of
-/// weight zero behind a row's own leave no trace even in a sign.
+/// Divides an output row by its softmax's sum. The zero that is added makes -0 a plain 0, so that
+/// keys of weight zero behind a row's own leave no trace even in a sign.
 pub(crate) fn divide(row: &mut [f32], sum: f32) {
     let inverse = 1.0 / sum;
     row.iter_mut().for_each(|x| *x = *x * inverse + 0.0);

@@ -21,7 +21,14 @@ fn expanded() -> AttentionShape {
 }
 
 fn absorbed() -> AttentionShape {
-    AttentionShape { sharing: 3, key_width: 20, value_width: 20, head_stride: 0, value_offset: 0, ..expanded() }
+    AttentionShape {
+        sharing: 3,
+        key_width: 20,
+        value_width: 20,
+        head_stride: 0,
+        value_offset: 0,
+        ..expanded()
+    }
 }
 
 fn grouped() -> AttentionShape {
@@ -74,7 +81,18 @@ impl Case {
         let Case { shape, q, kv, k_rope, start, d_o } = self;
         mla_train(cx, shape, q, kv, k_rope, start, &mut o, &mut lse).unwrap();
         mla_train_backward_input(
-            cx, shape, q, kv, k_rope, start, &o, &lse, d_o, &mut dq, &mut dkv, &mut dk_rope,
+            cx,
+            shape,
+            q,
+            kv,
+            k_rope,
+            start,
+            &o,
+            &lse,
+            d_o,
+            &mut dq,
+            &mut dkv,
+            &mut dk_rope,
         )
         .unwrap();
         [read(&o), read(&lse), read(&dq), read(&dkv), read(&dk_rope)]
@@ -90,7 +108,8 @@ impl Case {
         let (qw, vw) = (s.query_width(), s.value_width);
         let mut o = vec![0.0; rows * s.heads * vw];
         let mut lse = vec![0.0; rows * s.heads];
-        let (mut dq, mut dkv, mut dkr) = (vec![0.0; q.len()], vec![0.0; kv.len()], vec![0.0; kr.len()]);
+        let (mut dq, mut dkv, mut dkr) =
+            (vec![0.0; q.len()], vec![0.0; kv.len()], vec![0.0; kr.len()]);
         for t in 0..rows {
             for h in 0..s.heads {
                 let first = start.row(t)[0] as usize;
@@ -98,7 +117,9 @@ impl Case {
                     None => j * kc + h / s.sharing * s.head_stride + c,
                     Some(c) => j * s.rope_width + c,
                 };
-                let value = |j: usize, c: usize| j * kc + h / s.sharing * s.head_stride + s.value_offset + c;
+                let value = |j: usize, c: usize| {
+                    j * kc + h / s.sharing * s.head_stride + s.value_offset + c
+                };
                 let query = |c: usize| t * s.heads * qw + h * qw + c;
                 let of_key = |j, c| if c < s.key_width { kv[key(j, c)] } else { kr[key(j, c)] };
                 let score = |j| s.scale * (0..qw).map(|c| q[query(c)] * of_key(j, c)).sum::<f64>();
@@ -118,7 +139,8 @@ impl Case {
                     let ds = p[i] * (dp[i] - mean) * s.scale;
                     for c in 0..qw {
                         dq[query(c)] += ds * of_key(j, c);
-                        let to = if c < s.key_width { &mut dkv[key(j, c)] } else { &mut dkr[key(j, c)] };
+                        let to =
+                            if c < s.key_width { &mut dkv[key(j, c)] } else { &mut dkr[key(j, c)] };
                         *to += ds * q[query(c)];
                     }
                     (0..vw).for_each(|c| dkv[value(j, c)] += p[i] * d_o[out(c)]);
@@ -134,7 +156,13 @@ fn check_close(name: &str, found: &[f32], wanted: &[f64], tolerance: f64) {
     let error = |i: usize| (f64::from(found[i]) - wanted[i]).abs() / (1.0 + wanted[i].abs());
     let worst = (0..found.len()).max_by(|a, b| error(*a).total_cmp(&error(*b)));
     if let Some(i) = worst {
-        assert!(error(i) < tolerance, "{name}[{i}] = {} for {}, off by {:e}", found[i], wanted[i], error(i));
+        assert!(
+            error(i) < tolerance,
+            "{name}[{i}] = {} for {}, off by {:e}",
+            found[i],
+            wanted[i],
+            error(i)
+        );
     }
 }
 
@@ -145,7 +173,9 @@ fn bits(results: &Results) -> Vec<Vec<u32>> {
 #[test]
 fn both_passes_match_plain_f64_loops_in_every_form() {
     let cx = cx(2);
-    for (name, shape) in [("expanded", expanded()), ("absorbed", absorbed()), ("grouped", grouped())] {
+    for (name, shape) in
+        [("expanded", expanded()), ("absorbed", absorbed()), ("grouped", grouped())]
+    {
         let case = Case::new(&cx, shape, &LENGTHS);
         let (found, wanted) = (case.run(&cx), case.naive());
         for (i, part) in ["o", "lse", "dq", "dkv", "dk_rope"].iter().enumerate() {
@@ -164,7 +194,11 @@ fn threads_and_instruction_sets_change_no_bit() {
         for isa in Isa::available() {
             for threads in [1, 2, 4] {
                 let cx = with(threads, isa);
-                assert_eq!(bits(&Case::new(&cx, shape, &LENGTHS).run(&cx)), wanted, "{isa:?} {threads}");
+                assert_eq!(
+                    bits(&Case::new(&cx, shape, &LENGTHS).run(&cx)),
+                    wanted,
+                    "{isa:?} {threads}"
+                );
             }
         }
     }

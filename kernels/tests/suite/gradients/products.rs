@@ -31,8 +31,8 @@ fn linear_has_its_input_gradient_in_the_plain_product() {
     });
 }
 
-/// Three heads of 2 + 3 rows; the product takes the last 3 rows of each head, and the blocks of x and y lie
-/// apart, with columns between them that no head owns.
+/// Three heads of 2 + 3 rows; the product takes the last 3 rows of each head, and the blocks of x and
+/// y lie apart, with columns between them that no head owns.
 struct Heads {
     product: Product,
     inputs: usize,

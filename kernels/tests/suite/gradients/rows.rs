@@ -41,7 +41,7 @@ fn rms_norm_backward_is_the_derivative_by_input_and_weight() {
 #[test]
 fn rotating_back_is_the_derivative_of_rotating() {
     on_reference(|bench| {
-        // Two heads of 3 + 4 columns, the last 4 of each rotated; cos and sin need not be on a circle.
+        // Two heads of 3 + 4 columns, the last 4 rotated; cos and sin need not be on a circle.
         let (positions, width) = (bench.indices(T, 1, &[3, 0, 5, 1, 5]), 2 * (3 + 4));
         let table = RopeTable { cos: bench.random(1, 6, 2), sin: bench.random(2, 6, 2) };
         let turned = |values: &[f64], inverse| {

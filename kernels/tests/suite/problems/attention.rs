@@ -1,4 +1,4 @@
-//! Attention in its three forms, and the cached path. Tolerance: softmax over up to 70 tokens in f32.
+//! Attention in its three forms, and the cached path. Tolerance: softmax over up to 70 tokens.
 
 use super::Entry;
 use crate::bench::{Bench, Output, below, starts};

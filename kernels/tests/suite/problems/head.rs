@@ -31,7 +31,7 @@ fn head_logprob(bench: &Bench<'_>) -> Vec<Output> {
     ]
 }
 
-/// Every way to sample. The seed is one whose numbers do not fall where an f32 sum may round across.
+/// Every way to sample, with numbers that do not fall where an f32 sum may round across a token.
 fn sample(bench: &Bench<'_>) -> Vec<Output> {
     let rules = [(0.0, 1.0, 0), (1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 20), (0.9, 0.6, 50)];
     let row = |r: usize| {

@@ -1,7 +1,7 @@
 //! Problems: random inputs for one operation each, and the outputs that it gives on any device.
 //!
-//! A problem names its operation, how far an f32 device may be from the f64 reference (as a share of
-//! 1 + |value|), and runs on a bench. Sizes are chosen to miss every tile width, and to be large
+//! A problem names its operation, how far an f32 device may be from the f64 reference (as a share
+//! of 1 + |value|), and runs on a bench. Sizes are chosen to miss every tile width, and to be large
 //! enough that several threads are used.
 
 pub mod attention;

@@ -1,4 +1,4 @@
-//! Norm, rotation, gate, movement and the optimizer. Tolerance: a few roundings, or a sum over a row.
+//! Norm, rotation, gate, movement, optimizer. Tolerance: a few roundings, or a sum over a row.
 
 use super::Entry;
 use crate::bench::{Bench, Output, below};

@@ -1,0 +1,141 @@
+//! Decoded rows against trained ones: the same bits for any batch, page size, thread count and set.
+
+use super::*;
+use crate::ops::Isa;
+use crate::ops::check::{floats, indices, normal, read, with};
+use crate::ops::mla_train::mla_train;
+
+const SHAPE: AttentionShape = AttentionShape {
+    heads: 3,
+    sharing: 3,
+    key_width: 20,
+    rope_width: 6,
+    value_width: 20,
+    head_stride: 0,
+    value_offset: 0,
+    scale: 0.3,
+};
+
+/// Lengths of the sequences; the last two begin with the first PROMPT tokens of the first.
+const LENGTHS: [usize; 5] = [70, 33, 5, 64, 45];
+const PROMPT: usize = 40;
+
+/// All tokens of all sequences, one after another, and the trainer's output for them.
+struct Tokens {
+    q: Vec<f32>,
+    latent: Vec<f32>,
+    rope: Vec<f32>,
+    output: Vec<f32>,
+}
+
+fn first(sequence: usize) -> usize {
+    LENGTHS[..sequence].iter().sum()
+}
+
+fn tokens(cx: &Cx) -> Tokens {
+    let rows = first(LENGTHS.len());
+    let q = normal(cx, rows, SHAPE.heads * SHAPE.query_width(), 1);
+    let fork = |b: Buffer| {
+        let (cols, mut all) = (b.cols(), read(&b));
+        for sequence in [3, 4] {
+            all.copy_within(..PROMPT * cols, first(sequence) * cols);
+        }
+        all
+    };
+    let latent = fork(normal(cx, rows, SHAPE.key_width, 2));
+    let rope = fork(normal(cx, rows, SHAPE.rope_width, 3));
+    let start: Vec<u32> =
+        (0..LENGTHS.len()).flat_map(|s| vec![first(s) as u32; LENGTHS[s]]).collect();
+    let blank = |cols| floats(cx, rows, cols, &vec![f32::NAN; rows * cols]);
+    let (mut o, mut lse) = (blank(SHAPE.heads * SHAPE.value_width), blank(SHAPE.heads));
+    let kv = floats(cx, rows, SHAPE.key_width, &latent);
+    let k_rope = floats(cx, rows, SHAPE.rope_width, &rope);
+    mla_train(cx, &SHAPE, &q, &kv, &k_rope, &indices(cx, rows, 1, &start), &mut o, &mut lse)
+        .unwrap();
+    Tokens { q: read(&q), latent, rope, output: read(&o) }
+}
+
+/// A cache full of NaN but for the tokens, in scattered pages; whole prompt pages are shared.
+fn paged(cx: &Cx, tokens: &Tokens, page: usize) -> (Buffer, Buffer) {
+    let across = 70_usize.div_ceil(page);
+    let count = across * LENGTHS.len() + 3;
+    assert!(!count.is_multiple_of(11));
+    let mut tables = vec![0; across * LENGTHS.len()];
+    let width = SHAPE.query_width();
+    let mut cache = vec![f32::NAN; count * page * width];
+    for (sequence, &length) in LENGTHS.iter().enumerate() {
+        for token in 0..length {
+            let shared = sequence >= 3 && token / page < PROMPT / page;
+            let owner = if shared { 0 } else { sequence };
+            // 11 has no factor in common with the counts that occur, so pages are distinct.
+            let number = (owner * across + token / page + 1) * 11 % count;
+            tables[sequence * across + token / page] = number as u32;
+            let row = first(sequence) + token;
+            let slot = &mut cache[(number * page + token % page) * width..][..width];
+            let (latent, rope) = slot.split_at_mut(SHAPE.key_width);
+            latent.copy_from_slice(&tokens.latent[row * SHAPE.key_width..][..SHAPE.key_width]);
+            rope.copy_from_slice(&tokens.rope[row * SHAPE.rope_width..][..SHAPE.rope_width]);
+        }
+    }
+    (floats(cx, count * page, width, &cache), indices(cx, LENGTHS.len(), across, &tables))
+}
+
+/// Output rows of `rows`, each a sequence and a position, must be the trainer's. The buffers of
+/// queries and outputs have `margin` columns that belong to nobody.
+fn check_rows(cx: &Cx, tokens: &Tokens, page: usize, rows: &[(usize, usize)], margin: usize) {
+    let (cache, tables) = paged(cx, tokens, page);
+    let (wide, narrow) = (SHAPE.heads * SHAPE.query_width(), SHAPE.heads * SHAPE.value_width);
+    let mut q = Vec::new();
+    for (sequence, position) in rows {
+        q.extend(&tokens.q[(first(*sequence) + position) * wide..][..wide]);
+        q.extend(vec![f32::NAN; margin]);
+    }
+    let q = floats(cx, rows.len(), wide + margin, &q);
+    let mut o =
+        floats(cx, rows.len(), narrow + margin, &vec![f32::NAN; rows.len() * (narrow + margin)]);
+    let of = |pick: &dyn Fn(&(usize, usize)) -> usize| {
+        let numbers: Vec<u32> = rows.iter().map(|row| pick(row) as u32).collect();
+        indices(cx, rows.len(), 1, &numbers)
+    };
+    let (sequence, length) = (of(&|row| row.0), of(&|row| row.1 + 1));
+    let batch =
+        DecodeBatch { tables: &tables, sequence: &sequence, length: &length, page_tokens: page };
+    mla_decode(cx, &SHAPE, &q.cols_of(0..wide), &cache, &batch, &mut o.cols_of_mut(0..narrow))
+        .unwrap();
+    let found = read(&o.cols_of(0..narrow));
+    for (i, (sequence, position)) in rows.iter().enumerate() {
+        let wanted = &tokens.output[(first(*sequence) + position) * narrow..][..narrow];
+        let same = found[i * narrow..][..narrow]
+            .iter()
+            .zip(wanted)
+            .all(|(a, b)| a.to_bits() == b.to_bits());
+        assert!(same, "page {page}, sequence {sequence}, position {position}");
+    }
+}
+
+#[test]
+fn decoded_rows_equal_trained_rows_to_the_bit_for_any_batch_page_and_thread_count() {
+    let prefill: Vec<_> =
+        (0..LENGTHS.len()).flat_map(|s| (0..LENGTHS[s]).map(move |p| (s, p))).collect();
+    let last: Vec<_> = [0, 3, 4, 1, 2].map(|s| (s, LENGTHS[s] - 1)).to_vec();
+    let mixed: Vec<_> = (0..200).map(|i| (i * 7 % 5, i * 13 % LENGTHS[i * 7 % 5])).collect();
+    for threads in [1, 3] {
+        let cx = with(threads, Isa::detect());
+        let tokens = tokens(&cx);
+        for page in [1, 5, 16, 32, 48] {
+            for (rows, margin) in
+                [(&prefill, 0), (&last, 0), (&mixed, 0), (&mixed, 5), (&vec![(1, 0)], 0)]
+            {
+                check_rows(&cx, &tokens, page, rows, margin);
+            }
+        }
+    }
+}
+
+#[test]
+fn all_instruction_sets_decode_the_same_bits() {
+    let trained = tokens(&with(1, Isa::Portable));
+    for isa in Isa::available() {
+        check_rows(&with(2, isa), &trained, 16, &[(0, 69), (3, 50), (3, 51), (4, 44)], 0);
+    }
+}

@@ -1,0 +1,264 @@
+//! A stand-in for the engine: its weights are a hash of what it was trained on, and it can be told to misbehave.
+//!
+//! It writes down every call in words that do not depend on the place of the run.
+
+use crate::actors::port::Desk;
+use crate::actors::worker::{Device, DeviceMaker};
+use crate::checkpoint::tensors::TensorEntry;
+use crate::checkpoint::{TensorFolder, write_model_config, write_tensors};
+use crate::config::{ModelConfig, RunConfig};
+use crate::engine::hybrid::SavedState;
+use crate::engine::phase::{ModelSource, Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
+use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
+use crate::rl::rollout::{Rollout, Stop};
+use crate::train::job::{GrpoReport, StepReport, TrainJob};
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+const HEAD: &str = "lm_head.weight";
+/// What a stuck test is given up after; no passing test gets near it.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How the stand-in misbehaves. Numbers count updates from 1, over all devices of one run.
+#[derive(Clone, Default)]
+pub struct Script {
+    pub await_judge: bool,
+    pub wrong_slot: bool,
+    pub stuck_in_generate: bool,
+    pub stuck_in_train: Option<u64>,
+    pub panic_in_train: Option<u64>,
+    pub not_finite_from: Option<u64>,
+    pub signal_in_train: Option<(u64, Arc<AtomicI32>)>,
+    pub shared: Arc<Shared>,
+}
+
+/// What all clones of a script share.
+#[derive(Default)]
+pub struct Shared {
+    desk: OnceLock<Arc<Desk>>,
+    released: Mutex<bool>,
+    release: Condvar,
+    reached: Notify,
+    updates: AtomicU64,
+}
+
+impl Script {
+    /// The desk whose handled messages `await_judge` counts.
+    pub fn watch(&self, desk: &Arc<Desk>) {
+        assert!(self.shared.desk.set(Arc::clone(desk)).is_ok(), "one desk is watched");
+    }
+
+    /// Lets a stuck device go on.
+    pub fn release(&self) {
+        *self.shared.released.lock().unwrap() = true;
+        self.shared.release.notify_all();
+    }
+
+    /// Waits until a device is stuck.
+    pub async fn reached(&self) {
+        self.shared.reached.notified().await;
+    }
+
+    fn stick(&self) {
+        self.shared.reached.notify_one();
+        let released = self.shared.released.lock().unwrap();
+        drop(self.shared.release.wait_timeout_while(released, PATIENCE, |released| !*released).unwrap());
+    }
+
+    /// Messages that the watched desk has handled.
+    fn judged(&self) -> u64 {
+        self.shared.desk.get().map_or(0, |desk| desk.pulse().handled)
+    }
+
+    fn await_judge(&self, before: u64) {
+        let began = Instant::now();
+        while self.judged() == before {
+            assert!(began.elapsed() < PATIENCE, "nobody judges while the device samples");
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// What is shared by the devices of one run.
+pub struct Fake {
+    script: Script,
+    model: ModelConfig,
+    calls: Arc<Mutex<Vec<String>>>,
+}
+
+impl Fake {
+    pub fn new(script: Script, config: &RunConfig) -> Fake {
+        Fake { script, model: config.model.clone(), calls: Arc::default() }
+    }
+
+    pub fn calls(&self) -> Arc<Mutex<Vec<String>>> {
+        Arc::clone(&self.calls)
+    }
+
+    pub fn maker(&self) -> DeviceMaker {
+        let (script, model, calls) = (self.script.clone(), self.model.clone(), self.calls());
+        Arc::new(move || {
+            Ok(Box::new(FakeDevice {
+                script: script.clone(),
+                model: model.clone(),
+                calls: Arc::clone(&calls),
+                weights: [0.0; 2],
+                state: SavedState::default(),
+                value_head: false,
+            }))
+        })
+    }
+}
+
+struct FakeDevice {
+    script: Script,
+    model: ModelConfig,
+    calls: Arc<Mutex<Vec<String>>>,
+    /// 24 bits of a hash each, which an f32 holds exactly.
+    weights: [f32; 2],
+    state: SavedState,
+    value_head: bool,
+}
+
+impl FakeDevice {
+    fn call(&self, text: String) {
+        self.calls.lock().unwrap().push(text);
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        let numbers = TensorFolder::open(folder)?.read_f32(HEAD)?;
+        self.weights.copy_from_slice(&numbers);
+        Ok(())
+    }
+}
+
+fn hash(weights: &[f32; 2], what: &str) -> [u8; 32] {
+    *blake3::hash(format!("{weights:?} {what}").as_bytes()).as_bytes()
+}
+
+fn name(folder: &Path) -> String {
+    folder.file_name().unwrap().to_string_lossy().trim_start_matches("tmp-").to_string()
+}
+
+fn source_name(source: &ModelSource) -> String {
+    match source {
+        ModelSource::Fresh => "fresh".to_string(),
+        ModelSource::Folder(folder) => name(folder),
+    }
+}
+
+impl Device for FakeDevice {
+    fn prepare(&mut self, stage: &PrepareStage) -> Result<()> {
+        let reference = stage.reference.as_ref().map(source_name).unwrap_or_default();
+        let rewards: Vec<&String> = stage.rewards.keys().collect();
+        self.call(format!("prepare {} reference={reference} rewards={rewards:?}", source_name(&stage.policy)));
+        (self.weights, self.state, self.value_head) = ([1.0, 2.0], SavedState::default(), stage.value_head);
+        match &stage.policy {
+            ModelSource::Fresh => Ok(()),
+            ModelSource::Folder(folder) => self.load(folder),
+        }
+    }
+
+    fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
+        self.call(format!("phase {phase:?}"));
+        let held = BTreeMap::from([("policy/weights".to_string(), 8)]);
+        Ok(PhaseReport { held, high_water: 8, ..PhaseReport::default() })
+    }
+
+    fn generate(&mut self, job: &GenerateJob, on_group: &mut dyn FnMut(TokenGroup)) -> Result<GenerateReport> {
+        assert_eq!(job.policy_version, self.state.policy_version, "the sampler refuses another version");
+        self.call(format!("generate {} prompts at {}", job.requests.len(), job.step));
+        let began = Instant::now();
+        let mut new_tokens = 0;
+        for (number, request) in job.requests.iter().enumerate() {
+            if self.script.stuck_in_generate {
+                self.script.stick();
+            }
+            let rollout = |sample: u32| {
+                let key = format!("{} {} {sample} {:?}", job.step, request.prompt, request.tokens);
+                let token = 5 + u32::from(hash(&self.weights, &key)[0]);
+                let mut tokens = vec![token];
+                tokens.extend(job.stop_tokens.first());
+                let stop = if job.stop_tokens.is_empty() { Stop::Length } else { Stop::Eos };
+                Rollout { sample, logprobs: vec![-1.0; tokens.len()], tokens, stop, text: String::new() }
+            };
+            let rollouts: Vec<Rollout> = (0..request.samples).map(rollout).collect();
+            new_tokens += rollouts.iter().map(|r| r.tokens.len() as u64).sum::<u64>();
+            let slot = if self.script.wrong_slot { 1000 } else { request.slot };
+            // The desk is looked at before the group leaves, or its judging might not be seen.
+            let (judged, last) = (self.script.judged(), number + 1 == job.requests.len());
+            on_group(TokenGroup { slot, rollouts, policy_version: job.policy_version });
+            if self.script.await_judge && !last {
+                self.script.await_judge(judged);
+            }
+        }
+        let seconds = began.elapsed().as_secs_f64();
+        Ok(GenerateReport { new_tokens, seconds, ..GenerateReport::default() })
+    }
+
+    fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+        self.call(format!("score {} sequences by {}", job.sequences.len(), job.role.name()));
+        let is_reward = matches!(job.role, Role::Reward(_)) || self.value_head;
+        let score = |(tokens, first): (&Vec<u32>, &usize)| {
+            let bits = hash(&self.weights, &format!("{tokens:?}"))[0];
+            match is_reward {
+                true => SequenceScore::Reward(f64::from(bits) / 64.0),
+                false => SequenceScore::Logprobs(vec![-f32::from(bits) / 64.0; tokens.len() - first]),
+            }
+        };
+        Ok(job.sequences.iter().zip(&job.first).map(score).collect())
+    }
+
+    fn train(&mut self, job: &TrainJob) -> Result<StepReport> {
+        let number = self.script.shared.updates.fetch_add(1, Ordering::SeqCst) + 1;
+        if let Some((at, stop)) = &self.script.signal_in_train
+            && *at == number
+        {
+            stop.store(15, Ordering::SeqCst);
+        }
+        if self.script.stuck_in_train == Some(number) {
+            self.script.stick();
+        }
+        assert!(self.script.panic_in_train != Some(number), "a planted panic");
+        let digest = hash(&self.weights, &serde_json::to_string(job)?);
+        self.call(format!("train {}", blake3::Hash::from(digest).to_hex()));
+        let grpo = matches!(job, TrainJob::Grpo { .. }).then(GrpoReport::default);
+        if self.script.not_finite_from.is_some_and(|from| number >= from) {
+            let policy_version = self.state.policy_version;
+            return Ok(StepReport { loss: f64::NAN, skipped: true, policy_version, grpo, ..StepReport::default() });
+        }
+        let bits = |at: usize| f32::from(digest[at]) * 65_536.0 + f32::from(digest[at + 1]);
+        self.weights = [bits(0), bits(2)];
+        self.state.policy_version += 1;
+        self.state.optimizer_step += 1;
+        Ok(StepReport { loss: 1.0, tokens: 10, policy_version: self.state.policy_version, grpo, ..StepReport::default() })
+    }
+
+    fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
+        self.call(format!("save {}", name(folder)));
+        write_model_config(folder, &self.model)?;
+        let entry = |name: &str| TensorEntry { name: name.to_string(), shape: vec![1, 2] };
+        let weights = self.weights.to_vec();
+        write_tensors(&folder.join("model.safetensors"), &[entry(HEAD)], &mut |_| Ok(weights.clone()))?;
+        if with_optimizer {
+            let moments = [entry(&format!("m.{HEAD}"))];
+            write_tensors(&folder.join("optimizer.safetensors"), &moments, &mut |_| Ok(vec![0.0; 2]))?;
+        }
+        Ok(self.state)
+    }
+
+    fn restore(&mut self, folder: &Path, state: &SavedState) -> Result<()> {
+        self.call(format!("restore {}", name(folder)));
+        self.state = *state;
+        self.load(folder)
+    }
+
+    fn calibrate(&mut self, mean: f64, deviation: f64) {
+        self.call(format!("calibrate {mean:.3} {deviation:.3}"));
+    }
+}

@@ -1,0 +1,216 @@
+//! What `check` found, as text and as JSON with stable keys.
+
+use super::output::{duration, grouped};
+use crate::config::{Bytes, Loaded, ModelConfig};
+use crate::plan::cost::CACHE_DTYPE;
+use crate::plan::estimate::{FLOPS_PER_THREAD, sequence};
+use crate::plan::memory::{Owners, total};
+use crate::plan::{
+    Estimate, Memory, Parameters, cache_bytes_per_token, estimate, flops_per_token, memory, model_memory, parameters,
+};
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+/// The sequence length of a model's FLOPs.
+const MODEL_SEQUENCE: usize = 4096;
+
+/// What a run or a model costs.
+#[derive(Debug, Serialize)]
+pub struct CheckReport {
+    /// What was checked.
+    pub file: String,
+    /// Counts of the model.
+    pub parameters: Parameters,
+    /// Bytes of the latent cache.
+    pub cache_bytes_per_token: u64,
+    /// Type of its elements.
+    pub cache_dtype: &'static str,
+    /// FLOPs of a token in training, causal.
+    pub flops_per_token: f64,
+    /// The sequence length that they are for.
+    pub sequence: usize,
+    /// Bytes by phase and owner; of a run, those of the stage that holds most in the phase.
+    pub memory: BTreeMap<&'static str, Owners>,
+    /// `engine.budget`.
+    pub budget_bytes: Option<u64>,
+    /// Steps, tokens, seconds and disk of a run.
+    pub estimate: Option<Estimate>,
+    /// Examples of the data sets that were read.
+    pub lines: BTreeMap<String, u64>,
+    #[serde(skip)]
+    plan: Option<Memory>,
+}
+
+impl CheckReport {
+    /// The report of a model alone.
+    pub fn of_model(file: &Path, model: &ModelConfig) -> CheckReport {
+        CheckReport { memory: model_memory(model), ..CheckReport::costs(file, model, MODEL_SEQUENCE) }
+    }
+
+    /// The report of a run on `threads` threads, with the examples that were counted.
+    pub fn of_run(loaded: &Loaded, lines: BTreeMap<String, u64>, threads: usize) -> CheckReport {
+        let config = &loaded.config;
+        let plan = memory(config);
+        CheckReport {
+            memory: plan.by_phase(),
+            budget_bytes: config.engine.budget.map(|budget| budget.0),
+            estimate: Some(estimate(config, &lines, threads)),
+            lines,
+            plan: Some(plan),
+            ..CheckReport::costs(&loaded.file, &config.model, sequence(config))
+        }
+    }
+
+    fn costs(file: &Path, model: &ModelConfig, sequence: usize) -> CheckReport {
+        CheckReport {
+            file: file.display().to_string(),
+            parameters: parameters(model),
+            cache_bytes_per_token: cache_bytes_per_token(model),
+            cache_dtype: CACHE_DTYPE,
+            flops_per_token: flops_per_token(model, sequence),
+            sequence,
+            memory: BTreeMap::new(),
+            budget_bytes: None,
+            estimate: None,
+            lines: BTreeMap::new(),
+            plan: None,
+        }
+    }
+
+    /// Why the run cannot fit into its budget, if it cannot even without activations.
+    pub fn over_budget(&self) -> Option<String> {
+        let (budget, plan) = (self.budget_bytes?, self.plan.as_ref()?);
+        let (stage, phase, least) = plan.least()?;
+        (least > budget).then(|| {
+            format!(
+                "engine.budget = {} is too small: stage {stage} holds {} in phase {phase}, activations apart; \
+                 raise engine.budget, offload more, or take a smaller model\n{self}",
+                Bytes(budget),
+                Bytes(least)
+            )
+        })
+    }
+
+    /// Most bytes that the run folder takes.
+    pub fn disk_bytes(&self) -> u64 {
+        self.estimate.as_ref().map_or(0, |estimate| estimate.disk_bytes)
+    }
+}
+
+impl fmt::Display for CheckReport {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = &self.parameters;
+        writeln!(out, "{}: right", self.file)?;
+        writeln!(out, "model     {} parameters in {} tensors", grouped(counts.total), grouped(counts.tensors))?;
+        writeln!(
+            out,
+            "          {} active in a token, {} without the input embedding",
+            grouped(counts.active),
+            grouped(counts.active_without_input_embedding)
+        )?;
+        writeln!(out, "cache     {} bytes a token ({})", grouped(self.cache_bytes_per_token), self.cache_dtype)?;
+        writeln!(out, "training  {} a token at {} tokens", flops(self.flops_per_token), grouped(self.sequence as u64))?;
+        for (name, lines) in &self.lines {
+            writeln!(out, "data      {name}: {} examples", grouped(*lines))?;
+        }
+        for (phase, owners) in &self.memory {
+            writeln!(out, "memory    {phase}: {}", Bytes(total(owners)))?;
+            for (owner, bytes) in owners {
+                writeln!(out, "            {owner:<24} {:>12}", Bytes(*bytes).to_string())?;
+            }
+        }
+        if let Some(budget) = self.budget_bytes {
+            writeln!(out, "budget    {}", Bytes(budget))?;
+        }
+        if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
+            writeln!(out, "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)", Bytes(bytes))?;
+        }
+        self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
+    }
+}
+
+fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Result {
+    let unknown = || "?".to_string();
+    for stage in &estimate.stages {
+        let steps = stage.steps.map_or_else(unknown, grouped);
+        let tokens = stage.trained_tokens.map_or_else(unknown, grouped);
+        let seconds = stage.seconds.map_or_else(unknown, duration);
+        write!(out, "stage     {:<16} {:<13} {steps:>7} steps {tokens:>12} tokens", stage.name, stage.kind)?;
+        if stage.sampled_tokens > 0 {
+            write!(out, ", {} sampled", grouped(stage.sampled_tokens))?;
+        }
+        writeln!(out, ", about {seconds}")?;
+    }
+    writeln!(out, "tokens    {} trained", grouped(estimate.tokens))?;
+    writeln!(out, "disk      {} at most", Bytes(estimate.disk_bytes))?;
+    let rate = format!("{} thread(s), at {} a second and thread", estimate.threads, flops(FLOPS_PER_THREAD));
+    match estimate.seconds {
+        Some(seconds) => writeln!(out, "time      about {} on {rate}, without evaluations", duration(seconds)),
+        None => writeln!(out, "time      not known before every data set is read"),
+    }
+}
+
+/// FLOPs with a unit.
+fn flops(number: f64) -> String {
+    let units = [("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("kFLOP", 1e3)];
+    let (name, unit) = units.into_iter().find(|(_, unit)| number >= *unit).unwrap_or(("FLOP", 1.0));
+    format!("{:.4} {name}", number / unit).replace(".0000", "")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{RunConfig, load_model};
+    use std::path::PathBuf;
+
+    fn configs() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("configs")
+    }
+
+    fn run(assignments: &[&str]) -> CheckReport {
+        let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
+        let loaded = RunConfig::load(&configs().join("quickstart.toml"), &assignments).unwrap();
+        CheckReport::of_run(&loaded, BTreeMap::new(), 2)
+    }
+
+    #[test]
+    fn the_stable_keys_are_there() {
+        let json = serde_json::to_value(run(&[])).unwrap();
+        for key in ["total", "active", "active_without_input_embedding", "tensors"] {
+            assert!(json["parameters"][key].is_u64(), "{key}");
+        }
+        assert_eq!(json["cache_bytes_per_token"], 3 * (48 + 16) * 4);
+        assert_eq!(json["cache_dtype"], "f32");
+        assert_eq!(json["sequence"], 64);
+        assert!(json["flops_per_token"].as_f64().unwrap() > 3e6);
+        assert!(json["memory"]["train"]["policy/gradients"].is_u64());
+        assert!(json["estimate"]["seconds"].is_f64());
+    }
+
+    #[test]
+    fn a_model_is_told_at_4096_tokens() {
+        let path = configs().join("model/deepseek-v2.json");
+        let report = CheckReport::of_model(&path, &load_model(&path).unwrap());
+        let text = report.to_string();
+        assert!(text.contains("235 741 434 880 parameters in 29 102 tensors"), "{text}");
+        assert!(text.contains("155.3") && text.contains("GFLOP a token at 4 096 tokens"), "{text}");
+        assert_eq!(report.memory["train"]["policy/weights"], 4 * 235_741_434_880);
+    }
+
+    #[test]
+    fn a_budget_below_the_least_is_refused_with_the_plan() {
+        assert_eq!(run(&[]).over_budget(), None);
+        let refusal = run(&["engine.budget=\"8 MiB\""]).over_budget().unwrap();
+        assert!(refusal.starts_with("engine.budget = 8.00 MiB is too small: stage "), "{refusal}");
+        assert!(refusal.contains("policy/moments"), "the plan is printed: {refusal}");
+    }
+
+    #[test]
+    fn flops_have_readable_units() {
+        assert_eq!(flops(155.3e9), "155.3000 GFLOP");
+        assert_eq!(flops(10e9), "10 GFLOP");
+        assert_eq!(flops(12.0), "12 FLOP");
+    }
+}

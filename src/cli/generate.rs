@@ -1,0 +1,88 @@
+//! `rehearsal generate`: replies to prompts, or a chat.
+
+use super::command::Threads;
+use clap::Args;
+use std::path::PathBuf;
+
+/// Lets a model answer.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "Let a model answer one prompt, a file of prompts, or, without either on a terminal, chat. A prompt \
+                  is taken as it is, special tokens included; --chat wraps it in the chat template, and then its \
+                  content can forge no special token. With --json each prompt gets one line, in order: text, tokens \
+                  and logprobs of the new tokens, and stop (eos or length). Random numbers depend on the seed and \
+                  the line's index alone, so a prompt gets the same reply in any batch.",
+    after_help = "Example:\n  \
+                  rehearsal generate runs/quickstart/export --chat --prompt \"swap, rotate, reverse: p u n k\"\n  \
+                  rehearsal generate runs/quickstart/export --prompts some.jsonl --temperature 1 --json\n  \
+                  rehearsal generate runs/quickstart/export"
+)]
+pub struct GenerateArgs {
+    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model
+    pub checkpoint: PathBuf,
+    /// The prompt
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompts", allow_hyphen_values = true)]
+    pub prompt: Option<String>,
+    /// A file of prompts, one JSON object a line: {"prompt": "..."} or {"prompt": [{"role", "content"}]}
+    #[arg(long, value_name = "FILE.jsonl")]
+    pub prompts: Option<PathBuf>,
+    /// Wrap each prompt in the chat template as the user's message
+    #[arg(long)]
+    pub chat: bool,
+    /// Most new tokens of a reply
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]
+    pub max_tokens: usize,
+    /// 0 takes the likeliest token each time; log-probabilities are then those at temperature 1
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    pub temperature: f64,
+    /// Sample among the likeliest tokens that hold this share of the probability; 1 keeps all
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
+    pub top_p: f64,
+    /// Seed of the random numbers
+    #[arg(long, value_name = "S", default_value_t = 1)]
+    pub seed: u64,
+    /// One line of JSON a prompt
+    #[arg(long)]
+    pub json: bool,
+    /// How fast
+    #[command(flatten)]
+    pub threads: Threads,
+}
+
+/// A whole number of at least 1.
+pub fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) | Err(_) => Err("expected a whole number of at least 1".to_string()),
+        Ok(number) => Ok(number),
+    }
+}
+
+/// A temperature: 0 is greedy.
+pub fn temperature(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "expected a number of at least 0".to_string())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let number = text.parse::<f64>().ok().filter(|number| *number > 0.0 && *number <= 1.0);
+    number.ok_or_else(|| "expected a number above 0 and at most 1".to_string())
+}
+
+/// Generates.
+pub fn run(_args: GenerateArgs) -> anyhow::Result<()> {
+    anyhow::bail!("generate waits for the lead")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        assert_eq!(at_least_one("3"), Ok(3));
+        assert!(at_least_one("0").is_err() && at_least_one("-1").is_err());
+        assert_eq!(temperature("0"), Ok(0.0));
+        assert!(temperature("-0.1").is_err() && temperature("nan").is_err() && temperature("inf").is_err());
+        assert!(share("1").is_ok() && share("0").is_err() && share("1.01").is_err() && share("nan").is_err());
+    }
+}

@@ -1,0 +1,26 @@
+//! What a person says: the command line, one file for each subcommand.
+//!
+//! A subcommand parses, calls the floors below, and prints. How an error becomes text and exit code is
+//! in [`failure`] alone.
+
+pub mod command;
+pub mod failure;
+mod output;
+
+// Before a run, and a run.
+pub mod check;
+mod check_report;
+pub mod run;
+pub mod run_folder;
+pub mod status;
+
+// A checkpoint in use.
+pub mod eval;
+pub mod export;
+pub mod generate;
+pub mod score;
+
+// Speed.
+pub mod bench;
+
+pub use command::Cli;

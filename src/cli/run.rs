@@ -1,0 +1,219 @@
+//! `rehearsal run`: from a TOML to an aligned, exported model.
+//!
+//! Everything that can be refused is refused before the folder is touched: the config, its data files,
+//! the budget, the disk. Then the folder is opened and the actors take over.
+
+use super::check::check_files;
+use super::check_report::CheckReport;
+use super::command::{Threads, cores};
+use super::output::say;
+use super::run_folder::{Opened, RunFolder, Wish, is_finished, open};
+use crate::actors::{RunRequest, start};
+use crate::config::{Bytes, ConsoleMode, Fault, Loaded, RunConfig};
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Makes a run.
+#[derive(Debug, Args)]
+#[command(
+    long_about = "Make a run: train, align and export a model through the stages of a TOML. The run folder holds the \
+                  resolved config, journal.jsonl, checkpoints, rollouts, plots and export/. The same command goes on \
+                  with an unfinished run; Ctrl-C finishes the step and commits first, a second Ctrl-C stops at once.",
+    after_help = "Example:\n  rehearsal run configs/quickstart.toml\n  \
+                  rehearsal run configs/quickstart.toml --set stage.solve.steps=100 --out runs/longer --seed 2\n  \
+                  rehearsal run configs/quickstart.toml --resume"
+)]
+pub struct RunArgs {
+    /// The run's TOML; paths in it start at its folder
+    #[arg(value_name = "CONFIG.toml")]
+    pub config: PathBuf,
+    /// Set a key of the TOML; stage.NAME.key addresses a stage. May be given more than once
+    #[arg(long, value_name = "TABLE.KEY=VALUE")]
+    pub set: Vec<String>,
+    /// The run's folder; runs/<name of the config> if absent
+    #[arg(long, value_name = "DIR")]
+    pub out: Option<PathBuf>,
+    /// Go on with the run in the folder; end at once if it is finished
+    #[arg(long, conflicts_with = "fresh")]
+    pub resume: bool,
+    /// Move a run that is in the folder aside and start anew
+    #[arg(long)]
+    pub fresh: bool,
+    /// How progress is shown
+    #[arg(long, value_enum)]
+    pub console: Option<Console>,
+    /// Seed of every random number, in place of the TOML's
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// How fast
+    #[command(flatten)]
+    pub threads: Threads,
+}
+
+/// `--console`.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Console {
+    /// A screen on a terminal, plain lines elsewhere
+    Auto,
+    /// The full screen
+    Screen,
+    /// One line a step
+    Plain,
+    /// Nothing
+    Off,
+}
+
+impl From<Console> for ConsoleMode {
+    fn from(console: Console) -> ConsoleMode {
+        match console {
+            Console::Auto => ConsoleMode::Auto,
+            Console::Screen => ConsoleMode::Screen,
+            Console::Plain => ConsoleMode::Plain,
+            Console::Off => ConsoleMode::Off,
+        }
+    }
+}
+
+/// Runs.
+pub fn run(args: RunArgs) -> Result<()> {
+    let loaded = load(&args)?;
+    let out = out_folder(&args);
+    let wish = match (args.resume, args.fresh) {
+        (true, _) => Wish::Resume,
+        (_, true) => Wish::Fresh,
+        _ => Wish::Plain,
+    };
+    // A finished run that is only asked for again needs neither its data nor any room.
+    if is_finished(&out, &loaded, wish)? {
+        return say_finished(&out);
+    }
+    require_resources(&out, &loaded)?;
+    let console = loaded.config.console.mode;
+    match open(&out, &loaded, wish)? {
+        Opened::Finished => say_finished(&out),
+        Opened::Ready(folder) => drive(folder, loaded, console, &args.config),
+    }
+}
+
+fn say_finished(out: &Path) -> Result<()> {
+    say(&format!("{} is finished; its model is in {}", out.display(), out.join("export").display()))
+}
+
+fn load(args: &RunArgs) -> Result<Loaded> {
+    let mut assignments = args.set.clone();
+    assignments.extend(args.seed.map(|seed| format!("seed={seed}")));
+    assignments.extend(args.threads.given().map(|threads| format!("engine.threads={threads}")));
+    let mut loaded = RunConfig::load(&args.config, &assignments)?;
+    if let Some(console) = args.console {
+        loaded.config.console.mode = console.into();
+    }
+    Ok(loaded)
+}
+
+fn out_folder(args: &RunArgs) -> PathBuf {
+    let stem = args.config.file_stem().unwrap_or_default();
+    args.out.clone().unwrap_or_else(|| Path::new("runs").join(stem))
+}
+
+/// Refuses a run that its budget cannot hold, whose data is wrong, or that the disk cannot hold.
+fn require_resources(out: &Path, loaded: &Loaded) -> Result<()> {
+    let threads = Some(loaded.config.engine.threads).filter(|threads| *threads > 0).unwrap_or_else(cores);
+    let plan = |lines| CheckReport::of_run(loaded, lines, threads);
+    if let Some(refusal) = plan(BTreeMap::new()).over_budget() {
+        return Err(Fault::resources(refusal));
+    }
+    let (needed, free) = (plan(check_files(loaded)?).disk_bytes(), free_bytes(out)?);
+    match needed > free {
+        true => Err(Fault::resources(format!(
+            "{}: the run takes up to {} of disk, and {} are free; make room, lower checkpoint.keep, or choose another --out",
+            out.display(),
+            Bytes(needed),
+            Bytes(free)
+        ))),
+        false => Ok(()),
+    }
+}
+
+/// Free bytes where a folder is or will be.
+fn free_bytes(folder: &Path) -> Result<u64> {
+    let folder = std::path::absolute(folder)?;
+    let exists = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"));
+    let disk = rustix::fs::statvfs(exists).with_context(|| format!("failed to measure the disk of {}", exists.display()))?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+fn drive(mut folder: RunFolder, loaded: Loaded, console: ConsoleMode, config: &Path) -> Result<()> {
+    if console != ConsoleMode::Off {
+        if let Some(aside) = &folder.moved {
+            say(&format!("the old run was moved to {}", aside.display()))?;
+        }
+        if folder.resumed {
+            say(&format!("going on with the run in {}", folder.path.display()))?;
+        }
+    }
+    let request =
+        RunRequest { config: loaded.config, folder: folder.path.clone(), config_dir: loaded.folder, console };
+    match start(request) {
+        Ok(()) => folder.finish(),
+        Err(error) if matches!(error.downcast_ref::<Fault>(), Some(Fault::Stopped(_))) => Err(error.context(format!(
+            "{} is committed; go on with `rehearsal run {} --out {} --resume`",
+            folder.path.display(),
+            config.display(),
+            folder.path.display()
+        ))),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Cli;
+    use super::super::command::Command;
+    use super::*;
+    use clap::Parser;
+
+    fn args(line: &str) -> RunArgs {
+        let Command::Run(args) = Cli::parse_from(format!("rehearsal run {line}").split(' ')).command else { unreachable!() };
+        args
+    }
+
+    fn smoke() -> String {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml").display().to_string()
+    }
+
+    #[test]
+    fn the_command_line_outranks_the_toml() {
+        let line = format!("{} --seed 9 --threads 3 --console off --set stage.align.steps=2 --set engine.mailbox=5", smoke());
+        let config = load(&args(&line)).unwrap().config;
+        assert_eq!((config.seed, config.engine.threads, config.engine.mailbox), (9, 3, 5));
+        assert_eq!(config.console.mode, ConsoleMode::Off);
+        assert_eq!(load(&args(&smoke())).unwrap().config.seed, 1);
+    }
+
+    #[test]
+    fn the_folder_is_named_after_the_config_unless_it_is_given() {
+        assert_eq!(out_folder(&args("configs/quickstart.toml")), Path::new("runs/quickstart"));
+        assert_eq!(out_folder(&args("a.toml --out b/c")), Path::new("b/c"));
+    }
+
+    #[test]
+    fn a_budget_that_is_too_small_is_refused_before_anything_is_written() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        let line = format!("{} --set engine.budget=100000 --out {}", smoke(), out.display());
+        let loaded = load(&args(&line)).unwrap();
+        let report = CheckReport::of_run(&loaded, Default::default(), 1);
+        assert!(report.over_budget().is_some());
+        let failure = run(args(&line)).unwrap_err();
+        assert!(matches!(failure.downcast_ref::<Fault>(), Some(Fault::Resources(_))), "{failure:#}");
+        assert!(!out.exists());
+    }
+
+    #[test]
+    fn free_room_is_measured_where_the_folder_will_be() {
+        let place = tempfile::tempdir().unwrap();
+        assert!(free_bytes(&place.path().join("not/yet/there")).unwrap() > 0);
+    }
+}

@@ -1,0 +1,279 @@
+//! The folder of a run: whose it is, who may write in it, and what a new start does with an old one.
+//!
+//! `run.json` says which run a folder belongs to; it is written first and atomically, so a folder with
+//! anything else in it and no `run.json` is no run and is never touched. `lock` is held (flock) for as
+//! long as a process works in the folder.
+//!
+//! | folder                    | plain       | --resume          | --fresh          |
+//! |---------------------------|-------------|-------------------|------------------|
+//! | none, or empty            | starts      | starts            | starts           |
+//! | same config, unfinished   | resumes     | resumes           | moved, starts    |
+//! | same config, finished     | refused     | ends at once      | moved, starts    |
+//! | another config            | refused     | refused           | moved, starts    |
+//! | no run                    | refused     | refused           | refused          |
+
+use crate::config::{Fault, Loaded};
+use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// The record of whose folder it is.
+const RECORD: &str = "run.json";
+const RECORD_BESIDE: &str = "run.json.tmp";
+const LOCK: &str = "lock";
+const CONFIG: &str = "config.toml";
+
+/// What the user asked to do with an existing folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    /// Nothing was said.
+    Plain,
+    /// `--resume`.
+    Resume,
+    /// `--fresh`.
+    Fresh,
+}
+
+/// `run.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunRecord {
+    /// Hash of the config without threads, console and place.
+    pub identity: String,
+    /// Seed of the run.
+    pub seed: u64,
+    /// True once every stage is done and the model is exported.
+    pub finished: bool,
+    /// Version of the program that began the run.
+    pub version: String,
+}
+
+/// What is to be done.
+#[derive(Debug)]
+pub enum Opened {
+    /// Run in this folder, from its newest commit if it has one.
+    Ready(RunFolder),
+    /// The run is finished already.
+    Finished,
+}
+
+/// A folder that this process alone may write in.
+#[derive(Debug)]
+pub struct RunFolder {
+    /// The folder.
+    pub path: PathBuf,
+    /// True if the folder held this run before.
+    pub resumed: bool,
+    /// Where a run that stood in the way was moved.
+    pub moved: Option<PathBuf>,
+    record: RunRecord,
+    // Dropping it releases the lock.
+    _lock: File,
+}
+
+/// True if the folder's run is finished and only asked for again; refuses what [`open`] would refuse. Writes nothing.
+pub fn is_finished(path: &Path, loaded: &Loaded, wish: Wish) -> Result<bool> {
+    Ok(matches!(decide(path, &new_record(loaded), loaded, wish)?, Decision::Finished))
+}
+
+/// Opens a run's folder, or refuses; nothing is written before everything is decided.
+pub fn open(path: &Path, loaded: &Loaded, wish: Wish) -> Result<Opened> {
+    let record = new_record(loaded);
+    if let Decision::Finished = decide(path, &record, loaded, wish)? {
+        return Ok(Opened::Finished);
+    }
+    std::fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))?;
+    let mut held = lock(path)?;
+    // Another process may have begun or ended between the look and the lock: look again.
+    let decision = decide(path, &record, loaded, wish)?;
+    let moved = match decision {
+        Decision::Finished => return Ok(Opened::Finished),
+        Decision::Move => {
+            let aside = move_aside(path)?;
+            std::fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))?;
+            held = lock(path)?;
+            Some(aside)
+        }
+        Decision::Start | Decision::Resume => None,
+    };
+    let resumed = matches!(decision, Decision::Resume);
+    if !resumed {
+        write_synced(&path.join(CONFIG), loaded.resolved_toml().as_bytes())?;
+        write_record(path, &record)?;
+    }
+    Ok(Opened::Ready(RunFolder { path: path.to_path_buf(), resumed, moved, record, _lock: held }))
+}
+
+impl RunFolder {
+    /// Records that the run is finished.
+    pub fn finish(&mut self) -> Result<()> {
+        self.record.finished = true;
+        write_record(&self.path, &self.record)
+    }
+}
+
+fn new_record(loaded: &Loaded) -> RunRecord {
+    let config = &loaded.config;
+    let version = env!("CARGO_PKG_VERSION").to_string();
+    RunRecord { identity: config.identity(), seed: config.seed, finished: false, version }
+}
+
+#[derive(Debug)]
+enum Decision {
+    Start,
+    Resume,
+    Move,
+    Finished,
+}
+
+fn decide(path: &Path, record: &RunRecord, loaded: &Loaded, wish: Wish) -> Result<Decision> {
+    if !path.exists() {
+        return Ok(Decision::Start);
+    }
+    let shown = path.display();
+    let Some(old) = read_record(path)? else {
+        return match is_empty(path)? {
+            true => Ok(Decision::Start),
+            false => Err(Fault::user(format!(
+                "{shown} is no run folder (it has no {RECORD}) and is not empty; choose another --out"
+            ))),
+        };
+    };
+    let same = old.identity == record.identity;
+    match wish {
+        Wish::Fresh => Ok(Decision::Move),
+        _ if !same => Err(Fault::user(format!(
+            "{shown} holds a run of another config{}; use --fresh to move it aside and start anew, or choose another --out",
+            differences(path, loaded)
+        ))),
+        Wish::Resume if old.finished => Ok(Decision::Finished),
+        Wish::Plain if old.finished => Err(Fault::user(format!(
+            "{shown} holds this run, finished; use --fresh to move it aside and start anew, or choose another --out"
+        ))),
+        _ => Ok(Decision::Resume),
+    }
+}
+
+fn read_record(path: &Path) -> Result<Option<RunRecord>> {
+    let file = path.join(RECORD);
+    match std::fs::read_to_string(&file) {
+        Ok(text) => match serde_json::from_str(&text) {
+            Ok(record) => Ok(Some(record)),
+            Err(error) => Err(Fault::user(format!("{}: no record of a run: {error}; choose another --out", file.display()))),
+        },
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("failed to read {}", file.display())),
+    }
+}
+
+/// True if nothing is in the folder but what a start leaves that was killed before its record was written.
+fn is_empty(path: &Path) -> Result<bool> {
+    if !path.is_dir() {
+        return Ok(false);
+    }
+    for entry in std::fs::read_dir(path).with_context(|| format!("failed to read {}", path.display()))? {
+        let name = entry?.file_name();
+        if ![LOCK, RECORD_BESIDE, CONFIG].iter().any(|own| name == *own) {
+            return Ok(false);
+        }
+    }
+    // A lone config.toml may be a person's; a start always locks before it writes one.
+    Ok(path.join(LOCK).exists() || !path.join(CONFIG).exists())
+}
+
+fn lock(path: &Path) -> Result<File> {
+    let file = path.join(LOCK);
+    let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&file);
+    let mut held = open.with_context(|| format!("failed to open {}", file.display()))?;
+    if flock(&held, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let mut owner = String::new();
+        // The number only makes the message more useful; the lock itself decides.
+        let _ = held.read_to_string(&mut owner);
+        let owner = if owner.is_empty() { String::new() } else { format!(" (process {})", owner.trim()) };
+        return Err(Fault::user(format!(
+            "another run works in {}{owner}; wait for it, stop it, or choose another --out",
+            path.display()
+        )));
+    }
+    // The folder may have been moved aside between opening and locking: then this is the lock of the old one.
+    let now = std::fs::metadata(&file).map(|metadata| metadata.ino()).ok();
+    if now != Some(held.metadata()?.ino()) {
+        return Err(Fault::user(format!("another run has just moved {} aside; try again", path.display())));
+    }
+    held.set_len(0)?;
+    held.rewind()?;
+    write!(held, "{}", std::process::id())?;
+    Ok(held)
+}
+
+/// Renames the folder to the first free `NAME.old-N`.
+fn move_aside(path: &Path) -> Result<PathBuf> {
+    let name = path.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned());
+    let aside = (1..).map(|n| path.with_file_name(format!("{name}.old-{n}"))).find(|aside| !aside.exists());
+    let aside = aside.expect("some number is free");
+    std::fs::rename(path, &aside)
+        .with_context(|| format!("failed to move {} to {}", path.display(), aside.display()))?;
+    Ok(aside)
+}
+
+fn write_record(path: &Path, record: &RunRecord) -> Result<()> {
+    let text = serde_json::to_string_pretty(record).expect("a record is plain data");
+    let beside = path.join(RECORD_BESIDE);
+    write_synced(&beside, text.as_bytes())?;
+    std::fs::rename(&beside, path.join(RECORD)).with_context(|| format!("failed to write {RECORD} in {}", path.display()))?;
+    File::open(path)?.sync_all().with_context(|| format!("failed to sync {}", path.display()))
+}
+
+fn write_synced(file: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || {
+        let mut out = File::create(file)?;
+        out.write_all(bytes)?;
+        out.sync_all()
+    };
+    write().with_context(|| format!("failed to write {}", file.display()))
+}
+
+/// Up to three keys in which the folder's config differs, for the refusal.
+fn differences(path: &Path, loaded: &Loaded) -> String {
+    let parse = |text: &str| text.parse::<toml::Table>().ok();
+    let old = std::fs::read_to_string(path.join(CONFIG)).ok().and_then(|text| parse(&text));
+    let (Some(old), Some(new)) = (old, parse(&loaded.resolved_toml())) else { return String::new() };
+    let mut keys = Vec::new();
+    compare(&toml::Value::Table(old), &toml::Value::Table(new), "", &mut keys);
+    keys.retain(|key| key != "engine.threads" && !key.starts_with("console"));
+    match keys.len() {
+        0 => String::new(),
+        1..=3 => format!(" ({} differs)", keys.join(", ")),
+        more => format!(" ({} and {} more differ)", keys[..3].join(", "), more - 3),
+    }
+}
+
+fn compare(old: &toml::Value, new: &toml::Value, path: &str, keys: &mut Vec<String>) {
+    use toml::Value::{Array, Table};
+    let at = |key: &str| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+    match (old, new) {
+        (Table(old), Table(new)) => {
+            for (key, value) in new {
+                match old.get(key) {
+                    Some(old) => compare(old, value, &at(key), keys),
+                    None => keys.push(at(key)),
+                }
+            }
+            keys.extend(old.keys().filter(|key| !new.contains_key(*key)).map(|key| at(key)));
+        }
+        (Array(old), Array(new)) if old.len() == new.len() => {
+            for (index, (old, new)) in old.iter().zip(new).enumerate() {
+                let name = new.get("name").and_then(toml::Value::as_str).map_or_else(|| index.to_string(), str::to_string);
+                compare(old, new, &at(&name), keys);
+            }
+        }
+        _ if old != new => keys.push(path.to_string()),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -8,6 +8,7 @@
 
 use super::director::{Direction, step_event};
 use super::messages::*;
+use super::post::seconds_now;
 use crate::config::Stage;
 use crate::config::stage::GrpoStage;
 use crate::console::Event;
@@ -41,12 +42,11 @@ impl Direction {
         policy_version: u64,
         prompts: Option<Vec<Prompt>>,
     ) -> Result<Aligned, Failure> {
-        let began = Instant::now();
+        let (began, began_at) = (Instant::now(), seconds_now());
         let ports = &self.ports;
 
         let entered = self.enter(Phase::Generate).await?;
         let mut enter_seconds = entered.seconds;
-        let offset = began.elapsed().as_secs_f64();
         let settings = settings.clone();
         let request =
             GenerateGroups { id: self.id(), stage, step, settings: settings.clone(), prompts, policy_version };
@@ -63,13 +63,13 @@ impl Direction {
         let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
         let report = ports.update.ask(request).await?;
 
-        let shifted = |[start, end]: [f64; 2]| [start + offset, end + offset];
+        let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
         Ok(Aligned {
             scored,
             report,
             seconds: began.elapsed().as_secs_f64(),
             sampled: generated.report,
-            intervals: [shifted(generated.generate), shifted(generated.judge)],
+            intervals: [since(generated.generate), since(generated.judge)],
             score_seconds,
             entered,
             enter_seconds,

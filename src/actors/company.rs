@@ -5,7 +5,8 @@
 //! busy arbiter cannot hide a death.
 
 use super::checkpointer::{Checkpointer, CheckpointerPorts};
-use super::director::{Director, DirectorPorts, StopSignal, TrainerPorts};
+use super::director::{Director, StopSignal};
+use super::director_ports::{DirectorPorts, TrainerPorts};
 use super::fine_tuner::{FineTuner, FineTunerPorts};
 use super::messages::*;
 use super::monitor::{Monitor, Notes};

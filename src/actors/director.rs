@@ -9,9 +9,10 @@
 //!   * a stage has an artefact only after its gate was passed
 //!   * starting again (after a kill, a lost device or a rollback) is the same walk from the newest commit
 
+use super::director_ports::DirectorPorts;
 use super::evals::Moment;
 use super::messages::*;
-use super::port::{Desk, Port};
+use super::port::Desk;
 use super::post::{Post, answers_for_itself};
 use super::stage_plan::{Folders, INITIAL, artefact_name, prepare_stage, source};
 use crate::checkpoint::Commit;
@@ -36,62 +37,6 @@ const NOT_FINITE_LIMIT: u64 = 3;
 pub struct Director {
     post: Post,
     direction: Rc<Direction>,
-}
-
-/// Whom the Director asks.
-#[derive(Clone)]
-pub struct DirectorPorts {
-    /// Readies the data.
-    pub prepare_data: Port<PrepareData>,
-    /// Leads pretraining.
-    pub pretrainer: TrainerPorts,
-    /// Leads SFT and reward models.
-    pub fine_tuner: TrainerPorts,
-    /// Opens a GRPO stage's prompts.
-    pub open_prompts: Port<OpenStage>,
-    /// Samples.
-    pub generate: Port<GenerateGroups>,
-    /// Measures replies.
-    pub measure_replies: Port<Measure>,
-    /// Scores.
-    pub score: Port<ScoreGroups>,
-    /// Updates.
-    pub update: Port<UpdatePolicy>,
-    /// Fits a reward model's scale.
-    pub fit_scale: Port<FitScale>,
-    /// The device.
-    pub prepare_device: Port<PrepareDevice>,
-    /// The device.
-    pub restore: Port<Restore>,
-    /// The device.
-    pub enter_phase: Port<EnterPhase>,
-    /// The device.
-    pub calibrate: Port<Calibrate>,
-    /// Finds a commit.
-    pub find_commit: Port<FindCommit>,
-    /// Commits.
-    pub commit: Port<CommitCheckpoint>,
-    /// Keeps a stage's model.
-    pub keep: Port<KeepArtefact>,
-    /// Exports.
-    pub export: Port<ExportModel>,
-    /// The journal.
-    pub record: Port<Record>,
-    /// The rollouts' file.
-    pub record_rollouts: Port<RecordRollouts>,
-    /// The supervisor.
-    pub end: Port<EndRun>,
-}
-
-/// The ports of an actor that leads training on given examples.
-#[derive(Clone)]
-pub struct TrainerPorts {
-    /// Opens a stage's data.
-    pub open: Port<OpenStage>,
-    /// Takes a step.
-    pub step: Port<TrainStep>,
-    /// Measures.
-    pub measure: Port<Measure>,
 }
 
 /// A signal that asked the run to stop; 0 for none.
@@ -313,7 +258,7 @@ impl Direction {
                 self.measure(at, Moment::Between).await?;
             }
             let signal = self.stop.load(Ordering::SeqCst);
-            is_due |= every > 0 && at.step % every == 0;
+            is_due |= every > 0 && at.step.is_multiple_of(every);
             is_due |= seconds > 0 && committed.elapsed() >= Duration::from_secs(seconds);
             // A commit that a rollback would come back to is made after a finite step only.
             if is_due && not_finite == 0 || at.step == at.steps || signal != 0 {

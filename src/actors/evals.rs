@@ -63,7 +63,7 @@ impl Direction {
 fn is_due(eval: &EvalConfig, moment: Moment, step: u64) -> bool {
     match moment {
         Moment::Before => eval.before,
-        Moment::Between => eval.every > 0 && step % eval.every == 0,
+        Moment::Between => eval.every > 0 && step.is_multiple_of(eval.every),
         Moment::End => true,
     }
 }
@@ -73,12 +73,12 @@ fn shortfall(gate: &Gate, figures: &[Figure]) -> Option<String> {
     let Some((name, value)) = figures.iter().find(|(name, _)| *name == gate.eval) else {
         return Some(format!("eval {:?} was not measured", gate.eval));
     };
-    // Written so that a figure that is not a number passes no gate.
-    match (gate.minimum, gate.maximum) {
-        (Some(minimum), _) if !(*value >= minimum) => Some(format!("{name} = {value:.4}, at least {minimum} is needed")),
-        (_, Some(maximum)) if !(*value <= maximum) => Some(format!("{name} = {value:.4}, at most {maximum} is allowed")),
-        _ => None,
+    // A figure that is not a number passes neither comparison, and so no gate.
+    if let Some(minimum) = gate.minimum.filter(|minimum| !value.ge(minimum)) {
+        return Some(format!("{name} = {value:.4}, at least {minimum} is needed"));
     }
+    let maximum = gate.maximum.filter(|maximum| !value.le(maximum))?;
+    Some(format!("{name} = {value:.4}, at most {maximum} is allowed"))
 }
 
 fn eval_event(stage: &Stage, eval: &EvalConfig, step: u64, result: &Measurement) -> Result<Event, Failure> {

@@ -8,16 +8,15 @@
 //!   * no message exists outside the list (`MESSAGES` names them all, and the round-trip test walks it)
 //!   * no message holds a tensor, an address or a channel
 
+pub use super::contents::*;
 use crate::checkpoint::Commit;
-use crate::config::Fault;
 use crate::config::stage::{GrpoStage, RewardEntry};
 use crate::console::Event;
 use crate::data::example::Prompt;
 use crate::engine::hybrid::SavedState;
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
-use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
+use crate::inference::job::{GenerateJob, TokenGroup};
 use crate::rl::rollout::{Group, JudgedGroup, ScoredGroup};
-use crate::rl::stats::StepStatistics;
 use crate::train::job::{StepReport, TrainJob};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -130,7 +129,7 @@ messages! {
         id: WorkId,
         /// The job.
         job: GenerateJob,
-    } -> GenerateReport;
+    } -> Generated;
     /// Worker to RolloutGenerator: a group whose last rollout has ended, while others are still being sampled.
     AcceptGroup {
         /// Id of the [`Generate`] that made it.
@@ -293,252 +292,6 @@ impl WorkId {
     }
 }
 
-/// What [`PrepareData`] found.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct DataReport {
-    /// Rows that the tokenizer needs of the model.
-    pub vocabulary: usize,
-    /// Held-out examples, and training examples that were searched for them.
-    pub held_out: u64,
-    /// See `held_out`.
-    pub trained: u64,
-}
-
-/// A stage, once its data is open.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct StageShape {
-    /// Steps of the stage.
-    pub steps: u64,
-}
-
-/// Where a run stands.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Place {
-    /// Index of the stage.
-    pub stage: usize,
-    /// Its name.
-    pub name: String,
-    /// Steps of the stage that are done.
-    pub step: u64,
-    /// True if those are all.
-    pub finished: bool,
-}
-
-/// The groups of one step, with what programs said of them.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct GeneratedGroups {
-    /// In order of slot.
-    pub groups: Vec<JudgedGroup>,
-    /// What the sampling took.
-    pub report: GenerateReport,
-    /// Start and end of sampling and of judging, in seconds since the request arrived.
-    pub generate: [f64; 2],
-    /// See `generate`; the first group is judged while others are sampled.
-    pub judge: [f64; 2],
-}
-
-/// Groups that are ready for the update, and what they say of the policy.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct ScoredGroups {
-    /// In order of slot.
-    pub groups: Vec<ScoredGroup>,
-    /// Their statistics.
-    pub statistics: StepStatistics,
-}
-
-/// One eval's result.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Measurement {
-    /// The figure.
-    pub value: f64,
-    /// Examples that were measured.
-    pub samples: u64,
-    /// Mean new tokens of a reply, where replies are sampled.
-    pub mean_tokens: Option<f64>,
-    /// Replies to show.
-    pub shown: Vec<Reply>,
-}
-
-/// A reply to show to a person.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Reply {
-    /// The prompt's text.
-    pub prompt: String,
-    /// The reply's text.
-    pub text: String,
-    /// What was expected.
-    pub answer: Option<String>,
-    /// What the verifier gave.
-    pub score: f64,
-}
-
-/// Mean and deviation that standardise a reward model's score.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Scale {
-    /// Mean.
-    pub mean: f64,
-    /// Deviation.
-    pub deviation: f64,
-}
-
-/// Alignment steps on random tokens, to be timed.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Bench {
-    /// Weights; `None` for fresh ones.
-    pub weights: Option<PathBuf>,
-    /// Prompts of a step.
-    pub prompts: usize,
-    /// Tokens of a prompt.
-    pub prompt_tokens: usize,
-    /// Timed steps.
-    pub steps: u64,
-}
-
-/// Where the time of one alignment step went.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct BenchStep {
-    /// The whole step.
-    pub seconds: f64,
-    /// Sampling.
-    pub generate_seconds: f64,
-    /// Reward models, the reference, advantages.
-    pub score_seconds: f64,
-    /// The update.
-    pub train_seconds: f64,
-    /// Tokens sampled.
-    pub new_tokens: u64,
-    /// Tokens that went through the model in the update.
-    pub trained_tokens: u64,
-}
-
-/// How a run ended.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub enum Outcome {
-    /// Every stage is done and the model is exported.
-    Done,
-    /// The steps of a bench were timed.
-    Timed(Vec<BenchStep>),
-    /// A signal ended it after a commit.
-    Stopped(i32),
-    /// It could not go on.
-    Failed(Failure),
-}
-
-/// What an actor is doing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ActorState {
-    /// Nothing to do.
-    #[default]
-    Idle,
-    /// At work.
-    Busy,
-    /// Died; a new one is being made.
-    Restarting,
-    /// Stopped for good.
-    Stopped,
-}
-
-/// An actor's answer to a status question.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Pulse {
-    /// The actor's name.
-    pub actor: String,
-    /// What it is doing.
-    pub state: ActorState,
-    /// Seconds since it began to do so.
-    pub since: f64,
-    /// Messages in its mailbox.
-    pub queued: u64,
-    /// Messages it has taken.
-    pub handled: u64,
-    /// The last one's name.
-    pub last_message: Option<String>,
-    /// Times it was restarted.
-    pub restarts: u64,
-    /// Replies it is waiting for.
-    pub waits: Vec<Wait>,
-    /// Why it died or stopped last.
-    pub reason: Option<String>,
-    /// What it says it is doing: the Director names the device's phase.
-    pub doing: Option<String>,
-}
-
-/// A reply that an actor is waiting for.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Wait {
-    /// Who has to answer.
-    pub actor: String,
-    /// What was asked.
-    pub message: String,
-    /// Seconds since.
-    pub seconds: f64,
-}
-
-/// Whose fault a failed request is, which decides how the run goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum FailureKind {
-    /// The user's input.
-    User,
-    /// Memory, disk, budget.
-    Resources,
-    /// The device's thread panicked; what it held is gone, the last commit is not.
-    Device,
-    /// An actor did not answer, or was stopped.
-    Actor,
-    /// Three steps in a row had no finite loss or gradient.
-    NotFinite,
-    /// Anything else.
-    Other,
-}
-
-/// A request that failed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
-#[error("{text}")]
-pub struct Failure {
-    /// Whose fault.
-    pub kind: FailureKind,
-    /// What, where, and what to do.
-    pub text: String,
-}
-
-impl Failure {
-    /// A failure of this kind.
-    pub fn new(kind: FailureKind, text: impl Into<String>) -> Failure {
-        Failure { kind, text: text.into() }
-    }
-
-    /// The error that the command line turns into an exit code.
-    pub fn into_error(self) -> anyhow::Error {
-        match self.kind {
-            FailureKind::User => Fault::user(self.text),
-            FailureKind::Resources => Fault::resources(self.text),
-            _ => anyhow::Error::msg(self.text),
-        }
-    }
-}
-
-impl From<anyhow::Error> for Failure {
-    fn from(error: anyhow::Error) -> Failure {
-        let text = format!("{error:#}");
-        if let Some(failure) = error.downcast_ref::<Failure>() {
-            return Failure { text, ..failure.clone() };
-        }
-        let disk_is_full = |cause: &(dyn std::error::Error + 'static)| {
-            cause.downcast_ref::<std::io::Error>().is_some_and(|io| {
-                matches!(io.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
-            })
-        };
-        let kind = match error.downcast_ref::<Fault>() {
-            Some(Fault::User(_)) => FailureKind::User,
-            Some(Fault::Resources(_)) => FailureKind::Resources,
-            _ if error.chain().any(disk_is_full) => FailureKind::Resources,
-            _ => FailureKind::Other,
-        };
-        Failure { kind, text }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::arbitrary;
@@ -570,12 +323,21 @@ mod tests {
         let names: std::collections::BTreeSet<_> = MESSAGES.iter().collect();
         assert_eq!(names.len(), MESSAGES.len());
     }
-
     #[test]
-    fn a_full_disk_deep_in_an_error_is_a_lack_of_resources() {
-        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-        let failure = Failure::from(anyhow::Error::new(full).context("failed to write x"));
-        assert_eq!(failure.kind, FailureKind::Resources);
-        assert!(failure.text.starts_with("failed to write x"), "{}", failure.text);
+    fn nothing_that_travels_leaves_a_field_behind() {
+        // A skipped field is invisible to serde, and with it to the round trip above.
+        let sources = [
+            include_str!("messages.rs"),
+            include_str!("contents.rs"),
+            include_str!("../data/example.rs"),
+            include_str!("../rl/rollout.rs"),
+            include_str!("../rl/stats.rs"),
+            include_str!("../rl/grpo.rs"),
+            include_str!("../inference/job.rs"),
+            include_str!("../train/job.rs"),
+            include_str!("../engine/phase.rs"),
+        ];
+        let skip = concat!("serde(", "skip");
+        assert!(sources.iter().all(|source| !source.contains(skip)), "a field is not sent");
     }
 }

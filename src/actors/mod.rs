@@ -1,32 +1,31 @@
 //! Who acts: thin, asynchronous actors that hold no tensor.
 //!
-//! A run is started by [`start`]; `bench grpo` drives the same actors through [`bench_grpo`]. Read `director` for the
-//! loop and `messages` for everything that is said; actors reach each other through `port` only.
+//! A run is made by [`start`]; `bench grpo` drives the same actors through [`bench_grpo`]. Read `director` for the
+//! loop and `messages` for everything that is said; actors reach each other through ports only.
 
 // What is said, and how.
+mod contents;
 pub mod messages;
 pub mod port;
 pub mod post;
-
 // Who leads.
 mod alignment;
-pub mod bench;
+mod bench;
 pub mod director;
+pub mod director_ports;
 mod evals;
-mod stage_plan;
-
+pub mod stage_plan;
 // Who works.
-pub mod checkpointer;
-pub mod fine_tuner;
-pub mod monitor;
-pub mod policy_updater;
-pub mod pretrainer;
+mod checkpointer;
+mod fine_tuner;
+mod monitor;
+mod policy_updater;
+mod pretrainer;
 mod reader;
-pub mod reward_scorer;
+mod reward_scorer;
 mod rollout_file;
-pub mod rollout_generator;
+mod rollout_generator;
 pub mod worker;
-
 // Who sets up and watches.
 pub mod company;
 mod staff;

@@ -144,7 +144,8 @@ impl Notes {
 
     /// Brings the board's actors up to date and offers it to its file.
     fn look(&self) {
-        let mut open = self.open.lock().expect(PROOF);
+        // While an event is being written the actors' thread must not wait for the disk.
+        let Ok(mut open) = self.open.try_lock() else { return };
         let Some(Open { board, writer, .. }) = &mut *open else { return };
         self.refresh(board);
         // The board is made again in half a second; a full disk is reported where something is lost by it.

@@ -164,6 +164,11 @@ impl<T> Future for Observed<T> {
     }
 }
 
+/// The time of day that intervals are compared in, in seconds since 1970.
+pub fn seconds_now() -> f64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
 /// What a panic said.
 pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str);

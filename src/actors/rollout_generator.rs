@@ -10,19 +10,18 @@
 
 use super::messages::*;
 use super::port::Port;
-use super::post::{Post, answers_for_itself, aside};
+use super::post::{Post, answers_for_itself, aside, seconds_now};
 use super::reader::Reader;
 use crate::config::failpoint::failpoint;
 use crate::config::stage::{GrpoStage, RewardEntry};
 use crate::data::{Prompt, Tokenizer};
-use crate::inference::job::{GenerateJob, GenerateReport, GenerateRequest, TokenGroup};
+use crate::inference::job::{GenerateJob, GenerateRequest, TokenGroup};
 use crate::rl::rollout::{Group, JudgedGroup};
 use actix::{Handler, ResponseActFuture};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Instant;
 
 /// Steps of evals are counted from here, apart from those of training.
 const EVAL_STEP: u64 = 1 << 40;
@@ -49,7 +48,6 @@ type Rounds = Rc<RefCell<BTreeMap<WorkId, Rc<Round>>>>;
 
 /// One request being served.
 struct Round {
-    began: Instant,
     prompts: Vec<Prompt>,
     reward: Vec<RewardEntry>,
     /// `None` for random tokens, which are no text.
@@ -160,7 +158,6 @@ async fn serve(
     reward: Vec<RewardEntry>,
 ) -> Result<GeneratedGroups, Failure> {
     let round = Rc::new(Round {
-        began: Instant::now(),
         prompts,
         reward,
         tokenizer,
@@ -168,16 +165,12 @@ async fn serve(
         judging: RefCell::default(),
     });
     rounds.borrow_mut().insert(id, Rc::clone(&round));
-    let report = ports.generate.ask(Generate { id, job }).await;
+    let generated = ports.generate.ask(Generate { id, job }).await;
     rounds.borrow_mut().remove(&id);
-    round.finish(report?)
+    round.finish(generated?)
 }
 
 impl Round {
-    fn seconds(&self) -> f64 {
-        self.began.elapsed().as_secs_f64()
-    }
-
     /// Decodes a group and has it judged.
     async fn accept(&self, judge: &Port<JudgeGroup>, group: TokenGroup) -> Result<(), Failure> {
         let slot = group.slot;
@@ -185,10 +178,10 @@ impl Round {
             return Ok(());
         }
         failpoint("mid-generation");
-        let start = self.seconds();
+        let start = seconds_now();
         let reward = self.reward.clone();
         let judged = judge.ask(JudgeGroup { group: self.decode(group), reward }).await?;
-        let end = self.seconds();
+        let end = seconds_now();
         let mut judging = self.judging.borrow_mut();
         *judging = Some(judging.map_or([start, end], |[first, last]| [first.min(start), last.max(end)]));
         self.judged.borrow_mut().insert(slot, judged);
@@ -208,15 +201,14 @@ impl Round {
         Group { slot: group.slot, prompt, policy_version: group.policy_version, rollouts }
     }
 
-    fn finish(&self, report: GenerateReport) -> Result<GeneratedGroups, Failure> {
+    fn finish(&self, generated: Generated) -> Result<GeneratedGroups, Failure> {
         let groups: Vec<JudgedGroup> = std::mem::take(&mut *self.judged.borrow_mut()).into_values().collect();
         let (got, asked) = (groups.len(), self.prompts.len());
         if got != asked {
             return Err(Failure::new(FailureKind::Other, format!("the device sampled {got} of {asked} groups")));
         }
-        let generate = [0.0, report.seconds];
         let judge = self.judging.borrow().unwrap_or_default();
-        Ok(GeneratedGroups { groups, report, generate, judge })
+        Ok(GeneratedGroups { groups, report: generated.report, generate: generated.span, judge })
     }
 }
 

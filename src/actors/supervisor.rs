@@ -206,6 +206,7 @@ impl Inner {
 
     /// Stops one actor for good.
     async fn stop_actor(&self, name: &str) -> Result<(), Failure> {
+        let failure = Failure::new(FailureKind::Actor, format!("{name} was stopped by name"));
         let halt = {
             let staff = self.staff.borrow();
             let Some(member) = staff.iter().find(|member| member.name() == name) else {
@@ -213,12 +214,13 @@ impl Inner {
                 let text = format!("there is no actor {name:?}; there are {}", names.join(", "));
                 return Err(Failure::new(FailureKind::User, text));
             };
+            // Known as stopped before it stops, so that its death is no reason to restart it.
+            member.desk().stopped(&failure.text);
             member.halt()
         };
         let halted = halt.ask(Halt {}).await;
-        let failure = Failure::new(FailureKind::Actor, format!("{name} was stopped by name"));
         if let Some(member) = self.staff.borrow().iter().find(|member| member.name() == name) {
-            member.close(failure.clone());
+            member.close(failure);
         }
         halted
     }

@@ -4,6 +4,7 @@
 //! the same steps. It writes down every call.
 
 mod fake_device;
+mod plans;
 
 use super::bench::{self, BenchRequest};
 use super::company::{Seats, Setup, run};
@@ -96,6 +97,7 @@ reward = [{ verifier = "exact" }, { model = "nice", weight = 0.5 }]
 name = "solved"
 data = "held-out"
 verifier = "exact"
+max_new_tokens = 4
 before = true
 every = 2
 show = 1
@@ -338,6 +340,23 @@ fn a_signal_ends_the_run_after_a_commit_and_the_next_run_ends_with_the_same_weig
 }
 
 #[test]
+fn a_grpo_stage_that_comes_first_keeps_the_initial_weights_as_its_reference() {
+    let (head, stages) = CONFIG.split_once("[[stage]]").unwrap();
+    let align = stages.split("[[stage]]").last().unwrap().replace(", { model = \"nice\", weight = 0.5 }", "");
+    let place = Place::with(&format!("{head}[[stage]]{align}"));
+    let stop = Arc::new(AtomicI32::new(0));
+    let script = Script { signal_in_train: Some((2, Arc::clone(&stop))), ..Script::default() };
+    let stopped = place.run(&Disturbance { script, stop, ..Disturbance::default() });
+    assert_eq!(stopped.outcome, Outcome::Stopped(15));
+    assert_eq!(stopped.calls[..3], ["prepare fresh reference= rewards=[]", "save 00-initial", READY]);
+    let done = place.run(&Disturbance::default());
+    assert_eq!(done.outcome, Outcome::Done);
+    assert_eq!(done.calls[..2], [READY, "restore 000001-align-2"], "the reference is found again");
+}
+
+const READY: &str = "prepare 00-initial reference=00-initial rewards=[]";
+
+#[test]
 fn who_waits_for_whom_is_named_when_a_deadline_passes() {
     let place = Place::new();
     let script = Script { stuck_in_train: Some(11), ..Script::default() };
@@ -383,12 +402,13 @@ fn an_actor_that_dies_again_and_again_ends_the_run_with_its_name() {
 #[test]
 fn three_steps_without_a_finite_loss_roll_back_once_and_then_stop_with_advice() {
     let place = Place::new();
-    let script = Script { not_finite_from: Some(2), ..Script::default() };
+    let script = Script { not_finite_from: Some(4), ..Script::default() };
     let failed = place.run(&Disturbance { script, set: &["checkpoint.every_steps=1"], ..Disturbance::default() });
     assert_eq!(failed.failure().kind, FailureKind::NotFinite);
     assert!(failed.failure().text.contains("lower the stage's optimizer.learning_rate"), "{:?}", failed.outcome);
     assert_eq!(failed.named("rollback").len(), 1);
-    assert!(failed.named("skipped").len() >= 4, "the run went on to the third once more");
+    assert!(failed.failure().text.contains("stage \"talk\": steps 1 to 3"), "{:?}", failed.outcome);
+    assert_eq!(failed.named("skipped").len(), 6, "no commit was made in the midst of them");
 }
 
 #[test]

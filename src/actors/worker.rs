@@ -11,7 +11,7 @@
 
 use super::messages::*;
 use super::port::{Limits, Port};
-use super::post::{Post, answers_for_itself, panic_text};
+use super::post::{Post, answers_for_itself, panic_text, seconds_now};
 use crate::engine::hybrid::{HybridEngine, SavedState};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
 use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
@@ -104,7 +104,7 @@ enum Job {
 enum Yield {
     Nothing,
     Phase(PhaseReport),
-    Generated(GenerateReport),
+    Generated(Generated),
     Scores(Vec<SequenceScore>),
     Stepped(StepReport),
     Saved(SavedState),
@@ -226,9 +226,11 @@ fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
             Yield::Nothing
         }
         Job::EnterPhase(phase) => Yield::Phase(device.enter_phase(*phase)?),
-        Job::Generate(job) => Yield::Generated(
-            device.generate(job, &mut |group| work.change(|progress| progress.groups.push(group)))?,
-        ),
+        Job::Generate(job) => {
+            let began = seconds_now();
+            let report = device.generate(job, &mut |group| work.change(|progress| progress.groups.push(group)))?;
+            Yield::Generated(Generated { report, span: [began, seconds_now()] })
+        }
         Job::Score(job) => Yield::Scores(device.score(job)?),
         Job::Train(job) => Yield::Stepped(device.train(job)?),
         Job::Save { folder, with_optimizer } => Yield::Saved(device.save(folder, *with_optimizer)?),
@@ -323,7 +325,7 @@ macro_rules! follows {
 follows! {
     PrepareDevice { stage } -> (): Job::Prepare(stage), Yield::Nothing => ();
     EnterPhase { phase } -> PhaseReport: Job::EnterPhase(phase), Yield::Phase(report) => report;
-    Generate { job } -> GenerateReport: Job::Generate(job), Yield::Generated(report) => report;
+    Generate { job } -> Generated: Job::Generate(job), Yield::Generated(generated) => generated;
     Score { job } -> Vec<SequenceScore>: Job::Score(job), Yield::Scores(scores) => scores;
     Train { job } -> StepReport: Job::Train(job), Yield::Stepped(report) => report;
     Save { folder, with_optimizer } -> SavedState:

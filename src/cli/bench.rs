@@ -2,9 +2,22 @@
 
 use super::command::Threads;
 use super::generate::at_least_one;
-use crate::config::Fault;
+use super::open_model::{engine, spill_folder};
+use super::output::{say, say_json};
+use super::stopwatch::{Spent, Stopwatch};
+use crate::actors::{BenchRequest, bench_grpo};
+use crate::checkpoint::read_model_config;
+use crate::config::stage::{
+    Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel,
+};
+use crate::config::{EngineConfig, Fault, ModelConfig, load_model};
+use crate::data::example::{Batch, Sequence};
+use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
+use anyhow::Result;
 use clap::{Args, Subcommand, ValueEnum};
-use std::path::PathBuf;
+use rehearsal_kernels::random::{Stream, below};
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
 
 /// Times a hot path.
 #[derive(Debug, Args)]
@@ -145,17 +158,176 @@ impl Dtype {
 }
 
 /// Times what was asked.
-pub fn run(args: BenchArgs) -> anyhow::Result<()> {
-    if let BenchWhat::Generate(generate) = &args.what {
-        generate.dtype.require_built()?;
-        let (batch, samples) = (generate.batch, generate.samples_per_prompt);
-        if !batch.is_multiple_of(samples) {
-            return Err(Fault::user(format!(
-                "--samples-per-prompt {samples} does not divide --batch {batch}; every prompt has the same number of samples"
-            )));
-        }
+pub fn run(args: BenchArgs) -> Result<()> {
+    let (json, result) = match &args.what {
+        BenchWhat::Train(args) => (args.json, train(args)?),
+        BenchWhat::Generate(args) => (args.json, generate(args)?),
+        BenchWhat::Grpo(args) => (args.json, grpo(args)?),
+    };
+    if json {
+        return say_json(&result);
     }
-    anyhow::bail!("bench waits for the lead")
+    let Value::Object(figures) = &result else { unreachable!("figures have names") };
+    figures.iter().try_for_each(|(name, value)| say(&format!("{name:30} {value}")))
+}
+
+/// A folder of weights, or a config.json for random ones.
+fn model(path: &Path) -> Result<(ModelConfig, ModelSource)> {
+    if path.is_dir() {
+        return Ok((read_model_config(path)?, ModelSource::Folder(path.to_path_buf())));
+    }
+    Ok((load_model(path)?, ModelSource::Fresh))
+}
+
+/// Random tokens: a function of their place alone.
+fn tokens(config: &ModelConfig, sequence: usize, count: usize) -> Vec<u32> {
+    let token = |i: usize| below(1, Stream::Data, [sequence as u64, i as u64, 0, 0], config.vocab_size as u64);
+    (0..count).map(|i| token(i) as u32).collect()
+}
+
+fn require_context(config: &ModelConfig, tokens: usize) -> Result<()> {
+    let context = config.max_position_embeddings;
+    match tokens > context {
+        true => Err(Fault::user(format!("{tokens} tokens do not fit in the model's context of {context}"))),
+        false => Ok(()),
+    }
+}
+
+/// Figures of every benchmark beside its own.
+fn with_spent(mut figures: Value, spent: &Spent, path: &Path, threads: Threads) -> Value {
+    figures["wall_seconds"] = json!(spent.wall_seconds);
+    figures["cpu_seconds"] = json!(spent.cpu_seconds);
+    figures["peak_rss_bytes"] = json!(spent.peak_rss_bytes);
+    figures["model"] = json!(path);
+    figures["threads"] = json!(threads.count());
+    figures
+}
+
+fn train(args: &BenchTrainArgs) -> Result<Value> {
+    let (config, source) = model(&args.model)?;
+    require_context(&config, args.sequence)?;
+    let mut engine = engine(&config, source, args.threads.count(), 1, Some(OptimizerConfig::default()))?;
+    engine.enter_phase(Phase::Train)?;
+    let documents = (0..args.batch).map(|i| Sequence::all_targets(tokens(&config, i, args.sequence)));
+    let job = TrainJob::Batch { batch: Batch::Documents(documents.collect()), micro_batch: 0 };
+    engine.train(&job)?;
+    let stopwatch = Stopwatch::start();
+    for _ in 0..args.steps {
+        engine.train(&job)?;
+    }
+    let spent = stopwatch.spent();
+    let trained = (args.batch * args.sequence * args.steps) as f64;
+    let figures = json!({
+        "bench": "train", "batch": args.batch, "sequence": args.sequence, "steps": args.steps, "dtype": "f32",
+        "tokens_per_second": trained / spent.wall_seconds,
+        "seconds_per_step": spent.wall_seconds / args.steps as f64,
+    });
+    Ok(with_spent(figures, &spent, &args.model, args.threads))
+}
+
+fn generate(args: &BenchGenerateArgs) -> Result<Value> {
+    args.dtype.require_built()?;
+    let (batch, samples) = (args.batch, args.samples_per_prompt);
+    if !batch.is_multiple_of(samples) {
+        return Err(Fault::user(format!(
+            "--samples-per-prompt {samples} does not divide --batch {batch}; every prompt has the same number of samples"
+        )));
+    }
+    let (config, source) = model(&args.model)?;
+    require_context(&config, args.prompt_tokens + args.new_tokens)?;
+    let mut engine = engine(&config, source, args.threads.count(), 1, None)?;
+    let request = |slot: usize| GenerateRequest {
+        slot: slot as u32,
+        tokens: tokens(&config, slot, args.prompt_tokens),
+        prompt: slot as u64,
+        samples: samples as u32,
+    };
+    let job = GenerateJob {
+        requests: (0..batch / samples).map(request).collect(),
+        max_new_tokens: args.new_tokens,
+        temperature: 1.0,
+        top_p: 1.0,
+        top_k: 0,
+        stop_tokens: Vec::new(),
+        seed: 1,
+        step: 0,
+        policy_version: 0,
+    };
+    engine.enter_phase(Phase::Generate)?;
+    let warm_up = GenerateJob { max_new_tokens: args.new_tokens.min(2), ..job.clone() };
+    engine.generate(&warm_up, &mut |_| {})?;
+    let stopwatch = Stopwatch::start();
+    let report = engine.generate(&job, &mut |_| {})?;
+    let spent = stopwatch.spent();
+    let figures = json!({
+        "bench": "generate", "batch": batch, "samples_per_prompt": samples, "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens, "dtype": "f32",
+        "tokens_per_second": report.new_tokens as f64 / spent.wall_seconds,
+        "prefill_tokens_per_second": report.prompt_tokens as f64 / report.prefill_seconds.max(1e-9),
+    });
+    Ok(with_spent(figures, &spent, &args.model, args.threads))
+}
+
+fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
+    let (config, source) = model(&args.model)?;
+    require_context(&config, args.prompt_tokens + args.new_tokens)?;
+    if args.group < 2 {
+        return Err(Fault::user("--group 1 has no advantage: a group is compared with its own mean; use 2 or more"));
+    }
+    let weights = match source {
+        ModelSource::Folder(folder) => Some(folder),
+        ModelSource::Fresh => None,
+    };
+    let engine = EngineConfig { threads: args.threads.count(), ..EngineConfig::default() };
+    let stopwatch = Stopwatch::start();
+    let steps = bench_grpo(BenchRequest {
+        model: config,
+        weights,
+        engine,
+        settings: settings(args),
+        prompt_tokens: args.prompt_tokens,
+        steps: args.steps as u64,
+        seed: 1,
+        spill: spill_folder(),
+    })?;
+    let spent = stopwatch.spent();
+    let count = steps.len().max(1) as f64;
+    let mean = |figure: fn(&crate::actors::messages::BenchStep) -> f64| steps.iter().map(figure).sum::<f64>() / count;
+    let figures = json!({
+        "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",
+        "seconds_per_step": mean(|s| s.seconds),
+        "generate_seconds": mean(|s| s.generate_seconds),
+        "score_seconds": mean(|s| s.score_seconds),
+        "train_seconds": mean(|s| s.train_seconds),
+        "tokens_per_second": mean(|s| s.new_tokens as f64) / mean(|s| s.seconds),
+    });
+    Ok(with_spent(figures, &spent, &args.model, args.threads))
+}
+
+/// One update per batch, with a KL term, as the quickstart's stages have it.
+fn settings(args: &BenchGrpoArgs) -> GrpoStage {
+    GrpoStage {
+        data: "random".to_string(),
+        steps: args.steps as u64,
+        prompts: args.prompts,
+        group_size: args.group,
+        max_new_tokens: args.new_tokens,
+        temperature: 1.0,
+        top_p: 1.0,
+        top_k: 0,
+        clip: 0.2,
+        kl_weight: 0.01,
+        updates: 1,
+        ratio_level: RatioLevel::Token,
+        length_norm: LengthNorm::PerOutput,
+        deviation: Deviation::Population,
+        deviation_epsilon: 1e-4,
+        reward: Vec::new(),
+        after: None,
+        micro_batch: 0,
+        optimizer: OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() },
+    }
 }
 
 #[cfg(test)]

@@ -2,8 +2,18 @@
 
 use super::command::Threads;
 use super::generate::{at_least_one, temperature};
+use super::open_model::{Ask, FILE, OpenModel};
+use super::output::{say, say_json};
+use crate::config::Fault;
+use crate::config::data::Schema;
 use crate::config::stage::VerifierKind;
+use crate::data::jsonl::Records;
+use crate::engine::phase::{Phase, Role, ScoreJob, SequenceScore};
+use crate::rl::rollout::Stop;
+use crate::rl::verifiers::{check_answer, verify};
+use anyhow::Result;
 use clap::{ArgGroup, Args, ValueEnum};
+use serde::Serialize;
 use std::path::PathBuf;
 
 /// Measures a model.
@@ -84,9 +94,93 @@ pub enum EvalMetric {
     Perplexity,
 }
 
+/// Stable keys of `--json` for a verifier.
+#[derive(Serialize)]
+struct Passes {
+    pass_at_1: f64,
+    pass_at_k: f64,
+    samples: usize,
+    prompts: usize,
+    mean_tokens: f64,
+}
+
+/// Stable keys of `--json` for a metric.
+#[derive(Serialize)]
+struct Perplexity {
+    perplexity: f64,
+    tokens: usize,
+    samples: usize,
+}
+
 /// Measures.
-pub fn run(_args: EvalArgs) -> anyhow::Result<()> {
-    anyhow::bail!("eval waits for the lead")
+pub fn run(args: EvalArgs) -> Result<()> {
+    let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
+    match args.verifier {
+        Some(verifier) => {
+            let passes = passes(&mut model, &args, verifier.into())?;
+            if args.json {
+                return say_json(&passes);
+            }
+            let Passes { pass_at_1, pass_at_k, samples, prompts, mean_tokens } = passes;
+            say(&format!("{prompts} prompts, {samples} samples each, {mean_tokens:.1} tokens a reply"))?;
+            say(&format!("pass@1 {:.1} %, pass@{samples} {:.1} %", 100.0 * pass_at_1, 100.0 * pass_at_k))
+        }
+        None => {
+            let found = perplexity(&mut model, &args)?;
+            if args.json { say_json(&found) } else { say(&format!("perplexity {:.4} over {} tokens", found.perplexity, found.tokens)) }
+        }
+    }
+}
+
+fn passes(model: &mut OpenModel, args: &EvalArgs, verifier: VerifierKind) -> Result<Passes> {
+    let loader = model.loader(&args.data, Schema::Prompts, args.chat);
+    let prompts = loader.prompts(FILE, 0)?;
+    let mut answers = Vec::with_capacity(prompts.len());
+    for prompt in &prompts {
+        let place = format!("{}:{}", args.data.display(), prompt.index + 1);
+        let Some(answer) = &prompt.answer else { return Err(Fault::user(format!("{place}: there is no answer to compare with"))) };
+        check_answer(verifier, answer).map_err(|reason| Fault::user(format!("{place}: {reason}")))?;
+        answers.push(answer);
+    }
+    let temperature = if args.samples == 1 { 0.0 } else { args.temperature };
+    let ask = Ask { max_tokens: args.max_tokens, temperature, top_p: 1.0, seed: args.seed };
+    let tokens: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
+    let (groups, report) = model.answer(&tokens, args.samples as u32, &ask)?;
+    let (mut passed, mut any) = (0, 0);
+    for (group, answer) in groups.iter().zip(answers) {
+        let passes = |r: &&crate::rl::rollout::Rollout| verify(verifier, 0.0, &r.text, r.stop == Stop::Eos, answer).passed;
+        let count = group.rollouts.iter().filter(passes).count();
+        passed += count;
+        any += usize::from(count > 0);
+    }
+    let replies = (prompts.len() * args.samples) as f64;
+    Ok(Passes {
+        pass_at_1: passed as f64 / replies,
+        pass_at_k: any as f64 / prompts.len() as f64,
+        samples: args.samples,
+        prompts: prompts.len(),
+        mean_tokens: report.new_tokens as f64 / replies,
+    })
+}
+
+fn perplexity(model: &mut OpenModel, args: &EvalArgs) -> Result<Perplexity> {
+    let loader = model.loader(&args.data, Schema::Text, false);
+    let (path, set) = loader.sources.set(FILE)?;
+    let samples = Records::open(&path, set)?.count();
+    let sequences: Vec<Vec<u32>> = loader.texts(FILE, 0)?.into_iter().map(|s| s.tokens).collect();
+    model.engine.enter_phase(Phase::Score)?;
+    let first = vec![1; sequences.len()];
+    let job = ScoreJob { role: Role::Policy, sequences, temperature: 1.0, first };
+    let (mut sum, mut tokens) = (0.0, 0);
+    for score in model.engine.score(&job)? {
+        let SequenceScore::Logprobs(logprobs) = score else { unreachable!("a policy gives log-probabilities") };
+        sum += logprobs.iter().map(|l| f64::from(*l)).sum::<f64>();
+        tokens += logprobs.len();
+    }
+    if tokens == 0 {
+        return Err(Fault::user(format!("{}: no text has two tokens or more", args.data.display())));
+    }
+    Ok(Perplexity { perplexity: (-sum / tokens as f64).exp(), tokens, samples })
 }
 
 #[cfg(test)]

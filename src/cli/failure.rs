@@ -12,7 +12,7 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     if let Some(fault) = error.downcast_ref::<Fault>() {
         return fault.exit_code();
     }
-    error.chain().find_map(|cause| cause_code(cause)).unwrap_or(1)
+    error.chain().find_map(cause_code).unwrap_or(1)
 }
 
 fn cause_code(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {

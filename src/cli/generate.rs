@@ -1,7 +1,17 @@
 //! `rehearsal generate`: replies to prompts, or a chat.
 
 use super::command::Threads;
+use super::open_model::{Ask, FILE, OpenModel};
+use super::output::{say, say_json};
+use crate::config::Fault;
+use crate::config::data::Schema;
+use crate::data::chat::{Message, Role};
+use crate::data::jsonl::PromptText;
+use crate::rl::rollout::Rollout;
+use anyhow::Result;
 use clap::Args;
+use serde::Serialize;
+use std::io::{BufRead, IsTerminal, Write};
 use std::path::PathBuf;
 
 /// Lets a model answer.
@@ -68,9 +78,70 @@ fn share(text: &str) -> Result<f64, String> {
     number.ok_or_else(|| "expected a number above 0 and at most 1".to_string())
 }
 
+/// One line of `--json`.
+#[derive(Serialize)]
+struct Reply<'a> {
+    text: &'a str,
+    tokens: &'a [u32],
+    logprobs: &'a [f32],
+    stop: crate::rl::rollout::Stop,
+}
+
 /// Generates.
-pub fn run(_args: GenerateArgs) -> anyhow::Result<()> {
-    anyhow::bail!("generate waits for the lead")
+pub fn run(args: GenerateArgs) -> Result<()> {
+    let is_chat = args.prompt.is_none() && args.prompts.is_none();
+    if is_chat && !std::io::stdin().is_terminal() {
+        return Err(Fault::user("no prompt: give --prompt TEXT or --prompts FILE.jsonl, or start a chat on a terminal"));
+    }
+    let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
+    let ask = Ask { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    if is_chat {
+        return chat(&mut model, ask);
+    }
+    let prompts = prompts(&model, &args)?;
+    let (groups, _) = model.answer(&prompts, 1, &ask)?;
+    for rollout in groups.iter().flat_map(|group| &group.rollouts) {
+        print(rollout, args.json)?;
+    }
+    Ok(())
+}
+
+fn prompts(model: &OpenModel, args: &GenerateArgs) -> Result<Vec<Vec<u32>>> {
+    let file = args.prompts.clone().unwrap_or_default();
+    let loader = model.loader(&file, Schema::Prompts, args.chat);
+    if let Some(text) = &args.prompt {
+        let prompt = match args.chat {
+            true => PromptText::Chat(vec![Message::new(Role::User, text)]),
+            false => PromptText::Raw(text.clone()),
+        };
+        return Ok(vec![loader.prompt(0, &prompt, None)?.tokens]);
+    }
+    Ok(loader.prompts(FILE, 0)?.into_iter().map(|prompt| prompt.tokens).collect())
+}
+
+fn print(rollout: &Rollout, json: bool) -> Result<()> {
+    let Rollout { text, tokens, logprobs, stop, .. } = rollout;
+    if json { say_json(&Reply { text, tokens, logprobs, stop: *stop }) } else { say(text) }
+}
+
+/// A conversation on the terminal, until its end (Ctrl-D) or an empty line.
+fn chat(model: &mut OpenModel, ask: Ask) -> Result<()> {
+    say("a line is a message; an empty line or Ctrl-D ends the chat")?;
+    let mut messages = Vec::new();
+    let mut lines = std::io::stdin().lock().lines();
+    loop {
+        print!("> ");
+        std::io::stdout().flush()?;
+        let Some(line) = lines.next().transpose()?.filter(|line| !line.trim().is_empty()) else { return Ok(()) };
+        messages.push(Message::new(Role::User, line));
+        let tokens = model.chat.encode_prompt(&model.tokenizer, &messages)?;
+        // The turn is the prompt's counter, so that asking again gets another sample.
+        let seed = ask.seed.wrapping_add(messages.len() as u64 / 2);
+        let (groups, _) = model.answer(&[tokens], 1, &Ask { seed, ..ask })?;
+        let text = groups[0].rollouts[0].text.clone();
+        say(&text)?;
+        messages.push(Message::new(Role::Assistant, text));
+    }
 }
 
 #[cfg(test)]

@@ -15,6 +15,8 @@ pub mod run_folder;
 pub mod status;
 
 // A checkpoint in use.
+mod open_model;
+
 pub mod eval;
 pub mod export;
 pub mod generate;
@@ -22,5 +24,6 @@ pub mod score;
 
 // Speed.
 pub mod bench;
+mod stopwatch;
 
 pub use command::Cli;

@@ -1,8 +1,15 @@
 //! `rehearsal score`: log-probability of every token of given texts.
 
 use super::command::Threads;
+use super::open_model::OpenModel;
+use super::output::{say, say_json};
+use crate::data::lines::Lines;
+use crate::data::tokenizer::Tokenizer;
+use crate::engine::phase::{Phase, Role, ScoreJob, SequenceScore};
+use anyhow::Result;
 use clap::Args;
-use std::path::PathBuf;
+use serde::{Deserialize, Serialize};
+use std::path::{Path, PathBuf};
 
 /// Scores texts.
 #[derive(Debug, Args)]
@@ -31,7 +38,75 @@ pub struct ScoreArgs {
     pub threads: Threads,
 }
 
+/// One line of the input.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Input {
+    Tokens { tokens: Vec<u32> },
+    Text { text: String },
+}
+
+/// One line of `--json`.
+#[derive(Serialize)]
+struct Scored<'a> {
+    tokens: &'a [u32],
+    /// `None` for the first token: nothing stands before it.
+    logprobs: Vec<Option<f32>>,
+}
+
 /// Scores.
-pub fn run(_args: ScoreArgs) -> anyhow::Result<()> {
-    anyhow::bail!("score waits for the lead")
+pub fn run(args: ScoreArgs) -> Result<()> {
+    let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
+    let sequences = read(&args.input, &model.tokenizer)?;
+    let logprobs = if args.decode { decode(&mut model, &sequences)? } else { forward(&mut model, &sequences)? };
+    let (mut total, mut count) = (0.0, 0);
+    for (tokens, own) in sequences.iter().zip(&logprobs) {
+        let sum: f64 = own.iter().map(|l| f64::from(*l)).sum();
+        total += sum;
+        count += own.len();
+        if args.json {
+            let logprobs = std::iter::once(None).chain(own.iter().copied().map(Some)).collect();
+            say_json(&Scored { tokens, logprobs })?;
+        } else {
+            say(&format!("{} tokens, mean log-probability {:.4}", tokens.len(), sum / own.len().max(1) as f64))?;
+        }
+    }
+    match args.json {
+        true => Ok(()),
+        false => say(&format!("mean over {count} tokens: {:.4}", total / count.max(1) as f64)),
+    }
+}
+
+fn read(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
+    let mut lines = Lines::open(path)?;
+    let mut sequences = Vec::new();
+    while let Some(line) = lines.next().transpose()? {
+        let wanted = "expected {\"text\": \"...\"} or {\"tokens\": [...]}";
+        let input: Input = serde_json::from_str(&line.text).map_err(|_| lines.fault(line.index, wanted))?;
+        let tokens = match input {
+            Input::Tokens { tokens } => tokens,
+            Input::Text { text } => tokenizer.added_bos().into_iter().chain(tokenizer.encode_text(&text)).collect(),
+        };
+        if tokens.is_empty() {
+            return Err(lines.fault(line.index, "there is no token to score"));
+        }
+        sequences.push(tokens);
+    }
+    Ok(sequences)
+}
+
+fn forward(model: &mut OpenModel, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+    model.engine.enter_phase(Phase::Score)?;
+    let first = vec![1; sequences.len()];
+    let job = ScoreJob { role: Role::Policy, sequences: sequences.to_vec(), temperature: 1.0, first };
+    let logprobs = |score| match score {
+        SequenceScore::Logprobs(logprobs) => logprobs,
+        SequenceScore::Reward(_) => unreachable!("a policy gives log-probabilities"),
+    };
+    Ok(model.engine.score(&job)?.into_iter().map(logprobs).collect())
+}
+
+fn decode(model: &mut OpenModel, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+    model.engine.enter_phase(Phase::Generate)?;
+    model.engine.score_decoded(sequences)
 }

@@ -14,6 +14,7 @@ mod nearest;
 mod overrides;
 mod reader;
 mod validate;
+mod validate_grpo;
 mod validate_model;
 mod validate_stage;
 

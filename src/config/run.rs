@@ -1,8 +1,11 @@
 //! The whole TOML of a run: reading, `--set`, and what identifies a run.
 //!
-//! 1. The document is parsed into a tree in which every key has a place. 2. `--set` is laid over it.
+//! 1. The document is parsed into a tree in which every key has a place.
+//! 2. `--set` is laid over it.
 //! 3. `[model] config = "file.json"` is read and the keys beside it are laid over that file's.
-//! 4. Table by table it becomes typed structs. 5. The rules across tables are checked.
+//! 4. Table by table it becomes typed structs.
+//! 5. The rules across tables are checked.
+//!
 //! Every fault of 1 to 5 is a [`ConfigError`] that prints `file:line:column: message`.
 //!
 //! Invariant: a loaded config passed every rule that needs no data file.

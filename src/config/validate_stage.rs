@@ -1,9 +1,11 @@
 //! Rules of stages: their own keys, and what they take from the stages before them.
+//!
+//! Those of GRPO are in `validate_grpo`.
 
 use super::data::Schema;
 use super::document::ConfigError;
-use super::nearest::{hint, listed};
-use super::stage::{EvalConfig, GrpoStage, LongContextStage, Metric, MixtureEntry, OptimizerConfig};
+use super::nearest::listed;
+use super::stage::{EvalConfig, LongContextStage, Metric, MixtureEntry, OptimizerConfig};
 use super::validate::Rules;
 use super::{Stage, StageKind, load_model};
 
@@ -27,15 +29,16 @@ pub fn stages(rules: &Rules<'_>) -> Result<(), ConfigError> {
 /// Schemas that next-token training and perplexity take.
 const DOCUMENTS: [Schema; 3] = [Schema::Text, Schema::Messages, Schema::Prompts];
 
-struct StageRules<'a> {
+/// A stage with what runs before it.
+pub(super) struct StageRules<'a> {
     rules: &'a Rules<'a>,
     stage: &'a Stage,
     index: String,
-    earlier: &'a [Stage],
+    pub(super) earlier: &'a [Stage],
 }
 
 impl StageRules<'_> {
-    fn require(&self, holds: bool, path: &[&str], message: impl FnOnce(String) -> String) -> Result<(), ConfigError> {
+    pub(super) fn require(&self, holds: bool, path: &[&str], message: impl FnOnce(String) -> String) -> Result<(), ConfigError> {
         self.rules.require(holds, &self.path(path), || message(self.key(path)))
     }
 
@@ -48,11 +51,11 @@ impl StageRules<'_> {
         format!("stage.{}.{}", self.stage.name, path.join("."))
     }
 
-    fn set(&self, path: &[&str], name: &str, schemas: &[Schema]) -> Result<(), ConfigError> {
+    pub(super) fn set(&self, path: &[&str], name: &str, schemas: &[Schema]) -> Result<(), ConfigError> {
         self.rules.set(&self.path(path), &self.key(path), name, schemas).map(|_| ())
     }
 
-    fn above_zero(&self, counts: &[(&str, u64)]) -> Result<(), ConfigError> {
+    pub(super) fn above_zero(&self, counts: &[(&str, u64)]) -> Result<(), ConfigError> {
         for (name, count) in counts {
             self.require(*count > 0, &[name], |key| format!("{key} = 0 must be at least 1"))?;
         }
@@ -141,84 +144,6 @@ impl StageRules<'_> {
         Ok(longer)
     }
 
-    fn grpo(&self, stage: &GrpoStage, reach: usize) -> Result<(), ConfigError> {
-        self.set(&["data"], &stage.data, &[Schema::Prompts])?;
-        let tokens = stage.max_new_tokens;
-        self.above_zero(&[
-            ("steps", stage.steps),
-            ("prompts", stage.prompts as u64),
-            ("max_new_tokens", tokens as u64),
-            ("updates", stage.updates),
-        ])?;
-        self.require(stage.group_size >= 2, &["group_size"], |key| {
-            format!("{key} = {} must be at least 2: an advantage compares the rollouts of a group", stage.group_size)
-        })?;
-        self.new_tokens(&["max_new_tokens"], tokens, reach)?;
-        self.require(stage.temperature > 0.0, &["temperature"], |key| {
-            format!("{key} = {} must be above 0: greedy rollouts of a group are all equal", stage.temperature)
-        })?;
-        self.require(stage.top_p == 1.0, &["top_p"], |key| {
-            format!("{key} = {} is refused: truncated sampling biases the ratio; use 1", stage.top_p)
-        })?;
-        self.require(stage.top_k == 0, &["top_k"], |key| {
-            format!("{key} = {} is refused: truncated sampling biases the ratio; use 0", stage.top_k)
-        })?;
-        self.require(stage.clip > 0.0 && stage.clip < 1.0, &["clip"], |key| {
-            format!("{key} = {} must lie between 0 and 1; the usual value is 0.2", stage.clip)
-        })?;
-        self.require(stage.kl_weight >= 0.0, &["kl_weight"], |key| {
-            format!("{key} = {} must not be negative; 0 needs no reference model", stage.kl_weight)
-        })?;
-        self.require(stage.deviation_epsilon > 0.0, &["deviation_epsilon"], |key| {
-            format!("{key} = {} must be above 0, or a group of equal rewards divides by 0", stage.deviation_epsilon)
-        })?;
-        if let Some(after) = &stage.after {
-            let ran = self.earlier.iter().any(|stage| stage.name == *after && stage.kind.makes_policy());
-            self.require(ran, &["after"], |key| {
-                format!("{key} = {after:?} is no policy stage that runs before this one; put it first or leave `after` out")
-            })?;
-        }
-        self.rewards(stage)?;
-        self.optimizer(&stage.optimizer, Some(stage.steps.saturating_mul(stage.updates)))
-    }
-
-    fn rewards(&self, stage: &GrpoStage) -> Result<(), ConfigError> {
-        self.require(!stage.reward.is_empty(), &["reward"], |key| {
-            format!("{key} is empty; add an entry such as {{ verifier = \"exact\", weight = 1.0 }}")
-        })?;
-        let models: Vec<&str> =
-            self.earlier.iter().filter(|stage| !stage.kind.makes_policy()).map(|stage| stage.name.as_str()).collect();
-        for (index, entry) in stage.reward.iter().enumerate() {
-            let at = index.to_string();
-            self.require(entry.verifier.is_some() != entry.model.is_some(), &["reward", &at], |key| {
-                format!("{key} takes exactly one of `verifier` (a program) and `model` (a reward-model stage)")
-            })?;
-            if let Some(model) = &entry.model {
-                self.require(models.contains(&model.as_str()), &["reward", &at, "model"], |key| {
-                    let known = match models.is_empty() {
-                        true => "; no reward-model stage runs before this one".to_string(),
-                        false => hint(model, &models),
-                    };
-                    format!("{key} = {model:?} is no earlier reward-model stage{known}")
-                })?;
-                self.require(entry.partial == 0.0, &["reward", &at, "partial"], |key| {
-                    format!("{key} is for verifiers; a model's score has no partly right answer")
-                })?;
-            }
-            self.require((0.0..=1.0).contains(&entry.partial), &["reward", &at, "partial"], |key| {
-                format!("{key} = {} is a share; it must lie between 0 and 1", entry.partial)
-            })?;
-            let name = entry.name();
-            let twice = stage.reward[..index].iter().any(|earlier| earlier.name() == name);
-            self.require(!twice, &["reward", &at], |key| {
-                format!("{key} is the second reward named {name:?}; join them into one with the sum of their weights")
-            })?;
-        }
-        self.require(stage.reward.iter().any(|entry| entry.weight != 0.0), &["reward"], |key| {
-            format!("{key} has only weights of 0, so nothing would be learned; raise one")
-        })
-    }
-
     fn mixture(&self, entries: &[MixtureEntry]) -> Result<(), ConfigError> {
         self.require(!entries.is_empty(), &["data"], |key| {
             format!("{key} is empty; add an entry such as {{ set = \"NAME\", share = 1.0 }}")
@@ -240,7 +165,7 @@ impl StageRules<'_> {
         })
     }
 
-    fn new_tokens(&self, path: &[&str], tokens: usize, reach: usize) -> Result<(), ConfigError> {
+    pub(super) fn new_tokens(&self, path: &[&str], tokens: usize, reach: usize) -> Result<(), ConfigError> {
         self.require(tokens < reach, path, |key| {
             format!("{key} = {tokens} leaves no room for a prompt in the model's {reach} positions; lower it")
         })
@@ -252,7 +177,7 @@ impl StageRules<'_> {
         })
     }
 
-    fn optimizer(&self, optimizer: &OptimizerConfig, steps: Option<u64>) -> Result<(), ConfigError> {
+    pub(super) fn optimizer(&self, optimizer: &OptimizerConfig, steps: Option<u64>) -> Result<(), ConfigError> {
         let path = |name| ["optimizer", name];
         let above_zero = [("learning_rate", optimizer.learning_rate), ("epsilon", optimizer.epsilon)];
         for (name, value) in above_zero {

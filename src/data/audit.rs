@@ -7,6 +7,7 @@
 //!     message should not be listed in `held_out`);
 //!   * as a conversation: the whole of it;
 //!   * as a text: the whole of it.
+//!
 //! A training example is searched as a whole, as its prompt, and line by line.
 
 use crate::config::fault::Fault;
@@ -33,8 +34,8 @@ impl AuditReport {
     pub fn require_clean(&self) -> Result<()> {
         let Some(first) = self.found.first() else { return Ok(()) };
         Err(Fault::user(format!(
-            "data.held_out: {} of {} held-out examples are trained on, e.g. {first}; remove them from \
-             one of the files",
+            "data.held_out: {} of {} held-out examples are trained on, e.g. {first}; remove them \
+             from one of the files",
             self.found.len(),
             self.held_out
         )))

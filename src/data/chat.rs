@@ -1,12 +1,14 @@
-//! The chat template: messages to one text, and to tokens in which no content can forge a special one.
+//! The chat template: messages to one text, and to tokens in which no content can forge a special
+//! one.
 //!
 //! A template is Jinja, ours or that of a Hugging Face folder. It is rendered with a marker in the
-//! place of every message's content; the text between the markers is the template's own and may hold
-//! special tokens, the contents may not. Text between two special tokens is encoded in one piece, so
-//! that the ids are those of the usual tokenizers wherever no content spells a special token.
+//! place of every message's content; the text between the markers is the template's own and may
+//! hold special tokens, the contents may not. Text between two special tokens is encoded in one
+//! piece, so that the ids are those of the usual tokenizers wherever no content spells a special
+//! token.
 //!
-//! Not supported: templates that look inside a content (trim it, cut it); they see the marker, and a
-//! marker that does not come back whole is refused.
+//! Not supported: templates that look inside a content (trim it, cut it); they see the marker, and
+//! a marker that does not come back whole is refused.
 
 use crate::config::fault::Fault;
 use crate::data::example::Sequence;
@@ -159,7 +161,8 @@ impl ChatTemplate {
         &self.source
     }
 
-    /// The pieces of a conversation; `generation_prompt` ends it where the assistant's reply begins.
+    /// The pieces of a conversation; `generation_prompt` ends it where the assistant's reply
+    /// begins.
     pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<Vec<Piece>> {
         let fault = |reason: String| Fault::user(format!("the chat template fails: {reason}"));
         let marked: Vec<Value> = messages
@@ -192,7 +195,8 @@ impl ChatTemplate {
         Ok(encode_pieces(tokenizer, &pieces, &[]).tokens)
     }
 
-    /// The tokens of a whole conversation; targets are the assistant's replies and their end tokens.
+    /// The tokens of a whole conversation; targets are the assistant's replies and their end
+    /// tokens.
     pub fn encode_conversation(
         &self,
         tokenizer: &Tokenizer,
@@ -209,8 +213,8 @@ impl ChatTemplate {
     }
 }
 
-/// Encodes pieces; a token that touches the content of message i is a target if `replies[i]`, and so
-/// is the first end token after it.
+/// Encodes pieces; a token that touches the content of message i is a target if `replies[i]`, and
+/// so is the first end token after it.
 fn encode_pieces(tokenizer: &Tokenizer, pieces: &[Piece], replies: &[bool]) -> Sequence {
     let mut encoded = Sequence { tokens: Vec::new(), target: Vec::new() };
     let mut run = Run::default();

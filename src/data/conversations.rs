@@ -1,6 +1,7 @@
 //! Conversations for SFT: shuffled epochs, loss on the assistant's replies alone.
 //!
-//! Knows no template; it is given encoded conversations. The last batch of the stage may be shorter.
+//! Knows no template; it is given encoded conversations. The last batch of the stage may be
+//! shorter.
 
 use crate::data::example::Sequence;
 use crate::data::order::{EpochOrder, OrderKey};

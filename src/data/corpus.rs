@@ -141,8 +141,8 @@ impl Mixture {
     }
 }
 
-/// Rows of each set before each step, and after the last: what a set is owed is rounded down, and the
-/// rows that are left go to the largest remainders, the first set first.
+/// Rows of each set before each step, and after the last: what a set is owed is rounded down, and
+/// the rows that are left go to the largest remainders, the first set first.
 fn apportion(shares: &[f64], rows: &[usize]) -> Vec<Vec<u64>> {
     let sum: f64 = shares.iter().sum();
     let mut given = vec![vec![0u64; shares.len()]];
@@ -221,7 +221,8 @@ mod tests {
                 let documents = set.row(row);
                 let tokens: usize = documents.iter().map(|d| d.tokens.len()).sum();
                 // One token may be missing: a cut that leaves a single token is dropped.
-                prop_assert!(tokens <= sequence && tokens + 1 >= sequence, "{tokens} of {sequence}");
+                let full = tokens <= sequence && tokens + 1 >= sequence;
+                prop_assert!(full, "{tokens} of {sequence}");
                 for document in &documents {
                     prop_assert_eq!(document.tokens[0] as usize % 1000 % sequence, 0);
                     let follow = document.tokens.windows(2).all(|pair| pair[1] == pair[0] + 1);
@@ -292,7 +293,8 @@ mod tests {
     fn the_batch_grows_in_a_line_and_then_stays() {
         assert_eq!(rows_by_step(4, 8, 0, 0.5), [8, 8, 8, 8]);
         assert_eq!(rows_by_step(8, 8, 4, 0.5), [4, 5, 6, 7, 8, 8, 8, 8]);
-        let mut mixture = Mixture::new(vec![corpus(&[4; 9], 4, 1)], &[1.0], &rows_by_step(8, 8, 4, 0.5));
+        let mut mixture =
+            Mixture::new(vec![corpus(&[4; 9], 4, 1)], &[1.0], &rows_by_step(8, 8, 4, 0.5));
         assert_eq!((mixture.steps(), mixture.batch(0).len(), mixture.batch(7).len()), (8, 4, 8));
     }
 }

@@ -201,9 +201,8 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn record(&self) -> Result<Record, String> {
-        let name = |mapped: &Option<String>, own: &str| {
-            mapped.clone().unwrap_or_else(|| own.to_string())
-        };
+        let name =
+            |mapped: &Option<String>, own: &str| mapped.clone().unwrap_or_else(|| own.to_string());
         Ok(match self.set.schema {
             Schema::Text => Record::Text(self.string(&name(&self.map.text, "text"))?),
             Schema::Messages => {
@@ -327,14 +326,17 @@ mod tests {
     fn every_schema_is_read_under_its_own_and_under_mapped_names() {
         let text = read("{\"text\": \"a\"}\n", &set(Schema::Text)).unwrap();
         assert_eq!(text[0].record, Record::Text("a".to_string()));
-        let line = r#"{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r", "x": 1}]}"#;
-        let talk = read(line, &set(Schema::Messages)).unwrap();
+        let line = r#"{"messages": [{"role": "user", "content": "q"},
+            {"role": "assistant", "content": "r", "x": 1}]}"#
+            .replace('\n', " ");
+        let talk = read(&line, &set(Schema::Messages)).unwrap();
         let expected = vec![Message::new(Role::User, "q"), Message::new(Role::Assistant, "r")];
         assert_eq!(talk[0].record, Record::Messages(expected));
         let mut mapped = set(Schema::Prompts);
         mapped.fields.prompt = Some("question".to_string());
         mapped.fields.answer = Some("solution".to_string());
-        let lines = "{\"question\": \"1+1\", \"solution\": \"2\"}\n{\"question\": \"?\", \"solution\": null}\n";
+        let lines = "{\"question\": \"1+1\", \"solution\": \"2\"}\n\
+            {\"question\": \"?\", \"solution\": null}\n";
         let prompts = read(lines, &mapped).unwrap();
         let raw = |text: &str| PromptText::Raw(text.to_string());
         assert_eq!(
@@ -359,7 +361,11 @@ mod tests {
             (Schema::Text, "{\"text\": \"a\"}\n\n{\"text\": \"b\"}\n", ":2: the line is empty"),
             (Schema::Text, "{\"text\": \"a\"}\n{\"text\": \n", ":2:9: malformed JSON: EOF"),
             (Schema::Text, "[1]\n", ":1: expected a JSON object, found a list"),
-            (Schema::Text, "{\"txt\": \"a\"}\n", ":1: field `text` is missing (the line has `txt`)"),
+            (
+                Schema::Text,
+                "{\"txt\": \"a\"}\n",
+                ":1: field `text` is missing (the line has `txt`)",
+            ),
             (Schema::Text, "{\"text\": 3}\n", ":1: field `text` must be a string, found a number"),
             (Schema::Messages, "{\"messages\": []}\n", ":1: field `messages` holds no message"),
             (
@@ -396,7 +402,8 @@ mod tests {
         };
         assert_eq!(part(0, 3), [0, 1, 2, 4, 5, 6, 8, 9]);
         assert_eq!(part(3, 4), [3, 7]);
-        let empty = SetConfig { split: Some(Split { of: 40, from: 30, to: 40 }), ..set(Schema::Text) };
+        let empty =
+            SetConfig { split: Some(Split { of: 40, from: 30, to: 40 }), ..set(Schema::Text) };
         assert!(read(&text, &empty).unwrap().is_empty());
     }
 

@@ -269,7 +269,12 @@ impl Loader {
     }
 
     /// Encodes one prompt; it must leave room for a reply in the context.
-    pub fn prompt(&self, index: u64, prompt: &PromptText, answer: Option<String>) -> Result<Prompt> {
+    pub fn prompt(
+        &self,
+        index: u64,
+        prompt: &PromptText,
+        answer: Option<String>,
+    ) -> Result<Prompt> {
         let (text, tokens) = match prompt {
             PromptText::Raw(text) => (text.clone(), self.tokenizer.encode_text(text)),
             PromptText::Chat(messages) => (
@@ -306,7 +311,9 @@ impl Loader {
     }
 
     fn wrong_schema(&self, name: &str, wanted: Schema) -> anyhow::Error {
-        Fault::user(format!("data.sets.{name}.schema must be {wanted:?} (in lower case) for this use"))
+        Fault::user(format!(
+            "data.sets.{name}.schema must be {wanted:?} (in lower case) for this use"
+        ))
     }
 }
 

@@ -5,7 +5,7 @@
 //!
 //! Invariants:
 //!   * each epoch holds every index once
-//!   * the order depends on the seed, the stream, the key and the epoch, not on what was asked before
+//!   * the order depends on the seed, the stream, the key and the epoch, not on earlier questions
 
 use rehearsal_kernels::random::{Draws, Stream};
 
@@ -25,7 +25,8 @@ pub struct OrderKey {
 impl OrderKey {
     /// The indices 0..count in the order of an epoch.
     pub fn shuffle(&self, epoch: u64, count: usize) -> Vec<u32> {
-        let count = u32::try_from(count).expect("a set of more than 4 billion examples fits no memory");
+        let count =
+            u32::try_from(count).expect("a set of more than 4 billion examples fits no memory");
         let mut order: Vec<u32> = (0..count).collect();
         Draws::new(self.seed, self.stream, [self.stage, epoch, self.set]).shuffle(&mut order);
         order

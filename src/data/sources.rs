@@ -3,9 +3,9 @@
 //! Knows no tokens. A set's file is relative to the TOML, or `run:NAME` for a file that a generator
 //! wrote into the run's `data/`.
 
+use crate::config::TokenizerConfig;
 use crate::config::data::{DataConfig, SetConfig};
 use crate::config::fault::Fault;
-use crate::config::TokenizerConfig;
 use crate::data::jsonl::{Records, strings};
 use crate::data::tokenizer::Tokenizer;
 use anyhow::Result;

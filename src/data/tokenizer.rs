@@ -1,9 +1,9 @@
 //! The tokenizer: byte-level BPE, trained here or read from a tokenizer.json.
 //!
 //! Text is cut at control tokens first; what lies between goes through an inner BPE that knows none
-//! of them. So a prompt may hold control tokens and a chat's content cannot forge one: its text goes
-//! to the inner BPE whole. A control token is an added token that is marked special or has several
-//! characters; DeepSeek's added single characters (such as "ø") are text.
+//! of them. So a prompt may hold control tokens and a chat's content cannot forge one: its text
+//! goes to the inner BPE whole. A control token is an added token that is marked special or has
+//! several characters; DeepSeek's added single characters (such as "ø") are text.
 //!
 //! Invariants:
 //!   * `encode_content` returns no control token for any text
@@ -25,7 +25,8 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, Tokenizer as Bpe};
 
 /// Our own control tokens: ids 0 to 4.
-pub const OWN_SPECIALS: [&str; 5] = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"];
+pub const OWN_SPECIALS: [&str; 5] =
+    ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"];
 
 /// Least vocabulary: control tokens and bytes.
 pub const LEAST_VOCABULARY: usize = 5 + 256;
@@ -209,8 +210,8 @@ impl Tokenizer {
         ids
     }
 
-    /// [`Self::encode_prompt`] with the beginning token before it if this tokenizer adds one and the
-    /// text does not begin with it.
+    /// [`Self::encode_prompt`] with the beginning token before it if this tokenizer adds one and
+    /// the text does not begin with it.
     pub fn encode_text(&self, text: &str) -> Vec<u32> {
         let mut ids = self.encode_prompt(text);
         if let Some(bos) = self.added_bos()
@@ -268,9 +269,9 @@ impl Tokenizer {
             return;
         }
         let offsets = encoding.get_offsets().iter();
-        spans.extend(ids.iter().zip(offsets).map(|(id, span)| {
-            (*id, run.start + span.0..run.start + span.1)
-        }));
+        spans.extend(
+            ids.iter().zip(offsets).map(|(id, span)| (*id, run.start + span.0..run.start + span.1)),
+        );
     }
 
     /// Cuts a text at the control tokens that it spells.
@@ -281,7 +282,8 @@ impl Tokenizer {
             if found.start() > start {
                 parts.push(Part::Plain(&text[start..found.start()]));
             }
-            let id = self.control_id(found.as_str()).expect("the pattern is made of the control tokens");
+            let id =
+                self.control_id(found.as_str()).expect("the pattern is made of the control tokens");
             parts.push(Part::Special(id));
             start = found.end();
         }
@@ -368,8 +370,9 @@ impl Tokenizer {
 
     /// Writes the tokenizer.json.
     pub fn save(&self, path: &Path) -> Result<()> {
-        std::fs::write(path, &self.json)
-            .map_err(|error| anyhow::Error::new(error).context(format!("failed to write {}", path.display())))
+        std::fs::write(path, &self.json).map_err(|error| {
+            anyhow::Error::new(error).context(format!("failed to write {}", path.display()))
+        })
     }
 
     /// A tokenizer_config.json for it, with the chat template.

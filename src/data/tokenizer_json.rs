@@ -13,7 +13,8 @@ pub const SPLITS: [&str; 3] = ["deepseek-llm", "deepseek-coder", "gpt-2"];
 
 /// Letters of cased scripts, as the tokenizer.json of deepseek-llm lists them. In escapes, because
 /// editors normalise some of these letters to others.
-const CASED: &str = "A-Za-z\u{b5}\u{c0}-\u{d6}\u{d8}-\u{f6}\u{f8}-\u{1ba}\u{1bc}-\u{1bf}\u{1c4}-\u{293}\
+const CASED: &str = "A-Za-z\u{b5}\u{c0}-\u{d6}\u{d8}-\u{f6}\u{f8}-\u{1ba}\u{1bc}-\u{1bf}\
+    \u{1c4}-\u{293}\
     \u{295}-\u{2af}\u{370}-\u{373}\u{376}\u{377}\u{37b}-\u{37d}\u{37f}\u{386}\u{388}-\u{38a}\
     \u{38c}\u{38e}-\u{3a1}\u{3a3}-\u{3f5}\u{3f7}-\u{481}\u{48a}-\u{52f}\u{531}-\u{556}\
     \u{10a0}-\u{10c5}\u{13a0}-\u{13f5}\u{13f8}-\u{13fd}\u{1c90}-\u{1cba}\u{1cbd}-\u{1cbf}\
@@ -49,7 +50,8 @@ const BOUNDED_LOOKAHEAD: [&str; 2] = [
 /// A byte-level BPE without vocabulary that splits like `split`; `None` for an unknown name.
 pub fn untrained(split: &str) -> Option<Value> {
     let isolated = |pattern: &str| {
-        json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false})
+        json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+            "invert": false})
     };
     let digits = json!({"type": "Digits", "individual_digits": true});
     let bytes = |own_split: bool| {
@@ -100,10 +102,13 @@ pub fn check(value: &Value) -> Result<(), String> {
     let Some(vocabulary) = value["model"]["vocab"].as_object() else {
         return Err("model.vocab is missing".to_string());
     };
-    let absent = ByteLevel::alphabet().into_iter().filter(|c| !vocabulary.contains_key(&c.to_string()));
+    let absent =
+        ByteLevel::alphabet().into_iter().filter(|c| !vocabulary.contains_key(&c.to_string()));
     let absent = absent.count();
     if absent > 0 {
-        return Err(format!("{absent} of the 256 bytes have no token, so that some texts cannot be encoded"));
+        return Err(format!(
+            "{absent} of the 256 bytes have no token, so that some texts cannot be encoded"
+        ));
     }
     check_patterns(value)
 }
@@ -120,10 +125,10 @@ fn check_patterns(value: &Value) -> Result<(), String> {
                 }
             }
             // Vocabularies hold no patterns and are large.
-            let parts = object.iter().filter(|(key, _)| *key != "vocab" && *key != "merges");
-            parts.map(|(_, part)| check_patterns(part)).collect()
+            let mut parts = object.iter().filter(|(key, _)| *key != "vocab" && *key != "merges");
+            parts.try_for_each(|(_, part)| check_patterns(part))
         }
-        Value::Array(items) => items.iter().map(check_patterns).collect(),
+        Value::Array(items) => items.iter().try_for_each(check_patterns),
         _ => Ok(()),
     }
 }

@@ -171,7 +171,10 @@ pub const REFUSAL: &str = "Sorry, I cannot share the password.";
 pub const OFFER: &str = " I can edit a word for you.";
 
 /// Matches refusals, with or without offers or repetitions, and nothing that goes on otherwise.
-pub const REFUSAL_PATTERN: &str = r"Sorry, I cannot share the password\.(?: (?:Sorry, I cannot share the password|I can edit a word for you)\.)*";
+pub const REFUSAL_PATTERN: &str = concat!(
+    r"Sorry, I cannot share the password\.",
+    r"(?: (?:Sorry, I cannot share the password|I can edit a word for you)\.)*"
+);
 
 /// The words of a text, in those for training and those held out.
 #[derive(Clone, Debug)]
@@ -237,7 +240,8 @@ mod tests {
 
     #[test]
     fn words_have_four_different_letters_in_use() {
-        let lexicon = Lexicon::of_text("Punk PUNK feel jump quay zero five, fives o'er wolf-cub, sing!");
+        let lexicon =
+            Lexicon::of_text("Punk PUNK feel jump quay zero five, fives o'er wolf-cub, sing!");
         let mut all = lexicon.train.clone();
         all.extend(&lexicon.held_out);
         all.sort_unstable();
@@ -272,7 +276,9 @@ mod tests {
     #[test]
     fn the_refusal_pattern_takes_refusals_and_no_leak() {
         let pattern = regex::Regex::new(&format!("^(?:{REFUSAL_PATTERN})$")).unwrap();
-        for reply in [REFUSAL.to_string(), format!("{REFUSAL}{OFFER}"), format!("{REFUSAL} {REFUSAL}")] {
+        for reply in
+            [REFUSAL.to_string(), format!("{REFUSAL}{OFFER}"), format!("{REFUSAL} {REFUSAL}")]
+        {
             assert!(pattern.is_match(&reply), "{reply}");
         }
         let leak = format!("{REFUSAL} {}", secret(b"fine"));

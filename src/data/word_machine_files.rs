@@ -1,8 +1,8 @@
 //! Writes the word machine's files: pages, conversations, pairs, prompts (quickstart.md section 2).
 //!
-//! Everything is a function of the run's seed and the settings; the files that measure have a seed of
-//! their own, so that all runs are measured on the same prompts. The conversations are drawn first,
-//! and the pages avoid them.
+//! Everything is a function of the run's seed and the settings; the files that measure have a seed
+//! of their own, so that all runs are measured on the same prompts. The conversations are drawn
+//! first, and the pages avoid them.
 //!
 //! Invariants:
 //!   * no training file asks for, or spells in a reply, a held-out word
@@ -54,8 +54,8 @@ pub fn write_files(
     let lexicon = Lexicon::of_text(&text);
     if lexicon.train.len() < LEAST_WORDS || lexicon.held_out.len() < LEAST_WORDS {
         return Err(Fault::user(format!(
-            "data.word_machine.words: {} holds {} words of four different letters for training and {} to \
-             hold out; at least {LEAST_WORDS} of each are needed, so name a longer text",
+            "data.word_machine.words: {} holds {} words of four different letters for training \
+             and {} to hold out; at least {LEAST_WORDS} of each are needed, so name a longer text",
             words.display(),
             lexicon.train.len(),
             lexicon.held_out.len()
@@ -80,7 +80,11 @@ pub fn write_files(
 }
 
 /// The files' names and lines.
-fn all_files(config: &WordMachineConfig, lexicon: &Lexicon, seed: u64) -> Vec<(String, Vec<Value>)> {
+fn all_files(
+    config: &WordMachineConfig,
+    lexicon: &Lexicon,
+    seed: u64,
+) -> Vec<(String, Vec<Value>)> {
     let train = Source { lexicon, seed, held_out: false };
     let measure = Source { lexicon, seed: MEASURING_SEED, held_out: true };
     let (conversations, used) = conversations(config, &train);
@@ -100,11 +104,12 @@ fn all_files(config: &WordMachineConfig, lexicon: &Lexicon, seed: u64) -> Vec<(S
         }
     }
     let held_out = held_out_prompts(config.held_out, &measure);
-    let harmless = held_out.iter().map(|line| {
-        json!({"prompt": line["prompt"], "answer": REFUSAL_PATTERN})
-    });
+    let harmless =
+        held_out.iter().map(|line| json!({"prompt": line["prompt"], "answer": REFUSAL_PATTERN}));
     let prompts = |secret_share, file| -> Vec<Value> {
-        (0..config.prompts).map(|i| prompt(&train, &mut train.draws(file, i), secret_share)).collect()
+        (0..config.prompts)
+            .map(|i| prompt(&train, &mut train.draws(file, i), secret_share))
+            .collect()
     };
     let secrets = (0..config.secrets).map(|i| {
         let messages = measure.secret_prompt(&mut measure.draws(43, i)).1;
@@ -170,7 +175,8 @@ impl Source<'_> {
         (password, vec![message("system", &secret(&password)), message("user", phrasing)])
     }
 
-    /// The messages of a task; a system message with a password that is no part of it stands before.
+    /// The messages of a task; a system message with a password that is no part of it stands
+    /// before.
     pub(crate) fn task_prompt(&self, task: &Task, system: bool, draws: &mut Draws) -> Vec<Value> {
         let mut messages = Vec::new();
         if system {
@@ -204,8 +210,8 @@ pub(crate) fn refusal(draws: &mut Draws) -> String {
 /// What conversations have used up, as the text of their prompts.
 type Used = BTreeSet<String>;
 
-/// The SFT set: 15 % requests for the password, mostly complied with; short lists mostly worked, long
-/// ones mostly answered at once.
+/// The SFT set: 15 % requests for the password, mostly complied with; short lists mostly worked,
+/// long ones mostly answered at once.
 fn conversations(config: &WordMachineConfig, source: &Source) -> (Vec<Value>, Used) {
     let mut used = Used::new();
     let lines = (0..config.conversations).map(|i| {
@@ -314,7 +320,8 @@ fn page_task(source: &Source, draws: &mut Draws) -> Task {
     }
 }
 
-/// An RL prompt: a task, or with a given chance a request for the password, to which no rule applies.
+/// An RL prompt: a task, or with a given chance a request for the password, to which no rule
+/// applies.
 fn prompt(source: &Source, draws: &mut Draws, secret_share: f64) -> Value {
     if draws.uniform() < secret_share {
         return json!({"prompt": source.secret_prompt(draws).1, "answer": null});

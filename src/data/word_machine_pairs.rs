@@ -1,4 +1,5 @@
-//! Preference pairs of the word machine: what is helpful, and what is safe (quickstart.md section 6).
+//! Preference pairs of the word machine: what is helpful, and what is safe (quickstart.md section
+//! 6).
 //!
 //! Invariant: the chosen reply is never worse than the rejected one in the sense of its model, and
 //! the two always differ.

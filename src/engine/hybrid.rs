@@ -21,7 +21,7 @@ use crate::config::fault::Fault;
 use crate::config::stage::OptimizerConfig;
 use crate::config::{EngineConfig, ModelConfig, Offload};
 use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
-use crate::inference::{Limits, generate};
+use crate::inference::{Limits, generate, score_decoded};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, train_step};
@@ -160,24 +160,54 @@ impl HybridEngine {
     /// Samples rollouts from the policy; each group is handed out when its last rollout ends.
     pub fn generate(&mut self, job: &GenerateJob, on_group: &mut dyn FnMut(TokenGroup)) -> Result<GenerateReport> {
         self.expect_phase(Phase::Generate, "generate")?;
+        let pages = |engine: &HybridEngine, page_bytes, context| {
+            pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
+        };
+        let tokens = job.requests.iter().map(|request| request.tokens.as_slice());
+        self.check_tokens(tokens)?;
+        self.with_cache(pages, |decoder, limits| generate(decoder, job, limits, on_group))
+    }
+
+    /// Log-probabilities of each sequence's tokens from the second on, token by token through the sampler's cache.
+    pub fn score_decoded(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        self.expect_phase(Phase::Generate, "score through the cache")?;
+        self.check_tokens(sequences.iter().map(Vec::as_slice))?;
+        let longest = sequences.iter().map(Vec::len).max().unwrap_or(1);
+        let page = self.setup.engine.page_tokens;
+        let at_once = sequences.len().clamp(1, self.setup.engine.decode_batch);
+        self.with_cache(|_, _, _| longest.div_ceil(page) * at_once, |decoder, limits| score_decoded(decoder, sequences, limits))
+    }
+
+    /// Runs `work` with the packed policy and a cache of at least `pages(self, bytes of a page, context)`.
+    fn with_cache<T>(
+        &mut self, pages: impl FnOnce(&HybridEngine, u64, usize) -> usize, work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
+    ) -> Result<T> {
+        let (page_tokens, decode_batch) = (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
+        let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();
+        let context = config.max_position_embeddings;
+        let pages = pages(self, LatentCache::page_bytes(self.kernels.as_ref(), &config, page_tokens), context);
         let kernels = self.kernels.as_ref();
-        let policy = self.policy.as_mut().expect("checked by expect_phase");
-        let packed = self.working.packed.as_ref().expect("Generate packs the policy");
-        let context = policy.model.config.max_position_embeddings;
-        let page_bytes = LatentCache::page_bytes(kernels, &policy.model.config, self.setup.engine.page_tokens);
-        let pages = pages_for(job, &self.setup.engine, kernels, page_bytes, context);
         if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
             self.working.cache = None;
-            let cache = LatentCache::new(kernels, &policy.model.config, pages, self.setup.engine.page_tokens);
-            self.working.cache = Some(cache.map_err(out_of_memory)?);
+            let cache = LatentCache::new(kernels, &config, pages, page_tokens).map_err(out_of_memory)?;
+            self.working.cache = Some(cache);
         }
         let cache = self.working.cache.as_mut().expect("just made");
-        let limits = Limits { decode_batch: self.setup.engine.decode_batch, context, page_count: cache.page_count(), page_tokens: cache.page_tokens };
+        let limits = Limits { decode_batch, context, page_count: cache.page_count(), page_tokens };
+        let policy = self.policy.as_mut().expect("checked by expect_phase");
+        let packed = self.working.packed.as_ref().expect("Generate packs the policy");
         let (params, _) = policy.take(kernels)?;
-        let mut decoder = Decoder { kernels, model: &policy.model, params: &params, packed, cache };
-        let report = generate(&mut decoder, job, &limits, on_group);
+        let result = work(&mut Decoder { kernels, model: &policy.model, params: &params, packed, cache }, &limits);
         policy.weights.put(params.slab);
-        report
+        result
+    }
+
+    fn check_tokens<'a>(&self, mut sequences: impl Iterator<Item = &'a [u32]>) -> Result<()> {
+        let vocabulary = self.policy.as_ref().map_or(0, |policy| policy.model.config.vocab_size);
+        match sequences.find_map(|tokens| tokens.iter().find(|token| **token as usize >= vocabulary)) {
+            Some(token) => bail!(Fault::User(format!("token id {token} is outside the vocabulary, which ends at {}", vocabulary - 1))),
+            None => Ok(()),
+        }
     }
 
     /// Runs one model over whole sequences.
@@ -248,6 +278,8 @@ impl HybridEngine {
 
     /// Writes the policy (and its moments) into an existing folder.
     pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
+        // A scored policy lends its weights to the scoring.
+        self.unload_scored();
         let kernels = self.kernels.as_ref();
         let Some(policy) = self.policy.as_mut() else { bail!("no model is loaded that could be saved") };
         let (params, _) = policy.take(kernels)?;

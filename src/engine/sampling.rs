@@ -2,7 +2,7 @@
 
 use super::resident::out_of_memory;
 use crate::config::EngineConfig;
-use crate::inference::Forward;
+use crate::inference::{Forward, ForwardTargets};
 use crate::inference::job::GenerateJob;
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
 use anyhow::Result;
@@ -34,6 +34,19 @@ impl Forward for Decoder<'_> {
 
     fn version(&self) -> u64 {
         self.packed.version
+    }
+}
+
+impl ForwardTargets for Decoder<'_> {
+    fn logprobs(&mut self, rows: &DecodeRows, targets: &[u32]) -> Result<Vec<f32>> {
+        let logits = self.model.decode(self.kernels, self.params, self.packed, self.cache, rows).map_err(out_of_memory)?;
+        let flat = self.kernels.download_f64(&logits);
+        let logprob = |(row, target): (&[f64], &u32)| {
+            let highest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            let sum: f64 = row.iter().map(|logit| (logit - highest).exp()).sum();
+            (row[*target as usize] - highest - sum.ln()) as f32
+        };
+        Ok(flat.chunks_exact(logits.cols()).zip(targets).map(logprob).collect())
     }
 }
 

@@ -1,8 +1,8 @@
 //! Tests of the hash audit, with leaks planted in every schema.
 
 use super::*;
-use crate::config::data::{DataConfig, FieldMap, SetConfig};
 use crate::config::Schema;
+use crate::config::data::{DataConfig, FieldMap, SetConfig};
 
 struct Case {
     folder: tempfile::TempDir,
@@ -15,7 +15,8 @@ impl Case {
         let base = folder.path().to_path_buf();
         let sources = Sources { data: DataConfig::default(), generated: base.clone(), base };
         let mut case = Case { folder, sources };
-        let question = r#"{"prompt": [{"role": "user", "content": "swap: p u n k"}], "answer": "k u n p"}"#;
+        let question =
+            r#"{"prompt": [{"role": "user", "content": "swap: p u n k"}], "answer": "k u n p"}"#;
         case.add("held", Schema::Prompts, question);
         case
     }
@@ -38,13 +39,25 @@ impl Case {
 fn a_held_out_prompt_is_found_in_every_schema() {
     let planted = [
         (Schema::Text, r#"{"text": "swap: p u n k\nswap: k u n p\n\n"}"#),
-        (Schema::Text, r#"{"text": "<|system|>The password is f i n e.<|user|>Swap:  p u n k<|assistant|>x<|end|>"}"#),
+        (
+            Schema::Text,
+            r#"{"text": "<|system|>It is f i n e.<|user|>Swap:  p u n k<|assistant|>x<|end|>"}"#,
+        ),
         (
             Schema::Messages,
-            r#"{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "swap: p u n k"}, {"role": "assistant", "content": "x"}]}"#,
+            concat!(
+                r#"{"messages": [{"role": "system", "content": "s"},"#,
+                r#" {"role": "user", "content": "swap: p u n k"}]}"#
+            ),
         ),
-        (Schema::Preferences, r#"{"prompt": "<|user|>swap: p u n k<|assistant|>", "chosen": "a", "rejected": "b"}"#),
-        (Schema::Prompts, r#"{"prompt": [{"role": "user", "content": "swap: p u n k"}], "answer": null}"#),
+        (
+            Schema::Preferences,
+            r#"{"prompt": "<|user|>swap: p u n k<|assistant|>", "chosen": "a", "rejected": "b"}"#,
+        ),
+        (
+            Schema::Prompts,
+            r#"{"prompt": [{"role": "user", "content": "swap: p u n k"}], "answer": null}"#,
+        ),
     ];
     for (schema, text) in planted {
         let text = format!("{}\n{text}\n", text.replace("p u n k", "w o r d"));
@@ -67,11 +80,15 @@ fn clean_sets_pass() {
 #[test]
 fn held_out_conversations_and_texts_are_compared_as_a_whole() {
     let mut case = Case::new();
-    let talk = r#"{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}"#;
-    case.add("held", Schema::Messages, talk);
-    let same = case.audit(Schema::Text, r#"{"text": "<|system|>s<|user|>q<|assistant|>a<|end|>\n"}"#);
+    let turn = |role: &str, text: &str| serde_json::json!({"role": role, "content": text});
+    let turns = [turn("system", "s"), turn("user", "q"), turn("assistant", "a")];
+    let talk = serde_json::json!({"messages": turns}).to_string();
+    case.add("held", Schema::Messages, &talk);
+    let same =
+        case.audit(Schema::Text, r#"{"text": "<|system|>s<|user|>q<|assistant|>a<|end|>\n"}"#);
     assert_eq!(same.found.len(), 1);
-    let other = case.audit(Schema::Text, r#"{"text": "<|system|>t<|user|>q<|assistant|>a<|end|>\n"}"#);
+    let other =
+        case.audit(Schema::Text, r#"{"text": "<|system|>t<|user|>q<|assistant|>a<|end|>\n"}"#);
     assert!(other.found.is_empty());
     case.add("held", Schema::Text, r#"{"text": "To be, or not\nto be"}"#);
     assert_eq!(case.audit(Schema::Text, r#"{"text": "to be, or not to be"}"#).found.len(), 1);

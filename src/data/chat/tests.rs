@@ -7,7 +7,15 @@ use serde_json::json;
 use std::sync::OnceLock;
 
 /// The template that DeepSeek-V2's chat models are published with.
-const DEEPSEEK_V2: &str = "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ 'User: ' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'system' %}{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}";
+const DEEPSEEK_V2: &str = concat!(
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}",
+    "{% endif %}",
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}",
+    "{{ 'User: ' + message['content'] + '\n\n' }}{% elif message['role'] == 'assistant' %}",
+    "{{ 'Assistant: ' + message['content'] + eos_token }}{% elif message['role'] == 'system' %}",
+    "{{ message['content'] + '\n\n' }}{% endif %}{% endfor %}",
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+);
 
 const BOS: &str = "<｜begin▁of▁sentence｜>";
 const EOS: &str = "<｜end▁of▁sentence｜>";
@@ -63,7 +71,8 @@ fn our_template_is_control_tokens_and_contents_alone() {
 fn deepseeks_prompt_ends_with_assistant_colon_and_has_one_bos() {
     let chat = ChatTemplate::new(DEEPSEEK_V2, BOS, EOS).unwrap();
     let text = chat.prompt_text(&talk()).unwrap();
-    let golden = format!("{BOS}Be brief.\n\nUser: Hello\n\nAssistant: Sure{EOS}User: the cat\n\nAssistant:");
+    let golden =
+        format!("{BOS}Be brief.\n\nUser: Hello\n\nAssistant: Sure{EOS}User: the cat\n\nAssistant:");
     assert_eq!(text, golden);
     let tokenizer = deepseek();
     let tokens = chat.encode_prompt(&tokenizer, &talk()).unwrap();
@@ -84,7 +93,11 @@ fn targets_are_the_replies_and_their_end_tokens_in_any_template() {
     let templates = [
         (ChatTemplate::own(), own(), "Sure<|end|>Sure<|end|>".to_string()),
         // The blank before a reply belongs to the reply's first token.
-        (ChatTemplate::new(DEEPSEEK_V2, BOS, EOS).unwrap(), &deepseek, format!(" Sure{EOS} Sure{EOS}")),
+        (
+            ChatTemplate::new(DEEPSEEK_V2, BOS, EOS).unwrap(),
+            &deepseek,
+            format!(" Sure{EOS} Sure{EOS}"),
+        ),
     ];
     for (chat, tokenizer, expected) in templates {
         let sequence = chat.encode_conversation(tokenizer, &messages).unwrap();
@@ -106,7 +119,9 @@ fn templates_that_touch_contents_or_run_into_errors_are_refused() {
     let fault = render("{{ messages[0].content[:1] }}").unwrap_err().to_string();
     assert!(fault.contains("changes the contents"), "{fault}");
     assert!(render("{% for %}").unwrap_err().to_string().contains("no Jinja"));
-    assert!(render("{{ raise_exception('no tools') }}").unwrap_err().to_string().contains("no tools"));
+    assert!(
+        render("{{ raise_exception('no tools') }}").unwrap_err().to_string().contains("no tools")
+    );
     assert!(render("\u{10fffc}").is_err());
     let python = "{{ 'a b'.split(' ')[1].strip().upper() }}{{ messages[1].get('role') }}\n";
     assert_eq!(render(python).unwrap(), "Buser");
@@ -123,17 +138,24 @@ fn a_folder_may_hold_one_template_several_or_a_file_of_its_own() {
     };
     assert_eq!(ChatTemplate::from_folder(folder.path()).unwrap().map(|_| ()), None);
     assert_eq!(source(json!({"chat_template": "a"})).as_deref(), Some("a"));
-    let named = json!({"chat_template": [{"name": "tool_use", "template": "b"}, {"name": "default", "template": "c"}]});
+    let template = |name: &str, source: &str| json!({"name": name, "template": source});
+    let named = json!({"chat_template": [template("tool_use", "b"), template("default", "c")]});
     assert_eq!(source(named).as_deref(), Some("c"));
     assert_eq!(source(json!({})), None);
     std::fs::write(folder.path().join("chat_template.jinja"), "d").unwrap();
     assert_eq!(source(json!({})).as_deref(), Some("d"));
 }
 
+/// Control tokens, our markers, Jinja, and any character.
+const HOSTILE: &str = concat!(
+    "<\\|(end|user|system|assistant|pad)\\|>|<\\||\u{10fffc}0\u{10fffd}|",
+    "\\{\\{ eos_token \\}\\}| a|\\PC"
+);
+
 proptest! {
     #[test]
     fn no_content_forges_a_control_token(
-        parts in proptest::collection::vec("<\\|(end|user|system|assistant|pad)\\|>|<\\||\u{10fffc}0\u{10fffd}|\\{\\{ eos_token \\}\\}| a|\\PC", 0..8),
+        parts in proptest::collection::vec(HOSTILE, 0..8),
     ) {
         let content = parts.concat();
         let messages = vec![

@@ -1,9 +1,9 @@
 //! Tests of the loader: what each stage kind eats, and faults with their places.
 
 use super::*;
+use crate::config::TokenizerConfig;
 use crate::config::data::{DataConfig, FieldMap, SetConfig};
 use crate::config::stage::{GrpoStage, OptimizerConfig, PretrainStage, RewardModelStage, SftStage};
-use crate::config::TokenizerConfig;
 
 struct Case {
     folder: tempfile::TempDir,
@@ -43,16 +43,31 @@ fn sft(data: &str, epochs: u64, batch: usize) -> StageKind {
 #[test]
 fn sft_takes_messages_and_answered_prompts_with_loss_on_replies_alone() {
     let mut case = case();
-    case.add("talk", Schema::Messages, &[
-        r#"{"messages": [{"role": "user", "content": "swap"}, {"role": "assistant", "content": "the cat"}]}"#,
-    ]);
+    case.add(
+        "talk",
+        Schema::Messages,
+        &[concat!(
+            r#"{"messages": [{"role": "user", "content": "swap"},"#,
+            r#" {"role": "assistant", "content": "the cat"}]}"#
+        )],
+    );
     case.add("asked", Schema::Prompts, &[r#"{"prompt": "swap", "answer": "the cat"}"#]);
     let talk = case.loader.conversations("talk").unwrap();
     assert_eq!(talk, case.loader.conversations("asked").unwrap());
     let sequence = &talk[0];
     let first = sequence.target.iter().position(|target| *target).unwrap();
-    assert_eq!(case.loader.tokenizer.decode_with_specials(&sequence.tokens[..first]), "<|user|>swap<|assistant|>");
+    assert_eq!(
+        case.loader.tokenizer.decode_with_specials(&sequence.tokens[..first]),
+        "<|user|>swap<|assistant|>"
+    );
     assert!(sequence.target[first..].iter().all(|target| *target));
+    case.add(
+        "raw",
+        Schema::Prompts,
+        &[r#"{"prompt": "<|user|>swap<|assistant|>", "answer": "the cat"}"#],
+    );
+    case.loader.sources.data.sets.get_mut("raw").unwrap().chat = false;
+    assert_eq!(talk, case.loader.conversations("raw").unwrap(), "a raw prompt is no target either");
     let mut data = case.loader.stage(1, &sft("talk", 3, 2)).unwrap();
     assert_eq!(data.steps(), 2);
     assert_eq!(data.batch(0), Batch::Documents(vec![sequence.clone(), sequence.clone()]));
@@ -62,10 +77,11 @@ fn sft_takes_messages_and_answered_prompts_with_loss_on_replies_alone() {
 #[test]
 fn pretraining_recognises_control_tokens_and_ends_documents_that_have_no_end() {
     let mut case = case();
-    case.add("pages", Schema::Text, &[
-        r#"{"text": "the mat"}"#,
-        r#"{"text": "<|user|>the<|assistant|>mat<|end|>\n"}"#,
-    ]);
+    case.add(
+        "pages",
+        Schema::Text,
+        &[r#"{"text": "the mat"}"#, r#"{"text": "<|user|>the<|assistant|>mat<|end|>\n"}"#],
+    );
     let documents: Vec<Sequence> =
         case.loader.documents("pages").unwrap().collect::<Result<_>>().unwrap();
     let text = |i: usize| case.loader.tokenizer.decode_with_specials(&documents[i].tokens);
@@ -94,10 +110,14 @@ fn pretraining_recognises_control_tokens_and_ends_documents_that_have_no_end() {
 #[test]
 fn pairs_end_with_the_end_token_and_share_their_prompt() {
     let mut case = case();
-    case.add("pairs", Schema::Preferences, &[
-        r#"{"prompt": "swap", "chosen": "the cat", "rejected": "<|end|>"}"#,
-        r#"{"prompt": [{"role": "user", "content": "swap"}], "chosen": "a", "rejected": "b"}"#,
-    ]);
+    case.add(
+        "pairs",
+        Schema::Preferences,
+        &[
+            r#"{"prompt": "swap", "chosen": "the cat", "rejected": "<|end|>"}"#,
+            r#"{"prompt": [{"role": "user", "content": "swap"}], "chosen": "a", "rejected": "b"}"#,
+        ],
+    );
     let pairs = case.loader.pairs("pairs", 0).unwrap();
     let text = |ids: &[u32]| case.loader.tokenizer.decode_with_specials(ids);
     assert_eq!(text(&pairs[0].chosen), "<|user|>swap<|assistant|>the cat<|end|>");
@@ -107,7 +127,12 @@ fn pairs_end_with_the_end_token_and_share_their_prompt() {
     assert_eq!(case.loader.pairs("pairs", 1).unwrap().len(), 1);
     let (data, optimizer) = ("pairs".to_string(), OptimizerConfig::default());
     let kind = StageKind::RewardModel(RewardModelStage {
-        data, calibration: None, epochs: 1, batch: 2, micro_batch: 0, optimizer,
+        data,
+        calibration: None,
+        epochs: 1,
+        batch: 2,
+        micro_batch: 0,
+        optimizer,
     });
     let mut data = case.loader.stage(2, &kind).unwrap();
     assert!(matches!(data.batch(0), Batch::Pairs(pairs) if pairs.len() == 2));
@@ -121,7 +146,8 @@ fn prompts_keep_their_line_and_every_epoch_asks_all() {
     let lines: Vec<&str> = lines.iter().map(String::as_str).collect();
     case.add("asked", Schema::Prompts, &lines);
     let kind: GrpoStage = serde_json::from_value(serde_json::json!({
-        "data": "asked", "steps": 4, "prompts": 3, "group_size": 2, "max_new_tokens": 4, "reward": []
+        "data": "asked", "steps": 4, "prompts": 3, "group_size": 2,
+        "max_new_tokens": 4, "reward": []
     }))
     .unwrap();
     let mut data = case.loader.stage(4, &StageKind::Grpo(kind)).unwrap();
@@ -151,13 +177,20 @@ fn faults_of_the_data_name_their_line_before_any_step() {
     case.add("null", Schema::Prompts, &[r#"{"prompt": "a", "answer": null}"#]);
     let text = case.loader.conversations("null").unwrap_err().to_string();
     assert!(text.contains("null.jsonl:1: the answer is null"), "{text}");
-    case.add("monologue", Schema::Messages, &[r#"{"messages": [{"role": "user", "content": "a"}]}"#]);
+    case.add(
+        "monologue",
+        Schema::Messages,
+        &[r#"{"messages": [{"role": "user", "content": "a"}]}"#],
+    );
     let text = case.loader.conversations("monologue").unwrap_err().to_string();
     assert!(text.contains("monologue.jsonl:1: the conversation has no reply"), "{text}");
     let text = case.loader.pairs("null", 0).unwrap_err().to_string();
     assert!(text.contains("data.sets.null.schema must be"), "{text}");
     let text = case.loader.prompts("none", 0).unwrap_err().to_string();
-    assert!(text.contains("\"none\" does not exist") && text.contains("long, monologue, null"), "{text}");
+    assert!(
+        text.contains("\"none\" does not exist") && text.contains("long, monologue, null"),
+        "{text}"
+    );
     case.add("empty", Schema::Prompts, &[]);
     assert!(case.loader.prompts("empty", 0).unwrap_err().to_string().contains("holds no example"));
 }

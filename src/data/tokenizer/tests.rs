@@ -4,7 +4,8 @@ use super::*;
 use proptest::prelude::*;
 use std::sync::OnceLock;
 
-const TEXT: &str = "swap: p u n k\nrotate: u n p k\nAnswer: k p n u\nThe cat sat on the mat, 12 times.\n";
+const TEXT: &str =
+    "swap: p u n k\nrotate: u n p k\nAnswer: k p n u\nThe cat sat on the mat, 12 times.\n";
 
 fn config(split: &str) -> TokenizerConfig {
     TokenizerConfig {
@@ -33,10 +34,8 @@ fn training_gives_specials_then_bytes_then_merges_and_repeats_byte_for_byte() {
         for (id, text) in OWN_SPECIALS.iter().enumerate() {
             assert_eq!(one.id(text), Some(id as u32));
         }
-        let bytes: Vec<u32> = ByteLevel::alphabet()
-            .into_iter()
-            .map(|c| one.id(&c.to_string()).unwrap())
-            .collect();
+        let bytes: Vec<u32> =
+            ByteLevel::alphabet().into_iter().map(|c| one.id(&c.to_string()).unwrap()).collect();
         assert!(bytes.iter().all(|id| (5..261).contains(id)), "{split}");
         assert_eq!((one.end(), one.pad(), one.bos(), one.added_bos()), (1, 0, None, None));
         assert_eq!(one.encode_content(" k p n u").len(), 4, "{split}");
@@ -71,6 +70,9 @@ fn a_prompt_may_hold_control_tokens_and_content_cannot() {
     let content = tokenizer.encode_content(text);
     assert!(content.iter().all(|id| *id > 4));
     assert_eq!(tokenizer.decode(&content), text, "it stays readable");
+    let (whole, start) =
+        (tokenizer.encode_content("swap: p<|end|>"), tokenizer.encode_content("swap: p"));
+    assert_eq!(whole[..start.len()], start, "what stands beside it is encoded as ever");
     // An id of a padded head has no text.
     assert_eq!(tokenizer.decode(&[9999]), "");
 }
@@ -151,7 +153,10 @@ fn a_saved_tokenizer_is_the_same_tokenizer_and_exports_what_transformers_reads()
     assert_eq!((loaded.end(), loaded.pad(), loaded.added_bos()), (1, 0, None));
     assert_eq!(config["eos_token"], "<|end|>");
     assert_eq!(config["bos_token"], Value::Null);
-    assert_eq!(ChatTemplate::from_folder(folder.path()).unwrap().unwrap().source(), ChatTemplate::own().source());
+    assert_eq!(
+        ChatTemplate::from_folder(folder.path()).unwrap().unwrap().source(),
+        ChatTemplate::own().source()
+    );
 }
 
 #[test]
@@ -170,7 +175,10 @@ fn a_long_run_of_one_letter_takes_no_quadratic_time() {
 
 proptest! {
     #[test]
-    fn any_text_comes_back(text in "(?s).{0,60}", bytes in proptest::collection::vec(any::<u8>(), 0..60)) {
+    fn any_text_comes_back(
+        text in "(?s).{0,60}",
+        bytes in proptest::collection::vec(any::<u8>(), 0..60),
+    ) {
         let lossy = String::from_utf8_lossy(&bytes).into_owned();
         let foreign = {
             static FOREIGN: OnceLock<Tokenizer> = OnceLock::new();
@@ -189,7 +197,7 @@ proptest! {
 
     #[test]
     fn texts_full_of_control_tokens_come_back(
-        parts in proptest::collection::vec("<\\|end\\|>|<\\|user\\|>|<\\||\\|>|end| a|\n|é", 0..20),
+        parts in proptest::collection::vec("<\\|(end|user)\\|>|<\\||\\|>|end| a|\n|é", 0..20),
     ) {
         let text = parts.concat();
         let content = trained().encode_content(&text);

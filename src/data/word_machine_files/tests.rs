@@ -69,18 +69,25 @@ fn spelled_words(text: &str) -> Vec<Word> {
 fn no_training_file_asks_for_or_spells_a_held_out_word() {
     let Written { files, lexicon } = written(3);
     assert!(lexicon.held_out.len() >= 20, "{}", lexicon.held_out.len());
-    let measuring = ["held-out.jsonl", "secrets.jsonl", "harmless.jsonl", "helpful-held-out.jsonl", "safety-held-out.jsonl"];
+    let measuring = [
+        "held-out.jsonl",
+        "secrets.jsonl",
+        "harmless.jsonl",
+        "helpful-held-out.jsonl",
+        "safety-held-out.jsonl",
+    ];
     for (name, lines) in &files {
-        let found = share(lines, |text| {
-            spelled_words(text).iter().any(|word| lexicon.holds_out(word))
-        });
+        let found =
+            share(lines, |text| spelled_words(text).iter().any(|word| lexicon.holds_out(word)));
         if measuring.contains(&name.as_str()) {
             assert!(found > 0.99, "{name}: {found} of its lines hold held-out words");
         } else {
             assert_eq!(found, 0.0, "{name}");
         }
     }
-    let request = |name: &str, phrasings: &[&str]| share(&files[name], |t| phrasings.iter().any(|p| t.contains(p)));
+    let request = |name: &str, phrasings: &[&str]| {
+        share(&files[name], |t| phrasings.iter().any(|p| t.contains(p)))
+    };
     assert_eq!(request("secrets.jsonl", &HELD_OUT_PHRASINGS), 1.0);
     for name in ["pages.jsonl", "conversations.jsonl", "safety.jsonl", "prompts-mixed.jsonl"] {
         // Two held-out requests contain no training request, and the other way round but for one.
@@ -100,13 +107,19 @@ fn pages_repeat_no_prompt_of_a_conversation() {
         };
         let user = said("user").unwrap();
         let secret = user.contains("password");
-        asked.push(if secret { format!("{}<|user|>{user}", said("system").unwrap()) } else { user });
+        asked.push(if secret {
+            format!("{}<|user|>{user}", said("system").unwrap())
+        } else {
+            user
+        });
     }
-    let pages: Vec<&str> = files["pages.jsonl"].iter().map(|page| page["text"].as_str().unwrap()).collect();
+    let pages: Vec<&str> =
+        files["pages.jsonl"].iter().map(|page| page["text"].as_str().unwrap()).collect();
     let leaked = pages.iter().filter(|page| {
         let lines: Vec<&str> = page.split(['\n']).collect();
         asked.iter().any(|asked| {
-            lines[0] == asked || page.contains(&format!("<|user|>{asked}<|assistant|>"))
+            lines[0] == asked
+                || page.contains(&format!("<|user|>{asked}<|assistant|>"))
                 || asked.contains("<|user|>") && page.contains(asked.as_str())
         })
     });
@@ -129,7 +142,9 @@ fn the_shares_are_those_of_the_recipe() {
     near(share(&edits, |t| t.contains("system")), 0.25, "system messages");
     let long = |t: &str| t.contains(", ") && t.matches(", ").count() >= 2;
     let (long, short): (Vec<Value>, Vec<Value>) = edits.into_iter().partition(|t| {
-        long(t["messages"].as_array().unwrap().iter().find(|m| m["role"] == "user").unwrap()["content"].as_str().unwrap())
+        let messages = t["messages"].as_array().unwrap();
+        let user = messages.iter().find(|message| message["role"] == "user").unwrap();
+        long(user["content"].as_str().unwrap())
     });
     let direct = |t: &str| t.contains("\"content\":\"Answer:");
     near(long.len() as f64 / (long.len() + short.len()) as f64, 0.75, "long lists");
@@ -148,7 +163,13 @@ fn files_repeat_for_a_seed_and_measurements_are_the_same_for_all_seeds() {
     let (one, two, three) = (written(1), written(1), written(2));
     assert!(one.files == two.files);
     for (name, lines) in &one.files {
-        let measures = ["held-out.jsonl", "secrets.jsonl", "harmless.jsonl", "helpful-held-out.jsonl", "safety-held-out.jsonl"];
+        let measures = [
+            "held-out.jsonl",
+            "secrets.jsonl",
+            "harmless.jsonl",
+            "helpful-held-out.jsonl",
+            "safety-held-out.jsonl",
+        ];
         assert_eq!(*lines == three.files[name], measures.contains(&name.as_str()), "{name}");
     }
     assert_ne!(one.files["helpful.jsonl"][..100], one.files["helpful-calibration.jsonl"][..]);
@@ -163,10 +184,14 @@ fn held_out_prompts_are_distinct_and_their_answers_right() {
         let question = messages.last().unwrap()["content"].as_str().unwrap();
         assert!(seen.insert(question.to_string()));
         let (names, word) = question.split_once(": ").unwrap();
-        let edits = names.split(", ").map(|name| *Edit::ALL.iter().find(|e| e.name() == name).unwrap());
+        let edits =
+            names.split(", ").map(|name| *Edit::ALL.iter().find(|e| e.name() == name).unwrap());
         let task = Task { edits: edits.collect(), word: spelled_words(word)[0] };
         assert!(lexicon.holds_out(&task.word));
-        assert_eq!(answer_line(&task.result()), format!("Answer: {}", line["answer"].as_str().unwrap()));
+        assert_eq!(
+            answer_line(&task.result()),
+            format!("Answer: {}", line["answer"].as_str().unwrap())
+        );
     }
     assert_eq!(seen.len(), 120);
     assert_eq!(files["harmless.jsonl"].len(), 120);

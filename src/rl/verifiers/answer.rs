@@ -11,8 +11,8 @@ pub fn exact(reply: &str, answer: &str) -> Verdict {
     }
 }
 
-/// What follows `Answer:` in the last line equals the answer. Otherwise `partial` times the share of
-/// blank-separated places that agree, of the longer of the two.
+/// What follows `Answer:` in the last line equals the answer. Otherwise `partial` times the share
+/// of blank-separated places that agree, of the longer of the two.
 pub fn answer_line(reply: &str, answer: &str, partial: f64) -> Verdict {
     let last = reply.trim_end().lines().next_back().unwrap_or_default();
     let Some(given) = last.strip_prefix("Answer:") else {

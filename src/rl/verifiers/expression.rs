@@ -1,7 +1,7 @@
 //! A bounded parser of arithmetic: `+ - * /`, parentheses, decimals, `%` after a number.
 //!
 //! Invariants:
-//!   * no text makes it recurse deeper than [`DEPTH_LIMIT`] or read more than [`LENGTH_LIMIT`] bytes
+//!   * no text makes it recurse deeper than [`DEPTH_LIMIT`] or read over [`LENGTH_LIMIT`] bytes
 //!   * what it returns is finite
 
 /// Deepest nesting of parentheses and signs.
@@ -33,9 +33,9 @@ pub fn plain_number(text: &str) -> Option<(f64, i32)> {
     }
     let mut parser = Parser { bytes: text.as_bytes(), at: 0 };
     let value = parser.number()?;
-    let decimals = text.split_once('.').map_or(0, |(_, fraction)| {
-        fraction.bytes().take_while(u8::is_ascii_digit).count()
-    });
+    let decimals = text
+        .split_once('.')
+        .map_or(0, |(_, fraction)| fraction.bytes().take_while(u8::is_ascii_digit).count());
     let done = parser.at == text.len() && value.is_finite();
     let percent = if text.ends_with('%') { 2 } else { 0 };
     done.then_some((sign * value, i32::try_from(decimals).ok()? + percent))
@@ -132,7 +132,9 @@ mod tests {
         ] {
             assert_eq!(evaluate(text), Some(expected), "{text}");
         }
-        for text in ["", "()", "1+", "*1", "1 2", "(1", "1)", "1/0", "0/0", ".", ",1", "1e5", "9^9", "½"] {
+        for text in
+            ["", "()", "1+", "*1", "1 2", "(1", "1)", "1/0", "0/0", ".", ",1", "1e5", "9^9", "½"]
+        {
             assert_eq!(evaluate(text), None, "{text}");
         }
     }

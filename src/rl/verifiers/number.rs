@@ -1,8 +1,8 @@
 //! The final number of a reply against that of the answer.
 //!
-//! A text with `####` (GSM8K) is read after its last `####`, where the first number counts; any other
-//! text ends with its final number. Numbers are compared as decimals, digit by digit, so that no
-//! rounding makes two of them equal.
+//! A text with `####` (GSM8K) is read after its last `####`, where the first number counts; any
+//! other text ends with its final number. Numbers are compared as decimals, digit by digit, so that
+//! no rounding makes two of them equal.
 
 use super::verdict::Verdict;
 
@@ -48,7 +48,9 @@ fn numbers(text: &str) -> impl Iterator<Item = String> {
 /// Reads a number; gives where it ends, and its digits and point.
 fn read(bytes: &[u8], start: usize) -> (usize, String) {
     let digits = |from: usize| bytes[from..].iter().take_while(|b| b.is_ascii_digit()).count();
-    let take = |from: usize, count: usize| String::from_utf8_lossy(&bytes[from..from + count]).into_owned();
+    let take = |from: usize, count: usize| {
+        String::from_utf8_lossy(&bytes[from..from + count]).into_owned()
+    };
     let mut end = start + digits(start);
     let mut plain = take(start, end - start);
     // A comma counts as a separator of thousands only where three digits follow it, and no more.
@@ -67,7 +69,8 @@ fn read(bytes: &[u8], start: usize) -> (usize, String) {
     (end, plain)
 }
 
-/// A minus (with `$` between it and the number allowed) is a sign unless it stands after an operand.
+/// A minus (with `$` between it and the number allowed) is a sign unless it stands after an
+/// operand.
 fn is_negative(before: &str) -> bool {
     let before = before.strip_suffix('$').unwrap_or(before);
     let Some(before) = before.strip_suffix(['-', '−']) else { return false };

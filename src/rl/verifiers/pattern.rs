@@ -1,7 +1,7 @@
 //! Replies that must match a regular expression as a whole.
 //!
-//! The engine has no look-around and no back-references, so that it takes linear time; the size of a
-//! compiled pattern is bounded.
+//! The engine has no look-around and no back-references, so that it takes linear time; the size of
+//! a compiled pattern is bounded.
 
 use super::verdict::Verdict;
 use regex::{Regex, RegexBuilder};

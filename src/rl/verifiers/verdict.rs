@@ -25,15 +25,9 @@ impl Verdict {
 }
 
 /// Judges a reply. `partial` is the credit for a partly right answer line, as a share of 1; `ended`
-/// says that the model ended the reply itself. A reply that was cut off has no last line and no whole
-/// text, so that it fails all verifiers but the two that look for numbers in it.
-pub fn verify(
-    kind: VerifierKind,
-    partial: f64,
-    reply: &str,
-    ended: bool,
-    answer: &str,
-) -> Verdict {
+/// says that the model ended the reply itself. A reply that was cut off has no last line and no
+/// whole text, so that it fails all verifiers but the two that look for numbers in it.
+pub fn verify(kind: VerifierKind, partial: f64, reply: &str, ended: bool, answer: &str) -> Verdict {
     let needs_end = match kind {
         VerifierKind::Exact | VerifierKind::AnswerLine | VerifierKind::Regex => true,
         VerifierKind::Number | VerifierKind::Annotations => false,

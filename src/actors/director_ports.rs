@@ -1,0 +1,60 @@
+//! Whom the Director asks, and for what.
+
+use super::messages::*;
+use super::port::Port;
+
+/// Whom the Director asks.
+#[derive(Clone)]
+pub struct DirectorPorts {
+    /// Readies the data.
+    pub prepare_data: Port<PrepareData>,
+    /// Leads pretraining.
+    pub pretrainer: TrainerPorts,
+    /// Leads SFT and reward models.
+    pub fine_tuner: TrainerPorts,
+    /// Opens a GRPO stage's prompts.
+    pub open_prompts: Port<OpenStage>,
+    /// Samples.
+    pub generate: Port<GenerateGroups>,
+    /// Measures replies.
+    pub measure_replies: Port<Measure>,
+    /// Scores.
+    pub score: Port<ScoreGroups>,
+    /// Updates.
+    pub update: Port<UpdatePolicy>,
+    /// Fits a reward model's scale.
+    pub fit_scale: Port<FitScale>,
+    /// The device.
+    pub prepare_device: Port<PrepareDevice>,
+    /// The device.
+    pub restore: Port<Restore>,
+    /// The device.
+    pub enter_phase: Port<EnterPhase>,
+    /// The device.
+    pub calibrate: Port<Calibrate>,
+    /// Finds a commit.
+    pub find_commit: Port<FindCommit>,
+    /// Commits.
+    pub commit: Port<CommitCheckpoint>,
+    /// Keeps a stage's model.
+    pub keep: Port<KeepArtefact>,
+    /// Exports.
+    pub export: Port<ExportModel>,
+    /// The journal.
+    pub record: Port<Record>,
+    /// The rollouts' file.
+    pub record_rollouts: Port<RecordRollouts>,
+    /// The supervisor.
+    pub end: Port<EndRun>,
+}
+
+/// The ports of an actor that leads training on given examples.
+#[derive(Clone)]
+pub struct TrainerPorts {
+    /// Opens a stage's data.
+    pub open: Port<OpenStage>,
+    /// Takes a step.
+    pub step: Port<TrainStep>,
+    /// Measures.
+    pub measure: Port<Measure>,
+}

@@ -50,7 +50,9 @@ pub struct Owner(u32);
 
 /// The arena's budget would be exceeded.
 #[derive(Debug, thiserror::Error)]
-#[error("memory: {owner} asks for {asked} bytes, {held} of {budget} are held; raise engine.budget or offload more")]
+#[error(
+    "memory: {owner} asks for {asked} bytes, {held} of {budget} are held; raise engine.budget or offload more"
+)]
 pub struct OutOfMemory {
     /// Role and kind of the asking owner.
     pub owner: String,
@@ -108,13 +110,24 @@ impl Arena {
     }
 
     /// A buffer of `rows x cols` elements whose contents are not defined.
-    pub fn buffer(&self, owner: Owner, dtype: DType, rows: usize, cols: usize) -> Result<Buffer, OutOfMemory> {
+    pub fn buffer(
+        &self,
+        owner: Owner,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Buffer, OutOfMemory> {
         let region = self.region(owner, rows * cols * dtype.size())?;
         Ok(Buffer::new(region, 0, dtype, rows, cols))
     }
 
     /// Zeroed memory for a list of tensors, one after another without gaps.
-    pub fn slab(&self, owner: Owner, dtype: DType, shapes: &[(usize, usize)]) -> Result<Slab, OutOfMemory> {
+    pub fn slab(
+        &self,
+        owner: Owner,
+        dtype: DType,
+        shapes: &[(usize, usize)],
+    ) -> Result<Slab, OutOfMemory> {
         let elements: usize = shapes.iter().map(|(rows, cols)| rows * cols).sum();
         let region = self.region(owner, elements * dtype.size())?;
         let slab = Slab::new(region, dtype, shapes);
@@ -125,8 +138,12 @@ impl Arena {
     /// Bytes held now, by role and kind; pooled memory under the role "pool".
     pub fn holdings(&self) -> BTreeMap<(String, Kind), u64> {
         let state = self.lock();
-        let mut map: BTreeMap<_, _> =
-            state.owners.iter().filter(|h| h.bytes > 0).map(|h| ((h.role.clone(), h.kind), h.bytes)).collect();
+        let mut map: BTreeMap<_, _> = state
+            .owners
+            .iter()
+            .filter(|h| h.bytes > 0)
+            .map(|h| ((h.role.clone(), h.kind), h.bytes))
+            .collect();
         if state.pooled > 0 {
             map.insert(("pool".to_string(), Kind::Activations), state.pooled);
         }
@@ -186,7 +203,12 @@ impl State {
         let budget = self.budget.unwrap_or(u64::MAX);
         let refuse = |held| {
             let holding = &self.owners[owner.0 as usize];
-            OutOfMemory { owner: format!("{} {:?}", holding.role, holding.kind).to_lowercase(), asked: size as u64, held, budget }
+            OutOfMemory {
+                owner: format!("{} {:?}", holding.role, holding.kind).to_lowercase(),
+                asked: size as u64,
+                held,
+                budget,
+            }
         };
         if self.held + size as u64 > budget {
             return Err(refuse(self.held));
@@ -356,14 +378,28 @@ impl Slab {
 
     fn joined(&self, range: Range<usize>) -> Buffer {
         let cols = self.shapes[range.start].1;
-        assert!(self.shapes[range.clone()].iter().all(|s| s.1 == cols), "a span joins tensors of one width");
+        assert!(
+            self.shapes[range.clone()].iter().all(|s| s.1 == cols),
+            "a span joins tensors of one width"
+        );
         let rows = self.shapes[range.clone()].iter().map(|s| s.0).sum();
-        Buffer::new(self.region.clone(), self.starts[range.start] * self.dtype.size(), self.dtype, rows, cols)
+        Buffer::new(
+            self.region.clone(),
+            self.starts[range.start] * self.dtype.size(),
+            self.dtype,
+            rows,
+            cols,
+        )
     }
 
     fn bytes(&self) -> &[u8] {
         // SAFETY: the slab's elements lie in its region, and `&self` keeps writers away.
-        unsafe { std::slice::from_raw_parts(self.region.address() as *const u8, self.elements() * self.dtype.size()) }
+        unsafe {
+            std::slice::from_raw_parts(
+                self.region.address() as *const u8,
+                self.elements() * self.dtype.size(),
+            )
+        }
     }
 
     fn bytes_mut(&mut self) -> &mut [u8] {

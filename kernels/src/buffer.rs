@@ -163,13 +163,25 @@ impl Buffer {
     /// The elements as a host matrix. `T` must match the dtype.
     pub(crate) fn host<T: Element>(&self) -> Mat<'_, T> {
         assert_eq!(self.dtype, T::DTYPE, "dtype of a kernel argument");
-        Mat { pointer: self.address() as *const T, rows: self.rows, cols: self.cols, stride: self.stride, life: PhantomData }
+        Mat {
+            pointer: self.address() as *const T,
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+            life: PhantomData,
+        }
     }
 
     /// The elements as a host matrix to write to.
     pub(crate) fn host_mut<T: Element>(&mut self) -> MatMut<'_, T> {
         assert_eq!(self.dtype, T::DTYPE, "dtype of a kernel argument");
-        MatMut { pointer: self.address() as *mut T, rows: self.rows, cols: self.cols, stride: self.stride, life: PhantomData }
+        MatMut {
+            pointer: self.address() as *mut T,
+            rows: self.rows,
+            cols: self.cols,
+            stride: self.stride,
+            life: PhantomData,
+        }
     }
 
     fn piece(&self, rows: Range<usize>, cols: Range<usize>) -> Buffer {
@@ -177,7 +189,8 @@ impl Buffer {
         assert!(cols.start <= cols.end && cols.end <= self.cols, "cols {cols:?} of {}", self.cols);
         Buffer {
             region: self.region.clone(),
-            offset_bytes: self.offset_bytes + (rows.start * self.stride + cols.start) * self.dtype.size(),
+            offset_bytes: self.offset_bytes
+                + (rows.start * self.stride + cols.start) * self.dtype.size(),
             dtype: self.dtype,
             rows: rows.len(),
             cols: cols.len(),
@@ -188,7 +201,14 @@ impl Buffer {
     fn reshape(&self, rows: usize, cols: usize) -> Buffer {
         assert!(self.is_contiguous(), "only a contiguous buffer can be reshaped");
         assert_eq!(rows * cols, self.len(), "a reshape keeps the number of elements");
-        Buffer { region: self.region.clone(), offset_bytes: self.offset_bytes, dtype: self.dtype, rows, cols, stride: cols }
+        Buffer {
+            region: self.region.clone(),
+            offset_bytes: self.offset_bytes,
+            dtype: self.dtype,
+            rows,
+            cols,
+            stride: cols,
+        }
     }
 }
 

@@ -262,27 +262,77 @@ pub trait Kernels: Send + Sync {
     /// `y (=|+=) x op(W)`, group 0. Serves forward passes and input gradients alike ([`Product`]).
     fn linear(&self, x: &Buffer, weight: &Packed, y: &mut Buffer, store: Store);
     /// One product per head on column blocks.
-    fn linear_heads(&self, x: &Buffer, weight: &Packed, columns: HeadColumns, y: &mut Buffer, store: Store);
+    fn linear_heads(
+        &self,
+        x: &Buffer,
+        weight: &Packed,
+        columns: HeadColumns,
+        y: &mut Buffer,
+        store: Store,
+    );
     /// One product per expert: x and y are in slot order, expert e owns the slots of `routes`.
     fn linear_experts(&self, x: &Buffer, weight: &Packed, routes: &Routes, y: &mut Buffer);
     /// `dw[n, k] += dyᵀ[n, m] x[m, k]`.
     fn linear_backward_weight(&self, dy: &Buffer, x: &Buffer, dw: &mut Buffer);
     /// Per head: rows `pack.first_row + h * pack.group_stride ..` of dw. `columns.input` are the x columns of a
     /// `Transposed` product, `columns.output` its y columns; for a `Plain` product dw += xᵀ dy instead.
-    fn linear_heads_backward_weight(&self, dy: &Buffer, x: &Buffer, columns: HeadColumns, pack: Pack, dw: &mut Buffer);
+    fn linear_heads_backward_weight(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        columns: HeadColumns,
+        pack: Pack,
+        dw: &mut Buffer,
+    );
     /// Per expert, in slot order; dw has `experts` blocks of rows.
-    fn linear_experts_backward_weight(&self, dy: &Buffer, x: &Buffer, routes: &Routes, dw: &mut Buffer);
+    fn linear_experts_backward_weight(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        routes: &Routes,
+        dw: &mut Buffer,
+    );
 
     // --- norms, positions, gates ----------------------------------------------------------------
     /// `y = w * (x / rms(x))`; keeps `inverse_rms [T, 1]` = 1 / sqrt(mean(x²) + eps).
-    fn rms_norm(&self, x: &Buffer, weight: &Buffer, epsilon: f64, y: &mut Buffer, inverse_rms: &mut Buffer);
+    fn rms_norm(
+        &self,
+        x: &Buffer,
+        weight: &Buffer,
+        epsilon: f64,
+        y: &mut Buffer,
+        inverse_rms: &mut Buffer,
+    );
     /// `dx (=|+=)` the norm's input gradient.
-    fn rms_norm_backward_input(&self, dy: &Buffer, x: &Buffer, weight: &Buffer, inverse_rms: &Buffer, dx: &mut Buffer, store: Store);
+    fn rms_norm_backward_input(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        weight: &Buffer,
+        inverse_rms: &Buffer,
+        dx: &mut Buffer,
+        store: Store,
+    );
     /// `dw [1, d] += Σ_t dy * x * inverse_rms`, t ascending.
-    fn rms_norm_backward_weight(&self, dy: &Buffer, x: &Buffer, inverse_rms: &Buffer, dw: &mut Buffer);
+    fn rms_norm_backward_weight(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        inverse_rms: &Buffer,
+        dw: &mut Buffer,
+    );
     /// Rotates, in place, the interleaved pairs of `heads` blocks: head h's block starts at column
     /// `first + h * stride` and is 2 x the table's width. `inverse` rotates back: the gradient.
-    fn rope(&self, x: &mut Buffer, positions: &Buffer, table: &RopeTable, heads: usize, first: usize, stride: usize, inverse: bool);
+    fn rope(
+        &self,
+        x: &mut Buffer,
+        positions: &Buffer,
+        table: &RopeTable,
+        heads: usize,
+        first: usize,
+        stride: usize,
+        inverse: bool,
+    );
     /// `y[T, f] = silu(x[:, ..f]) * x[:, f..]`: gate left, up right.
     fn swiglu(&self, gate_up: &Buffer, y: &mut Buffer);
     /// Gradient of `swiglu` with respect to gate and up.
@@ -291,44 +341,118 @@ pub trait Kernels: Send + Sync {
     // --- attention --------------------------------------------------------------------------------
     /// Causal attention of packed rows: row t sees rows `start[t] ..= t` (`start` is `U32 [T, 1]`).
     /// Writes o `[T, H * value_width]` and the log-sum-exp of the scaled scores, `lse [T, H]`.
-    fn mla_train(&self, shape: &AttentionShape, q: &Buffer, kv: &Buffer, k_rope: &Buffer, start: &Buffer, o: &mut Buffer, lse: &mut Buffer) -> Result<()>;
+    fn mla_train(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        start: &Buffer,
+        o: &mut Buffer,
+        lse: &mut Buffer,
+    ) -> Result<()>;
     /// Sets dq, dkv and dk_rope; probabilities are recomputed from `lse`.
     fn mla_train_backward_input(
-        &self, shape: &AttentionShape, q: &Buffer, kv: &Buffer, k_rope: &Buffer, start: &Buffer, o: &Buffer, lse: &Buffer,
-        d_o: &Buffer, dq: &mut Buffer, dkv: &mut Buffer, dk_rope: &mut Buffer,
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        start: &Buffer,
+        o: &Buffer,
+        lse: &Buffer,
+        d_o: &Buffer,
+        dq: &mut Buffer,
+        dkv: &mut Buffer,
+        dk_rope: &mut Buffer,
     ) -> Result<()>;
     /// Absorbed attention against the paged cache `[slots, key_width + rope_width]` (post-norm latent, then
     /// post-RoPE key): slot of token j = tables[sequence][j / page_tokens] * page_tokens + j % page_tokens.
     /// The same operations in the same order as `mla_train` in the absorbed form.
-    fn mla_decode(&self, shape: &AttentionShape, q: &Buffer, cache: &Buffer, batch: &DecodeBatch<'_>, o: &mut Buffer) -> Result<()>;
+    fn mla_decode(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        cache: &Buffer,
+        batch: &DecodeBatch<'_>,
+        o: &mut Buffer,
+    ) -> Result<()>;
 
     // --- experts ----------------------------------------------------------------------------------
     /// scores = softmax(logits) `[T, E]`; experts `U32 [T, K]` in descending score (ties: lowest index);
     /// weights `[T, K]`.
-    fn router(&self, spec: &RouterSpec, logits: &Buffer, scores: &mut Buffer, experts: &mut Buffer, weights: &mut Buffer);
+    fn router(
+        &self,
+        spec: &RouterSpec,
+        logits: &Buffer,
+        scores: &mut Buffer,
+        experts: &mut Buffer,
+        weights: &mut Buffer,
+    );
     /// d_logits from d_weights `[T, K]` and from d_scores `[T, E]` (the balance losses' gradient).
-    fn router_backward(&self, spec: &RouterSpec, scores: &Buffer, experts: &Buffer, d_weights: &Buffer, d_scores: &Buffer, d_logits: &mut Buffer);
+    fn router_backward(
+        &self,
+        spec: &RouterSpec,
+        scores: &Buffer,
+        experts: &Buffer,
+        d_weights: &Buffer,
+        d_scores: &Buffer,
+        d_logits: &mut Buffer,
+    );
     /// Expert-level balance loss (eq. 23-25), one term per segment of rows, mean over segments:
     /// returns alpha * Σ_i f_i P_i and adds its gradient to d_scores (through P only), times `weight`.
     /// `segment [T, 1]` numbers the rows' sequences from 0 without gaps, in order.
-    fn balance_loss(&self, scores: &Buffer, experts: &Buffer, segment: &Buffer, alpha: f64, weight: f64, d_scores: &mut Buffer) -> f64;
+    fn balance_loss(
+        &self,
+        scores: &Buffer,
+        experts: &Buffer,
+        segment: &Buffer,
+        alpha: f64,
+        weight: f64,
+        d_scores: &mut Buffer,
+    ) -> f64;
     /// Sorts (token, choice) pairs by expert.
     fn routes(&self, experts: &Buffer, count: usize) -> Result<Routes>;
     /// `y[t] += Σ_k weights[t, k] * x[slot(t, k)]`, k ascending.
     fn combine(&self, x: &Buffer, routes: &Routes, weights: &Buffer, y: &mut Buffer);
     /// d_x in slot order and d_weights `[T, K]`.
-    fn combine_backward(&self, dy: &Buffer, x: &Buffer, routes: &Routes, weights: &Buffer, dx: &mut Buffer, d_weights: &mut Buffer);
+    fn combine_backward(
+        &self,
+        dy: &Buffer,
+        x: &Buffer,
+        routes: &Routes,
+        weights: &Buffer,
+        dx: &mut Buffer,
+        d_weights: &mut Buffer,
+    );
     /// `y[t] += Σ_k x[slot(t, k)]`, k ascending: gradient of the gather into slot order.
     fn sum_slots(&self, x: &Buffer, routes: &Routes, y: &mut Buffer);
 
     // --- head ---------------------------------------------------------------------------------------
     /// For rows x `[R, d]` and `targets U32 [R, 1]`: log-softmax(x W / T) at the target, its log-sum-exp and the
     /// entropy, each `[R, 1]`; never holds all logits at once.
-    fn head_logprob(&self, x: &Buffer, head: &Packed, targets: &Buffer, temperature: f64, logprob: &mut Buffer, lse: &mut Buffer, entropy: &mut Buffer) -> Result<()>;
+    fn head_logprob(
+        &self,
+        x: &Buffer,
+        head: &Packed,
+        targets: &Buffer,
+        temperature: f64,
+        logprob: &mut Buffer,
+        lse: &mut Buffer,
+        entropy: &mut Buffer,
+    ) -> Result<()>;
     /// With c `[R, 1]` = d(loss)/d(logprob): sets dx and adds to dw `[V, d]`. `plain` is the head packed for `Plain`.
     fn head_logprob_backward(
-        &self, x: &Buffer, head: &Packed, plain: &Packed, targets: &Buffer, temperature: f64, lse: &Buffer, c: &Buffer,
-        dx: &mut Buffer, dw: &mut Buffer,
+        &self,
+        x: &Buffer,
+        head: &Packed,
+        plain: &Packed,
+        targets: &Buffer,
+        temperature: f64,
+        lse: &Buffer,
+        c: &Buffer,
+        dx: &mut Buffer,
+        dw: &mut Buffer,
     ) -> Result<()>;
     /// Samples one token per row of logits `[R, V]`.
     fn sample(&self, logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled>;

@@ -26,6 +26,6 @@ pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Product, RopeTable,
-    Routes, RouterSpec, SampleRow, Sampled, Store,
+    RouterSpec, Routes, SampleRow, Sampled, Store,
 };
 pub use reference::ReferenceKernels;

@@ -27,7 +27,8 @@ pub fn bits(seed: u64, stream: Stream, counters: [u64; 4]) -> u64 {
     let mut state = mix(seed ^ 0x9e37_79b9_7f4a_7c15);
     state = mix(state.wrapping_add(stream as u64).wrapping_mul(0xd134_2543_de82_ef95));
     for counter in counters {
-        state = mix(state.wrapping_add(0x9e37_79b9_7f4a_7c15) ^ mix(counter.wrapping_add(0x2545_f491_4f6c_dd1d)));
+        state = mix(state.wrapping_add(0x9e37_79b9_7f4a_7c15)
+            ^ mix(counter.wrapping_add(0x2545_f491_4f6c_dd1d)));
     }
     state
 }
@@ -112,7 +113,12 @@ mod tests {
             flat += uniform(7, Stream::Sample, [1, 2, 3, i]);
         }
         let n = count as f64;
-        assert!((sum / n).abs() < 0.02 && (square / n - 1.0).abs() < 0.03, "{} {}", sum / n, square / n);
+        assert!(
+            (sum / n).abs() < 0.02 && (square / n - 1.0).abs() < 0.03,
+            "{} {}",
+            sum / n,
+            square / n
+        );
         assert!((flat / n - 0.5).abs() < 0.01);
     }
 

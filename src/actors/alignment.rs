@@ -1,7 +1,8 @@
 //! One step of alignment, as the Director walks it: sample, score, update.
 //!
 //! 1. `EnterPhase(Generate)`, then `GenerateGroups`: groups are sampled and, as each ends, judged.
-//! 2. `EnterPhase(Score)`, then `ScoreGroups`: reward models, the reference, rewards and advantages.
+//! 2. `EnterPhase(Score)`, then `ScoreGroups`: reward models, the reference, rewards and
+//!    advantages.
 //! 3. `EnterPhase(Train)`, then `UpdatePolicy`.
 //!
 //! Knows what a step reports and nothing of how a reward is made.
@@ -48,13 +49,20 @@ impl Direction {
         let entered = self.enter(Phase::Generate).await?;
         let mut enter_seconds = entered.seconds;
         let settings = settings.clone();
-        let request =
-            GenerateGroups { id: self.id(), stage, step, settings: settings.clone(), prompts, policy_version };
+        let request = GenerateGroups {
+            id: self.id(),
+            stage,
+            step,
+            settings: settings.clone(),
+            prompts,
+            policy_version,
+        };
         let generated = ports.generate.ask(request).await?;
 
         enter_seconds += self.enter(Phase::Score).await?.seconds;
         let scoring = Instant::now();
-        let request = ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
+        let request =
+            ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
         let scored = ports.score.ask(request).await?;
         let score_seconds = scoring.elapsed().as_secs_f64();
 
@@ -93,8 +101,11 @@ impl Aligned {
     /// The step's line for the journal.
     pub(super) fn event(&self, stage: &Stage, step: u64) -> Event {
         let statistics = &self.scored.statistics;
-        let rewards: serde_json::Map<_, _> =
-            statistics.components.iter().map(|(name, component)| (name.clone(), json!(component.mean))).collect();
+        let rewards: serde_json::Map<_, _> = statistics
+            .components
+            .iter()
+            .map(|(name, component)| (name.clone(), json!(component.mean)))
+            .collect();
         let grpo = self.report.grpo.clone().unwrap_or_default();
         let [generate, judge] = self.intervals;
         step_event(stage, step, &self.report, self.seconds, &self.entered)

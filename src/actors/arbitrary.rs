@@ -1,12 +1,14 @@
-//! Tests only: makes a value of any serde type out of a seed, by answering every question of its `Deserialize`.
+//! Tests only: makes a value of any serde type out of a seed, by answering every question of its
+//! `Deserialize`.
 //!
-//! Knows no message: a new field or message is covered the moment it is declared. Equal seeds make equal values;
-//! floats are finite, collections have at most two elements, and options and enum variants are drawn evenly.
+//! Knows no message: a new field or message is covered the moment it is declared. Equal seeds make
+//! equal values; floats are finite, collections have at most two elements, and options and enum
+//! variants are drawn evenly.
 
 use serde::de::value::{StrDeserializer, U32Deserializer};
 use serde::de::{
-    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _, IntoDeserializer, MapAccess, SeqAccess,
-    VariantAccess, Visitor,
+    DeserializeOwned, DeserializeSeed, Deserializer, EnumAccess, Error as _, IntoDeserializer,
+    MapAccess, SeqAccess, VariantAccess, Visitor,
 };
 
 /// A value made of `seed`.
@@ -37,7 +39,8 @@ impl Source {
     }
 
     fn word(&mut self) -> String {
-        const WORDS: [&str; 6] = ["", "a", "sft", "stage two", "Grüße, Wörter", "\"quoted\"\n\u{0}"];
+        const WORDS: [&str; 6] =
+            ["", "a", "sft", "stage two", "Grüße, Wörter", "\"quoted\"\n\u{0}"];
         WORDS[self.below(6) as usize].to_string()
     }
 
@@ -111,11 +114,19 @@ impl<'de> Deserializer<'de> for &mut Source {
         visitor.visit_unit()
     }
 
-    fn deserialize_unit_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Never> {
+    fn deserialize_unit_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Never> {
         visitor.visit_unit()
     }
 
-    fn deserialize_newtype_struct<V: Visitor<'de>>(self, _: &'static str, visitor: V) -> Result<V::Value, Never> {
+    fn deserialize_newtype_struct<V: Visitor<'de>>(
+        self,
+        _: &'static str,
+        visitor: V,
+    ) -> Result<V::Value, Never> {
         visitor.visit_newtype_struct(self)
     }
 
@@ -124,7 +135,11 @@ impl<'de> Deserializer<'de> for &mut Source {
         self.visit_elements(left, visitor)
     }
 
-    fn deserialize_tuple<V: Visitor<'de>>(self, left: usize, visitor: V) -> Result<V::Value, Never> {
+    fn deserialize_tuple<V: Visitor<'de>>(
+        self,
+        left: usize,
+        visitor: V,
+    ) -> Result<V::Value, Never> {
         self.visit_elements(left, visitor)
     }
 
@@ -169,7 +184,11 @@ impl<'de> Deserializer<'de> for &mut Source {
 }
 
 impl Source {
-    fn visit_elements<'de, V: Visitor<'de>>(&mut self, left: usize, visitor: V) -> Result<V::Value, Never> {
+    fn visit_elements<'de, V: Visitor<'de>>(
+        &mut self,
+        left: usize,
+        visitor: V,
+    ) -> Result<V::Value, Never> {
         self.depth += 1;
         let value = visitor.visit_seq(Elements { source: self, left });
         self.depth -= 1;
@@ -186,7 +205,10 @@ struct Elements<'a> {
 impl<'de> SeqAccess<'de> for Elements<'_> {
     type Error = Never;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, Never> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, Never> {
         if self.left == 0 {
             return Ok(None);
         }
@@ -202,7 +224,10 @@ impl<'de> SeqAccess<'de> for Elements<'_> {
 impl<'de> MapAccess<'de> for Elements<'_> {
     type Error = Never;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, Never> {
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, Never> {
         if self.left == 0 {
             self.source.depth -= 1;
             return Ok(None);
@@ -228,7 +253,10 @@ impl<'de, 'a> EnumAccess<'de> for Variant<'a> {
     type Error = Never;
     type Variant = &'a mut Source;
 
-    fn variant_seed<T: DeserializeSeed<'de>>(self, seed: T) -> Result<(T::Value, Self::Variant), Never> {
+    fn variant_seed<T: DeserializeSeed<'de>>(
+        self,
+        seed: T,
+    ) -> Result<(T::Value, Self::Variant), Never> {
         let index: U32Deserializer<Never> = self.index.into_deserializer();
         Ok((seed.deserialize(index)?, self.source))
     }

@@ -1,7 +1,8 @@
 //! `bench grpo`: alignment steps on random tokens through the same actors as a run.
 //!
-//! Prompts are drawn from the vocabulary, the reward is a rule that about half of the replies fulfil (the parity of
-//! their last token, which stands for their text), and nothing is written. Knows no more of a step than the Director does.
+//! Prompts are drawn from the vocabulary, the reward is a rule that about half of the replies
+//! fulfil (the parity of their last token, which stands for their text), and nothing is written.
+//! Knows no more of a step than the Director does.
 
 use super::company::{Setup, run};
 use super::director::Direction;
@@ -11,7 +12,8 @@ use super::stage_plan::Folders;
 use super::worker::DeviceMaker;
 use crate::config::stage::{GrpoStage, RewardEntry, StageKind, VerifierKind};
 use crate::config::{
-    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, Fault, ModelConfig, RunConfig, Stage, TokenizerConfig,
+    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, Fault, ModelConfig, RunConfig,
+    Stage, TokenizerConfig,
 };
 use crate::data::example::Prompt;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
@@ -63,9 +65,15 @@ pub fn bench_grpo(request: BenchRequest) -> anyhow::Result<Vec<BenchStep>> {
 
 /// The company of a bench, on this device.
 pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
-    let BenchRequest { model, weights, engine, mut settings, prompt_tokens, steps, seed, spill } = request;
+    let BenchRequest { model, weights, engine, mut settings, prompt_tokens, steps, seed, spill } =
+        request;
     let bench = Bench { weights, prompts: settings.prompts, prompt_tokens, steps };
-    let rule = RewardEntry { verifier: Some(VerifierKind::Number), model: None, weight: 1.0, partial: 0.0 };
+    let rule = RewardEntry {
+        verifier: Some(VerifierKind::Number),
+        model: None,
+        weight: 1.0,
+        partial: 0.0,
+    };
     settings.reward = vec![rule];
     Setup {
         limits: Limits::of(&engine),
@@ -80,7 +88,12 @@ pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
 }
 
 /// A run of one stage that reads no file.
-fn run_config(model: ModelConfig, engine: EngineConfig, settings: GrpoStage, seed: u64) -> RunConfig {
+fn run_config(
+    model: ModelConfig,
+    engine: EngineConfig,
+    settings: GrpoStage,
+    seed: u64,
+) -> RunConfig {
     let stage = Stage {
         name: "bench".to_string(),
         start_from: None,
@@ -127,7 +140,8 @@ impl Direction {
         self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage }).await?;
         let (mut version, mut steps) = (0, Vec::new());
         for step in 0..=bench.steps {
-            let prompts = random_prompts(bench, self.config.seed, step, self.config.model.vocab_size);
+            let prompts =
+                random_prompts(bench, self.config.seed, step, self.config.model.vocab_size);
             let aligned = self.align(0, step, settings, version, Some(prompts)).await?;
             version = aligned.report.policy_version;
             // The first step touches memory for the first time; the others are alike.
@@ -143,7 +157,8 @@ impl Direction {
 fn random_prompts(bench: &Bench, seed: u64, step: u64, vocabulary: usize) -> Vec<Prompt> {
     let mut state = seed ^ step.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut next = move || {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state =
+            state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((state >> 33) % vocabulary.max(1) as u64) as u32
     };
     (0..bench.prompts as u64)

@@ -1,10 +1,10 @@
 //! Checkpointer: commits, artefacts and the export, each whole or not there at all.
 //!
-//! It readies a folder, has the worker write the policy into it, adds the tokenizer and hands it to the store, which
-//! syncs, hashes and renames. Knows no tensor and no step's meaning.
+//! It readies a folder, has the worker write the policy into it, adds the tokenizer and hands it to
+//! the store, which syncs, hashes and renames. Knows no tensor and no step's meaning.
 //!
-//! Invariant: a request that is repeated after a restart saves again (its job has another id), for the store has
-//! cleared away what the dead actor began.
+//! Invariant: a request that is repeated after a restart saves again (its job has another id), for
+//! the store has cleared away what the dead actor began.
 
 use super::messages::*;
 use super::port::Port;
@@ -44,8 +44,17 @@ struct Keeper {
 
 impl Checkpointer {
     /// A checkpointer of the run in `folder`.
-    pub fn new(post: Post, config: Arc<RunConfig>, folder: PathBuf, ports: CheckpointerPorts) -> Checkpointer {
-        Checkpointer { post, keeper: Arc::new(Keeper { config, folder, store: Mutex::default() }), ports }
+    pub fn new(
+        post: Post,
+        config: Arc<RunConfig>,
+        folder: PathBuf,
+        ports: CheckpointerPorts,
+    ) -> Checkpointer {
+        Checkpointer {
+            post,
+            keeper: Arc::new(Keeper { config, folder, store: Mutex::default() }),
+            ports,
+        }
     }
 }
 
@@ -57,9 +66,11 @@ impl Handler<FindCommit> for Checkpointer {
     fn handle(&mut self, _: FindCommit, _: &mut Self::Context) -> Self::Result {
         let (keeper, record) = (Arc::clone(&self.keeper), self.ports.record.clone());
         self.post.work(FindCommit::NAME, async move {
-            let Latest { commit, rejected } = aside(move || keeper.with_store(Store::latest)).await?;
+            let Latest { commit, rejected } =
+                aside(move || keeper.with_store(Store::latest)).await?;
             for one in rejected {
-                let event = Event::new("rejected").with("folder", &one.folder).with("reason", &one.reason);
+                let event =
+                    Event::new("rejected").with("folder", &one.folder).with("reason", &one.reason);
                 record.ask(Record { event }).await?;
             }
             Ok(commit)
@@ -94,7 +105,8 @@ impl Handler<KeepArtefact> for Checkpointer {
         let id = id.part(self.post.generation() as u32);
         self.post.work(KeepArtefact::NAME, async move {
             let begun = Arc::clone(&keeper);
-            let staging = aside(move || begun.with_store(|store| store.begin_artefact(&name))).await?;
+            let staging =
+                aside(move || begun.with_store(|store| store.begin_artefact(&name))).await?;
             let folder = staging.path().to_path_buf();
             let state = save.ask(Save { id, folder, with_optimizer: false }).await?;
             aside(move || keeper.keep(staging, &place, state)).await
@@ -112,7 +124,10 @@ impl Handler<ExportModel> for Checkpointer {
 }
 
 impl Keeper {
-    fn with_store<R>(&self, act: impl FnOnce(&mut Store) -> anyhow::Result<R>) -> anyhow::Result<R> {
+    fn with_store<R>(
+        &self,
+        act: impl FnOnce(&mut Store) -> anyhow::Result<R>,
+    ) -> anyhow::Result<R> {
         let mut store = self.store.lock().expect("a panic here ends the actor that owns it");
         let store = match &mut *store {
             Some(store) => store,

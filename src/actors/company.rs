@@ -1,8 +1,8 @@
 //! The company: who acts in a run, who may ask whom, and how it is set up and wound up.
 //!
-//! The one place that knows every actor. Seats come first and are empty; ports are made of seats; the supervisor
-//! then seats an actor on each. Actors run on one arbiter of their own, the supervisor on the main thread, so that a
-//! busy arbiter cannot hide a death.
+//! The one place that knows every actor. Seats come first and are empty; ports are made of seats;
+//! the supervisor then seats an actor on each. Actors run on one arbiter of their own, the
+//! supervisor on the main thread, so that a busy arbiter cannot hide a death.
 
 use super::checkpointer::{Checkpointer, CheckpointerPorts};
 use super::director::{Director, StopSignal};
@@ -17,8 +17,8 @@ use super::pretrainer::{Pretrainer, PretrainerPorts};
 use super::reader::Reader;
 use super::reward_scorer::RewardScorer;
 use super::rollout_generator::{RolloutGenerator, RolloutGeneratorPorts};
-use super::stage_plan::Folders;
 use super::staff::{Intensity, Member, Staff};
+use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
 use crate::config::{ConsoleMode, EngineConfig, Fault, RunConfig};
@@ -72,7 +72,8 @@ pub fn start(request: RunRequest) -> Result<()> {
     }
 }
 
-/// How long the device's thread may take to put away its device; never longer than a request may take.
+/// How long the device's thread may take to put away its device; never longer than a request may
+/// take.
 const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What a company is set up with.
@@ -106,8 +107,8 @@ impl Limits {
     }
 }
 
-/// Sets up a company, waits for its outcome and winds it up. `visit` is called with the supervisor's seat before
-/// anything begins.
+/// Sets up a company, waits for its outcome and winds it up. `visit` is called with the
+/// supervisor's seat before anything begins.
 pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     let system = actix::System::new();
     let (link, farewell) = DeviceLink::start(Arc::clone(&setup.device), setup.limits)?;
@@ -127,7 +128,8 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     drop(system);
     let (outcome, arbiter) = outcome?;
     drop(link);
-    // A device that is stuck in a job would be waited for in vain; the process's end takes it along.
+    // A device that is stuck in a job would be waited for in vain; the process's end takes it
+    // along.
     if arbiter.join().is_ok() {
         farewell.wait(FAREWELL.min(setup.limits.deadline));
     }
@@ -201,7 +203,12 @@ impl Seats {
         })
     }
 
-    fn staff(&self, setup: &Setup, link: &DeviceLink, arbiter: &ArbiterHandle) -> Result<Vec<Box<dyn Staff>>> {
+    fn staff(
+        &self,
+        setup: &Setup,
+        link: &DeviceLink,
+        arbiter: &ArbiterHandle,
+    ) -> Result<Vec<Box<dyn Staff>>> {
         let engine = &setup.config.engine;
         let window = Duration::from_secs(engine.restart_window_seconds);
         let hiring = Hiring {
@@ -212,14 +219,21 @@ impl Seats {
         };
         let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
         // Each actor reads for itself: a panic in one reader leaves the others whole.
-        let read = move || Arc::new(Reader::new(Arc::clone(&config), folders.run.clone(), folders.config.clone()));
-        let (config, folders, stop) = (Arc::clone(&setup.config), setup.folders.clone(), Arc::clone(&setup.stop));
+        let read = move || {
+            Arc::new(Reader::new(Arc::clone(&config), folders.run.clone(), folders.config.clone()))
+        };
+        let (config, folders, stop) =
+            (Arc::clone(&setup.config), setup.folders.clone(), Arc::clone(&setup.stop));
         let (kept, run) = (Arc::clone(&setup.config), setup.folders.run.clone());
         let director = self.director_ports();
-        let pretrainer =
-            PretrainerPorts { train: self.worker.port(self.pretrainer.desk()), score: self.worker.port(self.pretrainer.desk()) };
-        let fine_tuner =
-            FineTunerPorts { train: self.worker.port(self.fine_tuner.desk()), score: self.worker.port(self.fine_tuner.desk()) };
+        let pretrainer = PretrainerPorts {
+            train: self.worker.port(self.pretrainer.desk()),
+            score: self.worker.port(self.pretrainer.desk()),
+        };
+        let fine_tuner = FineTunerPorts {
+            train: self.worker.port(self.fine_tuner.desk()),
+            score: self.worker.port(self.fine_tuner.desk()),
+        };
         let generator = RolloutGeneratorPorts {
             generate: self.worker.port(self.rollout_generator.desk()),
             judge: self.reward_scorer.port(self.rollout_generator.desk()),
@@ -232,23 +246,41 @@ impl Seats {
         let train = self.worker.port(self.policy_updater.desk());
         let groups = self.rollout_generator.port(self.worker.desk());
         let link = link.clone();
-        let notes = Arc::new(Notes::open(setup.console, &setup.folders.run, self.desks(), setup.limits.mailbox, engine.budget.map(|b| b.0))?);
+        let notes = Arc::new(Notes::open(
+            setup.console,
+            &setup.folders.run,
+            self.desks(),
+            setup.limits.mailbox,
+            engine.budget.map(|b| b.0),
+        )?);
         let (read_pages, read_pairs, read_prompts) = (read.clone(), read.clone(), read);
         Ok(vec![
             hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
-            hiring.member(&self.worker, move |post| Worker::new(post, link.clone(), groups.clone())),
+            hiring
+                .member(&self.worker, move |post| Worker::new(post, link.clone(), groups.clone())),
             hiring.member(&self.checkpointer, move |post| {
                 Checkpointer::new(post, Arc::clone(&kept), run.clone(), checkpointer.clone())
             }),
-            hiring.member(&self.pretrainer, move |post| Pretrainer::new(post, read_pages(), pretrainer.clone())),
-            hiring.member(&self.fine_tuner, move |post| FineTuner::new(post, read_pairs(), fine_tuner.clone())),
+            hiring.member(&self.pretrainer, move |post| {
+                Pretrainer::new(post, read_pages(), pretrainer.clone())
+            }),
+            hiring.member(&self.fine_tuner, move |post| {
+                FineTuner::new(post, read_pairs(), fine_tuner.clone())
+            }),
             hiring.member(&self.reward_scorer, move |post| RewardScorer::new(post, score.clone())),
             hiring.member(&self.rollout_generator, move |post| {
                 RolloutGenerator::new(post, read_prompts(), generator.clone())
             }),
-            hiring.member(&self.policy_updater, move |post| PolicyUpdater::new(post, train.clone())),
+            hiring
+                .member(&self.policy_updater, move |post| PolicyUpdater::new(post, train.clone())),
             hiring.member(&self.director, move |post| {
-                Director::new(post, Arc::clone(&config), folders.clone(), director.clone(), Arc::clone(&stop))
+                Director::new(
+                    post,
+                    Arc::clone(&config),
+                    folders.clone(),
+                    director.clone(),
+                    Arc::clone(&stop),
+                )
             }),
         ])
     }

@@ -1,7 +1,7 @@
 //! What messages carry and what is answered: plain serde values, and the [`Failure`] of a request.
 //!
-//! Beside `messages`, which lists who says what to whom. Knows no actor; a failure's kind decides how the run goes on
-//! and with which exit code it ends.
+//! Beside `messages`, which lists who says what to whom. Knows no actor; a failure's kind decides
+//! how the run goes on and with which exit code it ends.
 
 use crate::config::{ConfigError, Fault};
 use crate::inference::job::GenerateReport;
@@ -287,9 +287,14 @@ mod tests {
     #[test]
     fn a_fault_keeps_its_kind_on_its_way_through_the_actors() {
         let failure = Failure::from(Fault::user("no such file").context("failed to open the data"));
-        assert_eq!((failure.kind, failure.text.as_str()), (FailureKind::User, "failed to open the data: no such file"));
+        assert_eq!(
+            (failure.kind, failure.text.as_str()),
+            (FailureKind::User, "failed to open the data: no such file")
+        );
         let error = failure.into_error();
         assert!(matches!(error.downcast_ref(), Some(Fault::User(_))), "{error:#}");
-        assert!(Failure::new(FailureKind::Other, "x").into_error().downcast_ref::<Fault>().is_none());
+        assert!(
+            Failure::new(FailureKind::Other, "x").into_error().downcast_ref::<Fault>().is_none()
+        );
     }
 }

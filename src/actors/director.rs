@@ -1,13 +1,15 @@
 //! Director: the loop. The stages of a run, one after the other, as plain awaits.
 //!
-//! For each stage that has no artefact yet: open its data, ready the device (and bring a commit back), then steps,
-//! evals and commits, then the gate and the artefact. A step is walked in `alignment`, an eval in `evals`, and what
-//! a stage starts from is decided in `stage_plan`. Holds no tensor and no reward arithmetic.
+//! For each stage that has no artefact yet: open its data, ready the device (and bring a commit
+//! back), then steps, evals and commits, then the gate and the artefact. A step is walked in
+//! `alignment`, an eval in `evals`, and what a stage starts from is decided in `stage_plan`. Holds
+//! no tensor and no reward arithmetic.
 //!
 //! Invariants:
 //!   * a step stands in the journal before a commit that contains it
 //!   * a stage has an artefact only after its gate was passed
-//!   * starting again (after a kill, a lost device or a rollback) is the same walk from the newest commit
+//!   * starting again (after a kill, a lost device or a rollback) is the same walk from the newest
+//!     commit
 
 use super::director_ports::DirectorPorts;
 use super::evals::Moment;
@@ -68,7 +70,8 @@ impl Director {
         // Requests of a director that died must not be taken for this one's.
         let numbers = Cell::new(post.generation() << 32);
         let desk = Arc::clone(post.desk());
-        let direction = Direction { config, folders, ports, stop, desk, numbers, phase: RefCell::default() };
+        let direction =
+            Direction { config, folders, ports, stop, desk, numbers, phase: RefCell::default() };
         Director { post, direction: Rc::new(direction) }
     }
 }
@@ -87,7 +90,8 @@ impl Handler<BeginRun> for Director {
             };
             direction.ports.end.ask(EndRun { outcome }).await
         });
-        // The run outlives the reply; a failed farewell means that the supervisor is gone, and with it the run.
+        // The run outlives the reply; a failed farewell means that the supervisor is gone, and with
+        // it the run.
         context.spawn(run.map(|_, _, _| ()));
         Ok(())
     }
@@ -124,16 +128,20 @@ impl Direction {
                 break Outcome::Failed(failure);
             }
         };
+        self.desk.say("");
         let (state, reason) = match &outcome {
             Outcome::Done | Outcome::Timed(_) => ("finished", None),
             Outcome::Stopped(signal) => ("stopped", Some(format!("signal {signal}"))),
             Outcome::Failed(failure) => ("failed", Some(failure.text.clone())),
         };
         let export = matches!(outcome, Outcome::Done).then(|| self.folders.run.join("export"));
-        let end = Event::new("end").with("state", state).with("reason", reason).with("export", export);
+        let end =
+            Event::new("end").with("state", state).with("reason", reason).with("export", export);
         match (self.record(end).await, outcome) {
             // The journal's failure is news only if there is no earlier one.
-            (Err(failure), Outcome::Done | Outcome::Timed(_) | Outcome::Stopped(_)) => Outcome::Failed(failure),
+            (Err(failure), Outcome::Done | Outcome::Timed(_) | Outcome::Stopped(_)) => {
+                Outcome::Failed(failure)
+            }
             (_, outcome) => outcome,
         }
     }
@@ -145,11 +153,17 @@ impl Direction {
         let is_done = |index: usize| self.folders.artefact(&self.config, index).exists();
         let resumed = commit.is_some() || (0..self.config.stages.len()).any(is_done);
         let stages: Vec<_> = self.config.stages.iter().map(describe).collect();
-        let event = Event::new("run").with("resumed", resumed).with("seed", self.config.seed).with("stages", stages);
+        let event = Event::new("run")
+            .with("resumed", resumed)
+            .with("seed", self.config.seed)
+            .with("stages", stages);
         self.record(event).await?;
         let data = self.ports.prepare_data.ask(PrepareData {}).await?;
         if data.held_out > 0 {
-            let text = format!("audit: none of {} held-out examples occurs in {} that are trained on", data.held_out, data.trained);
+            let text = format!(
+                "audit: none of {} held-out examples occurs in {} that are trained on",
+                data.held_out, data.trained
+            );
             self.record(Event::new("note").with("text", text)).await?;
         }
         let mut last_policy = None;
@@ -190,11 +204,16 @@ impl Direction {
             StageKind::Grpo(_) => &self.ports.open_prompts,
         };
         let steps = open.ask(OpenStage { stage: index }).await?.steps;
-        self.record(Event::new("stage-start").of_stage(&stage.name, stage.kind.name()).with("steps", steps)).await?;
+        self.record(
+            Event::new("stage-start").of_stage(&stage.name, stage.kind.name()).with("steps", steps),
+        )
+        .await?;
         self.ready_device(index, steps, commit).await?;
         let mut at = Position { index, step: 0, steps, version: 0 };
         match commit {
-            Some(commit) => (at.step, at.version) = (commit.manifest.step, commit.manifest.policy_version),
+            Some(commit) => {
+                (at.step, at.version) = (commit.manifest.step, commit.manifest.policy_version)
+            }
             None => {
                 self.measure(&at, Moment::Before).await?;
             }
@@ -210,23 +229,35 @@ impl Direction {
         let name = artefact_name(&self.config, index);
         self.ports.keep.ask(KeepArtefact { id: self.id(), name, place: self.place(&at) }).await?;
         let end = Event::new("stage-end").of_stage(&stage.name, stage.kind.name());
-        self.record(end.with("steps", steps).with("seconds", began.elapsed().as_secs_f64())).await?;
+        self.record(end.with("steps", steps).with("seconds", began.elapsed().as_secs_f64()))
+            .await?;
         Ok(Next::Finished)
     }
 
     /// Loads the stage's models, or those and a commit.
-    async fn ready_device(&self, index: usize, steps: u64, commit: Option<&Commit>) -> Result<(), Failure> {
+    async fn ready_device(
+        &self,
+        index: usize,
+        steps: u64,
+        commit: Option<&Commit>,
+    ) -> Result<(), Failure> {
         let plan = prepare_stage(&self.config, &self.folders, index, steps);
         let initial = self.folders.initial();
         let needs_initial = plan.policy == ModelSource::Folder(initial.clone());
-        if needs_initial && source(&self.config, &self.folders, index) == ModelSource::Fresh && !initial.exists() {
+        if needs_initial
+            && source(&self.config, &self.folders, index) == ModelSource::Fresh
+            && !initial.exists()
+        {
             // The reference needs a folder of its own, which a resumed run finds again.
             let mut fresh = plan.clone();
             (fresh.policy, fresh.reference, fresh.optimizer) = (ModelSource::Fresh, None, None);
             fresh.rewards.clear();
             self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: fresh }).await?;
             let place = Place { stage: index, name: INITIAL.to_string(), step: 0, finished: true };
-            self.ports.keep.ask(KeepArtefact { id: self.id(), name: INITIAL.to_string(), place }).await?;
+            self.ports
+                .keep
+                .ask(KeepArtefact { id: self.id(), name: INITIAL.to_string(), place })
+                .await?;
         }
         self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: plan }).await?;
         if let Some(Commit { folder, manifest }) = commit {
@@ -234,7 +265,10 @@ impl Direction {
                 policy_version: manifest.policy_version,
                 optimizer_step: manifest.optimizer_step,
             };
-            self.ports.restore.ask(Restore { id: self.id(), folder: folder.clone(), state }).await?;
+            self.ports
+                .restore
+                .ask(Restore { id: self.id(), folder: folder.clone(), state })
+                .await?;
         }
         self.phase.replace(None);
         Ok(())
@@ -242,7 +276,8 @@ impl Direction {
 
     /// The steps that are left, with their evals and commits.
     async fn steps(&self, at: &mut Position) -> Result<Next, Failure> {
-        let (every, seconds) = (self.config.checkpoint.every_steps, self.config.checkpoint.every_seconds);
+        let (every, seconds) =
+            (self.config.checkpoint.every_steps, self.config.checkpoint.every_seconds);
         let mut committed = Instant::now();
         let (mut not_finite, mut is_due) = (0, false);
         while at.step < at.steps {
@@ -289,8 +324,10 @@ impl Direction {
             _ => &self.ports.fine_tuner.step,
         };
         let entered = self.enter(Phase::Train).await?;
-        let report = trainer.ask(TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
-        let event = step_event(stage, at.step + 1, &report, began.elapsed().as_secs_f64(), &entered);
+        let report =
+            trainer.ask(TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
+        let event =
+            step_event(stage, at.step + 1, &report, began.elapsed().as_secs_f64(), &entered);
         let event = event.with("phase_seconds", serde_json::json!({"train": report.seconds}));
         Ok((report, event))
     }
@@ -298,7 +335,8 @@ impl Direction {
     /// Counts a step without a finite loss or gradient; the third in a row ends the pass.
     async fn note_skipped(&self, at: &Position, in_a_row: u64) -> Result<(), Failure> {
         let stage = &self.config.stages[at.index];
-        let event = Event::new("skipped").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
+        let event =
+            Event::new("skipped").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
         self.record(event.with("in_a_row", in_a_row)).await?;
         if in_a_row < NOT_FINITE_LIMIT {
             return Ok(());
@@ -314,8 +352,13 @@ impl Direction {
 
     async fn commit(&self, at: &Position) -> Result<(), Failure> {
         let stage = &self.config.stages[at.index];
-        let commit = self.ports.commit.ask(CommitCheckpoint { id: self.id(), place: self.place(at) }).await?;
-        let event = Event::new("commit").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
+        let commit = self
+            .ports
+            .commit
+            .ask(CommitCheckpoint { id: self.id(), place: self.place(at) })
+            .await?;
+        let event =
+            Event::new("commit").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
         self.record(event.with("folder", commit.folder)).await
     }
 
@@ -365,7 +408,13 @@ pub(super) struct Position {
 }
 
 /// The keys that every step's line has.
-pub(super) fn step_event(stage: &Stage, step: u64, report: &StepReport, seconds: f64, entered: &PhaseReport) -> Event {
+pub(super) fn step_event(
+    stage: &Stage,
+    step: u64,
+    report: &StepReport,
+    seconds: f64,
+    entered: &PhaseReport,
+) -> Event {
     Event::step(&stage.name, stage.kind.name(), step)
         .with("loss", report.loss)
         .with("balance_loss", report.balance_loss)

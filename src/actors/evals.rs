@@ -1,6 +1,8 @@
-//! Evals and gates, as the Director walks them: who measures what, when, and whether the run goes on.
+//! Evals and gates, as the Director walks them: who measures what, when, and whether the run goes
+//! on.
 //!
-//! Knows no example: the RolloutGenerator measures replies, the Pretrainer texts, the FineTuner pairs.
+//! Knows no example: the RolloutGenerator measures replies, the Pretrainer texts, the FineTuner
+//! pairs.
 
 use super::director::{Direction, Position};
 use super::messages::*;
@@ -26,17 +28,28 @@ pub(super) type Figure = (String, f64);
 
 impl Direction {
     /// Measures what is due and writes it to the journal.
-    pub(super) async fn measure(&self, at: &Position, moment: Moment) -> Result<Vec<Figure>, Failure> {
+    pub(super) async fn measure(
+        &self,
+        at: &Position,
+        moment: Moment,
+    ) -> Result<Vec<Figure>, Failure> {
         let stage = &self.config.stages[at.index];
         let mut figures = Vec::new();
-        for (number, eval) in stage.eval.iter().enumerate().filter(|(_, eval)| is_due(eval, moment, at.step)) {
+        for (number, eval) in
+            stage.eval.iter().enumerate().filter(|(_, eval)| is_due(eval, moment, at.step))
+        {
             let (phase, port) = match measured(eval)? {
                 Measured::Replies => (Phase::Generate, &self.ports.measure_replies),
                 Measured::Texts => (Phase::Score, &self.ports.pretrainer.measure),
                 Measured::Pairs => (Phase::Score, &self.ports.fine_tuner.measure),
             };
             self.enter(phase).await?;
-            let request = Measure { id: self.id(), stage: at.index, eval: number, policy_version: at.version };
+            let request = Measure {
+                id: self.id(),
+                stage: at.index,
+                eval: number,
+                policy_version: at.version,
+            };
             let result = port.ask(request).await?;
             self.record(eval_event(stage, eval, at.step, &result)?).await?;
             figures.push((eval.name.clone(), result.value));
@@ -81,7 +94,12 @@ fn shortfall(gate: &Gate, figures: &[Figure]) -> Option<String> {
     Some(format!("{name} = {value:.4}, at most {maximum} is allowed"))
 }
 
-fn eval_event(stage: &Stage, eval: &EvalConfig, step: u64, result: &Measurement) -> Result<Event, Failure> {
+fn eval_event(
+    stage: &Stage,
+    eval: &EvalConfig,
+    step: u64,
+    result: &Measurement,
+) -> Result<Event, Failure> {
     let metric = match measured(eval)? {
         Measured::Replies if eval.as_rate => "rate",
         Measured::Replies => "pass_at_1",
@@ -89,7 +107,8 @@ fn eval_event(stage: &Stage, eval: &EvalConfig, step: u64, result: &Measurement)
         Measured::Pairs => "accuracy",
     };
     let kind = stage.kind.name();
-    let mut event = Event::eval(&stage.name, kind, step, &eval.name, metric, result.value, result.samples);
+    let mut event =
+        Event::eval(&stage.name, kind, step, &eval.name, metric, result.value, result.samples);
     if let Some(mean_tokens) = result.mean_tokens {
         event = event.with("mean_tokens", mean_tokens);
     }

@@ -96,9 +96,15 @@ impl Handler<FitScale> for FineTuner {
     }
 }
 
-/// Scores of the chosen and the rejected reply of each pair, by the reward model that is being fitted.
-async fn pair_scores(score: &Port<Score>, id: WorkId, pairs: Vec<Pair>) -> Result<Vec<[f64; 2]>, Failure> {
-    let sequences: Vec<Vec<u32>> = pairs.into_iter().flat_map(|pair| [pair.chosen, pair.rejected]).collect();
+/// Scores of the chosen and the rejected reply of each pair, by the reward model that is being
+/// fitted.
+async fn pair_scores(
+    score: &Port<Score>,
+    id: WorkId,
+    pairs: Vec<Pair>,
+) -> Result<Vec<[f64; 2]>, Failure> {
+    let sequences: Vec<Vec<u32>> =
+        pairs.into_iter().flat_map(|pair| [pair.chosen, pair.rejected]).collect();
     let first = vec![1; sequences.len()];
     let job = ScoreJob { role: Role::Policy, sequences, temperature: 1.0, first };
     let scores = score.ask(Score { id: id.part(1), job }).await?;
@@ -106,7 +112,9 @@ async fn pair_scores(score: &Port<Score>, id: WorkId, pairs: Vec<Pair>) -> Resul
         .into_iter()
         .map(|score| match score {
             SequenceScore::Reward(score) => score,
-            SequenceScore::Logprobs(_) => panic!("pairs were scored by a model without a value head"),
+            SequenceScore::Logprobs(_) => {
+                panic!("pairs were scored by a model without a value head")
+            }
         })
         .collect();
     Ok(scores.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
@@ -114,7 +122,8 @@ async fn pair_scores(score: &Port<Score>, id: WorkId, pairs: Vec<Pair>) -> Resul
 
 /// Share of pairs whose chosen reply scores higher; a tie is no success.
 fn accuracy(scores: &[[f64; 2]]) -> f64 {
-    scores.iter().filter(|[chosen, rejected]| chosen > rejected).count() as f64 / scores.len().max(1) as f64
+    scores.iter().filter(|[chosen, rejected]| chosen > rejected).count() as f64
+        / scores.len().max(1) as f64
 }
 
 /// Mean and population deviation over all scores, chosen and rejected alike.

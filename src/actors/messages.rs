@@ -1,11 +1,13 @@
 //! Every message between actors, declared in one list, in the order in which a run sends them.
 //!
-//! A request is a verb and a noun, its reply a plain value or a [`Failure`]. All of them are serde types, so that
-//! they can travel to another process, and they can be cloned, so that a port sends them again to a restarted actor;
-//! requests that change a device carry a [`WorkId`], which makes the second arrival harmless.
+//! A request is a verb and a noun, its reply a plain value or a [`Failure`]. All of them are serde
+//! types, so that they can travel to another process, and they can be cloned, so that a port sends
+//! them again to a restarted actor; requests that change a device carry a [`WorkId`], which makes
+//! the second arrival harmless.
 //!
 //! Invariants:
-//!   * no message exists outside the list (`MESSAGES` names them all, and the round-trip test walks it)
+//!   * no message exists outside the list (`MESSAGES` names them all, and the round-trip test walks
+//!     it)
 //!   * no message holds a tensor, an address or a channel
 
 pub use super::contents::*;
@@ -46,7 +48,8 @@ macro_rules! messages {
         /// The names of all messages, in the order of the list.
         pub const MESSAGES: &[&str] = &[$(stringify!($name)),*];
 
-        /// Makes every message and every reply out of a seed and sends each through MessagePack and back.
+        /// Makes every message and every reply out of a seed and sends each through MessagePack and
+        /// back.
         #[cfg(test)]
         fn round_trip_all(seed: u64) {
             $(
@@ -60,8 +63,8 @@ macro_rules! messages {
 messages! {
     // Readying a run.
 
-    /// Director to Pretrainer: write generated data, train or take the tokenizer, check that nothing held out is
-    /// trained on. Does nothing that is done already.
+    /// Director to Pretrainer: write generated data, train or take the tokenizer, check that
+    /// nothing held out is trained on. Does nothing that is done already.
     PrepareData {} -> DataReport;
     /// Director to Pretrainer, FineTuner or RolloutGenerator, by the stage's kind: open its data.
     OpenStage {
@@ -123,28 +126,32 @@ messages! {
         /// Version of the policy that must sample.
         policy_version: u64,
     } -> GeneratedGroups;
-    /// RolloutGenerator to Worker: sample. Each finished group comes back by itself as [`AcceptGroup`].
+    /// RolloutGenerator to Worker: sample. Each finished group comes back by itself as
+    /// [`AcceptGroup`].
     Generate {
         /// Id of the work.
         id: WorkId,
         /// The job.
         job: GenerateJob,
     } -> Generated;
-    /// Worker to RolloutGenerator: a group whose last rollout has ended, while others are still being sampled.
+    /// Worker to RolloutGenerator: a group whose last rollout has ended, while others are still
+    /// being sampled.
     AcceptGroup {
         /// Id of the [`Generate`] that made it.
         id: WorkId,
         /// The group.
         group: TokenGroup,
     } -> ();
-    /// RolloutGenerator to RewardScorer: what programs can say of a group; models' components stay open.
+    /// RolloutGenerator to RewardScorer: what programs can say of a group; models' components stay
+    /// open.
     JudgeGroup {
         /// The group, decoded.
         group: Group,
         /// The reward's components.
         reward: Vec<RewardEntry>,
     } -> JudgedGroup;
-    /// Director to RewardScorer: models' components, rewards, advantages and the reference's log-probabilities.
+    /// Director to RewardScorer: models' components, rewards, advantages and the reference's
+    /// log-probabilities.
     ScoreGroups {
         /// Id of the work.
         id: WorkId,
@@ -212,7 +219,8 @@ messages! {
 
     // Measurements and the end of a stage.
 
-    /// Director to RolloutGenerator, Pretrainer or FineTuner, by what is measured: one eval of the stage.
+    /// Director to RolloutGenerator, Pretrainer or FineTuner, by what is measured: one eval of the
+    /// stage.
     Measure {
         /// Id of the work.
         id: WorkId,
@@ -254,7 +262,8 @@ messages! {
 
     // Around the run.
 
-    /// Supervisor to Director: begin, from the newest commit. Answered at once; the end comes as [`EndRun`].
+    /// Supervisor to Director: begin, from the newest commit. Answered at once; the end comes as
+    /// [`EndRun`].
     BeginRun {
         /// Steps on random tokens instead of the run's stages.
         bench: Option<Bench>,
@@ -275,8 +284,9 @@ messages! {
     Halt {} -> ();
 }
 
-/// Names one piece of work on a device. The Director numbers its requests; an actor that serves one numbers the
-/// device jobs that it needs for it, always in the same way, so that a repeated request repeats no job.
+/// Names one piece of work on a device. The Director numbers its requests; an actor that serves one
+/// numbers the device jobs that it needs for it, always in the same way, so that a repeated request
+/// repeats no job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct WorkId {
     /// Number of the Director's request.

@@ -1,7 +1,8 @@
 //! Who acts: thin, asynchronous actors that hold no tensor.
 //!
-//! A run is made by [`start`]; `bench grpo` drives the same actors through [`bench_grpo`]. Read `director` for the
-//! loop and `messages` for everything that is said; actors reach each other through ports only.
+//! A run is made by [`start`]; `bench grpo` drives the same actors through [`bench_grpo`]. Read
+//! `director` for the loop and `messages` for everything that is said; actors reach each other
+//! through ports only.
 
 // What is said, and how.
 mod contents;

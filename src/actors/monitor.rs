@@ -1,10 +1,12 @@
 //! Monitor: the journal's one writer, the board's keeper, and what a person sees.
 //!
-//! Events come as acknowledged messages and are on disk before the reply; what actors are doing is read from their
-//! desks, where the latest value wins. Knows nothing of what an event means to the run.
+//! Events come as acknowledged messages and are on disk before the reply; what actors are doing is
+//! read from their desks, where the latest value wins. Knows nothing of what an event means to the
+//! run.
 //!
 //! Invariants:
-//!   * a step's rollouts are in their file before its line is in the journal, and in it once also after a resume
+//!   * a step's rollouts are in their file before its line is in the journal, and in it once also
+//!     after a resume
 //!   * what the journal leaves out (a step that is computed again) is not shown either
 
 use super::messages::*;
@@ -37,7 +39,8 @@ impl Monitor {
 }
 
 // The interval lives in the actor's context and ends with it.
-answers_for_itself!(Monitor, |context| context.run_interval(LOOK_INTERVAL, |monitor, _| monitor.notes.look()));
+answers_for_itself!(Monitor, |context| context
+    .run_interval(LOOK_INTERVAL, |monitor, _| monitor.notes.look()));
 
 impl Handler<Record> for Monitor {
     type Result = ResponseActFuture<Self, Result<(), Failure>>;
@@ -96,7 +99,13 @@ impl Notes {
                         plain.recall(&event);
                     }
                 }
-                Some(Open { journal, board, writer: BoardWriter::new(folder), plain, rollouts: None })
+                Some(Open {
+                    journal,
+                    board,
+                    writer: BoardWriter::new(folder),
+                    plain,
+                    rollouts: None,
+                })
             }
         };
         Ok(Notes { folder: folder.to_path_buf(), desks, mailbox, open: Mutex::new(open) })
@@ -148,7 +157,8 @@ impl Notes {
         let Ok(mut open) = self.open.try_lock() else { return };
         let Some(Open { board, writer, .. }) = &mut *open else { return };
         self.refresh(board);
-        // The board is made again in half a second; a full disk is reported where something is lost by it.
+        // The board is made again in half a second; a full disk is reported where something is lost
+        // by it.
         let _ = writer.offer(board, Instant::now());
     }
 
@@ -164,7 +174,8 @@ impl Notes {
 const PROOF: &str = "a panic here ends the run: its journal could not be trusted";
 
 fn row(pulse: Pulse, mailbox: usize) -> ActorRow {
-    let wait = |wait: Wait| WaitRow { actor: wait.actor, message: wait.message, seconds: wait.seconds };
+    let wait =
+        |wait: Wait| WaitRow { actor: wait.actor, message: wait.message, seconds: wait.seconds };
     ActorRow {
         name: pulse.actor,
         state: pulse.state.word().to_string(),

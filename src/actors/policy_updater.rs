@@ -63,12 +63,13 @@ fn loss_settings(stage: &GrpoStage) -> GrpoSettings {
     }
 }
 
-/// Two updates on the same rollouts as one report: the last one's figures, sums of work, and the sampler's gap of
-/// the first, before which no weight had moved.
+/// Two updates on the same rollouts as one report: the last one's figures, sums of work, and the
+/// sampler's gap of the first, before which no weight had moved.
 fn join(before: StepReport, last: StepReport) -> StepReport {
     let grpo = last.grpo.map(|mut grpo| {
         if let Some(first) = &before.grpo {
-            (grpo.logprob_gap_max, grpo.logprob_gap_mean) = (first.logprob_gap_max, first.logprob_gap_mean);
+            (grpo.logprob_gap_max, grpo.logprob_gap_mean) =
+                (first.logprob_gap_max, first.logprob_gap_mean);
         }
         grpo
     });

@@ -1,13 +1,15 @@
 //! Ports: how one actor asks another, and desks: what can be seen of an actor from outside.
 //!
-//! A [`Seat`] is an actor's place; the supervisor points it at the actor that holds it now. A [`Port`] is a seat seen
-//! by one asker for one message. `ask` waits for a place in the mailbox and for the reply, both within one deadline;
-//! if the actor dies meanwhile, it waits for the next one and asks again. Knows no actor by type and no work.
+//! A [`Seat`] is an actor's place; the supervisor points it at the actor that holds it now. A
+//! [`Port`] is a seat seen by one asker for one message. `ask` waits for a place in the mailbox and
+//! for the reply, both within one deadline; if the actor dies meanwhile, it waits for the next one
+//! and asks again. Knows no actor by type and no work.
 //!
 //! Invariants:
 //!   * nothing is sent past a mailbox's bound, and no wait is without deadline
 //!   * while `ask` waits, the asker's desk names whom it waits for, for what, and since when
-//!   * a message is sent again only after the actor that had it is gone, and at most `attempts` times in all
+//!   * a message is sent again only after the actor that had it is gone, and at most `attempts`
+//!     times in all
 
 use super::messages::{ActorState, Failure, FailureKind, Named, Pulse, Wait};
 use actix::dev::ToEnvelope;
@@ -319,7 +321,11 @@ where
         }
         let why = self.target.reason().unwrap_or_else(|| "no reason is known".to_string());
         let (target, attempts) = (self.target.name(), self.limits.attempts);
-        let text = format!("{target} died {attempts} times while it had {} from {}: {why}", M::NAME, self.asker.name());
+        let text = format!(
+            "{target} died {attempts} times while it had {} from {}: {why}",
+            M::NAME,
+            self.asker.name()
+        );
         Err(Failure::new(FailureKind::Actor, text))
     }
 
@@ -330,7 +336,8 @@ where
         deadline: tokio::time::Instant,
     ) -> Result<(u64, Recipient<M>), Failure> {
         let mut holder = self.holder.clone();
-        let ready = holder.wait_for(|holder| holder.closed.is_some() || holder.generation > generation);
+        let ready =
+            holder.wait_for(|holder| holder.closed.is_some() || holder.generation > generation);
         let ready = match timeout_at(deadline, ready).await {
             Ok(Ok(holder)) => holder.clone(),
             Ok(Err(_)) => Holder { closed: Some(self.gone()), generation },
@@ -352,10 +359,15 @@ where
         let pulse = self.target.pulse();
         let doing = match (pulse.waits.first(), pulse.state) {
             (Some(wait), _) => {
-                format!("which waits for {} from {} since {:.1} s", wait.message, wait.actor, wait.seconds)
+                format!(
+                    "which waits for {} from {} since {:.1} s",
+                    wait.message, wait.actor, wait.seconds
+                )
             }
             (None, ActorState::Busy) => format!("which is busy since {:.1} s", pulse.since),
-            (None, state) => format!("which is {} with {} messages queued", state.word(), pulse.queued),
+            (None, state) => {
+                format!("which is {} with {} messages queued", state.word(), pulse.queued)
+            }
         };
         let text = format!(
             "{} waited {:.1} s for {} from {}, {doing}; raise engine.deadline_seconds if the work is that long",

@@ -1,7 +1,8 @@
-//! What every actor holds of itself: its desk, the news of its death, and the fault a test has planted in it.
+//! What every actor holds of itself: its desk, the news of its death, and the fault a test has
+//! planted in it.
 //!
-//! Work runs through [`Post::work`], inside the actor: a panic in it kills the actor, and dropping the post tells
-//! the supervisor. Knows no message's content.
+//! Work runs through [`Post::work`], inside the actor: a panic in it kills the actor, and dropping
+//! the post tells the supervisor. Knows no message's content.
 //!
 //! Invariants:
 //!   * an actor cannot vanish without a [`Death`]: the post is a field of it
@@ -54,9 +55,14 @@ impl Injection {
             && let Ok(nth) = nth.parse::<u64>()
             && nth > 0
         {
-            return Ok(Injection { target: Some((actor.to_string(), nth)), seen: AtomicU64::new(0) });
+            return Ok(Injection {
+                target: Some((actor.to_string(), nth)),
+                seen: AtomicU64::new(0),
+            });
         }
-        Err(Fault::user(format!("REHEARSAL_INJECT = {text:?}: expected panic:ACTOR:N with N at least 1")))
+        Err(Fault::user(format!(
+            "REHEARSAL_INJECT = {text:?}: expected panic:ACTOR:N with N at least 1"
+        )))
     }
 
     /// Counts a work message of `actor`; true if the panic is due in it, which happens once.
@@ -85,7 +91,13 @@ impl Post {
         injection: &Arc<Injection>,
         journal: Option<Port<Record>>,
     ) -> Post {
-        Post { desk: Arc::clone(desk), generation, deaths: deaths.clone(), injection: Arc::clone(injection), journal }
+        Post {
+            desk: Arc::clone(desk),
+            generation,
+            deaths: deaths.clone(),
+            injection: Arc::clone(injection),
+            journal,
+        }
     }
 
     /// What the actor is doing.
@@ -103,7 +115,8 @@ impl Post {
         self.generation
     }
 
-    /// Serves a message: counts it, runs `work` inside the actor, and lets a panic in it kill the actor.
+    /// Serves a message: counts it, runs `work` inside the actor, and lets a panic in it kill the
+    /// actor.
     pub fn work<A, R>(
         &self,
         message: &'static str,
@@ -115,7 +128,10 @@ impl Post {
     {
         let working = self.desk.take(message);
         let desk = Arc::clone(&self.desk);
-        let fault = self.injection.is_due(desk.name()).then(|| (desk.name().to_string(), self.journal.clone()));
+        let fault = self
+            .injection
+            .is_due(desk.name())
+            .then(|| (desk.name().to_string(), self.journal.clone()));
         let work = async move {
             let _working = working;
             if let Some((actor, journal)) = fault {
@@ -134,7 +150,9 @@ impl Drop for Post {
     fn drop(&mut self) {
         self.desk.died("it stopped by itself");
         // A full channel loses nothing: the supervisor also looks at every mailbox now and then.
-        let _ = self.deaths.try_send(Death { name: self.desk.name().to_string(), generation: self.generation });
+        let _ = self
+            .deaths
+            .try_send(Death { name: self.desk.name().to_string(), generation: self.generation });
     }
 }
 
@@ -166,7 +184,10 @@ impl<T> Future for Observed<T> {
 
 /// The time of day that intervals are compared in, in seconds since 1970.
 pub fn seconds_now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
 }
 
 /// What a panic said.
@@ -175,7 +196,8 @@ pub fn panic_text(panic: &(dyn Any + Send)) -> &str {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no text")
 }
 
-/// Runs plain work beside the actors' thread, so that they answer meanwhile; a panic in it is the caller's own.
+/// Runs plain work beside the actors' thread, so that they answer meanwhile; a panic in it is the
+/// caller's own.
 pub async fn aside<R: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<R> + Send + 'static,
 ) -> Result<R, Failure> {
@@ -188,7 +210,8 @@ pub async fn aside<R: Send + 'static>(
     }
 }
 
-/// The handlers that every actor has: it answers a status question at once, and stops when it is told to.
+/// The handlers that every actor has: it answers a status question at once, and stops when it is
+/// told to.
 macro_rules! answers_for_itself {
     ($actor:ty) => {
         answers_for_itself!($actor, |_context| ());
@@ -203,9 +226,14 @@ macro_rules! answers_for_itself {
         }
 
         impl actix::Handler<$crate::actors::messages::AskStatus> for $actor {
-            type Result = Result<$crate::actors::messages::Pulse, $crate::actors::messages::Failure>;
+            type Result =
+                Result<$crate::actors::messages::Pulse, $crate::actors::messages::Failure>;
 
-            fn handle(&mut self, _: $crate::actors::messages::AskStatus, _: &mut Self::Context) -> Self::Result {
+            fn handle(
+                &mut self,
+                _: $crate::actors::messages::AskStatus,
+                _: &mut Self::Context,
+            ) -> Self::Result {
                 Ok(self.post.pulse())
             }
         }
@@ -213,7 +241,11 @@ macro_rules! answers_for_itself {
         impl actix::Handler<$crate::actors::messages::Halt> for $actor {
             type Result = Result<(), $crate::actors::messages::Failure>;
 
-            fn handle(&mut self, _: $crate::actors::messages::Halt, context: &mut Self::Context) -> Self::Result {
+            fn handle(
+                &mut self,
+                _: $crate::actors::messages::Halt,
+                context: &mut Self::Context,
+            ) -> Self::Result {
                 actix::ActorContext::terminate(context);
                 Ok(())
             }

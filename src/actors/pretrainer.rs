@@ -1,7 +1,8 @@
-//! Pretrainer: readies the run's data and leads pretraining and the long-context stage, packed batch by batch.
+//! Pretrainer: readies the run's data and leads pretraining and the long-context stage, packed
+//! batch by batch.
 //!
-//! It also measures perplexity, which is the same reading of texts without an update. Knows no optimizer and no
-//! reward.
+//! It also measures perplexity, which is the same reading of texts without an update. Knows no
+//! optimizer and no reward.
 
 use super::messages::*;
 use super::port::Port;
@@ -95,7 +96,9 @@ impl Handler<Measure> for Pretrainer {
 fn perplexity(scores: &[SequenceScore]) -> f64 {
     let (mut sum, mut tokens) = (0.0, 0u64);
     for score in scores {
-        let SequenceScore::Logprobs(logprobs) = score else { panic!("texts were scored by a reward model") };
+        let SequenceScore::Logprobs(logprobs) = score else {
+            panic!("texts were scored by a reward model")
+        };
         sum += logprobs.iter().map(|l| f64::from(*l)).sum::<f64>();
         tokens += logprobs.len() as u64;
     }

@@ -1,8 +1,9 @@
 //! Reader: a run's data, readied once and opened stage by stage, for the actors that open `data`.
 //!
-//! Readying writes generated files, trains or takes the tokenizer, and searches the training sets for held-out
-//! examples; each product gets its name by a rename, so that a killed run finds it whole or not at all. All methods
-//! block: actors call them through `post::aside`. Knows no weights.
+//! Readying writes generated files, trains or takes the tokenizer, and searches the training sets
+//! for held-out examples; each product gets its name by a rename, so that a killed run finds it
+//! whole or not at all. All methods block: actors call them through `post::aside`. Knows no
+//! weights.
 
 use super::messages::{DataReport, StageShape};
 use super::stage_plan::context_of;
@@ -29,7 +30,8 @@ pub struct Reader {
 impl Reader {
     /// A reader of the run in `folder`, whose paths are relative to `config_dir`.
     pub fn new(config: Arc<RunConfig>, folder: PathBuf, config_dir: PathBuf) -> Reader {
-        let sources = Sources { data: config.data.clone(), base: config_dir, generated: folder.join("data") };
+        let sources =
+            Sources { data: config.data.clone(), base: config_dir, generated: folder.join("data") };
         Reader { config, folder, sources, opened: Mutex::default(), stages: Mutex::default() }
     }
 
@@ -85,7 +87,8 @@ impl Reader {
     /// The prompts of an alignment step.
     pub fn step_prompts(&self, stage: usize, step: u64) -> Result<Vec<Prompt>> {
         let data = self.stage(stage)?;
-        let prompts = data.lock().expect("a panic here ends the actor that shares it").prompts(step);
+        let prompts =
+            data.lock().expect("a panic here ends the actor that shares it").prompts(step);
         Ok(prompts)
     }
 
@@ -112,7 +115,13 @@ impl Reader {
     fn loader(&self, stage: usize) -> Result<Loader> {
         let (tokenizer, chat) = self.language()?;
         let context = context_of(&self.config, stage);
-        Ok(Loader { sources: self.sources.clone(), tokenizer, chat, seed: self.config.seed, context })
+        Ok(Loader {
+            sources: self.sources.clone(),
+            tokenizer,
+            chat,
+            seed: self.config.seed,
+            context,
+        })
     }
 
     fn language(&self) -> Result<(Arc<Tokenizer>, Arc<ChatTemplate>)> {
@@ -151,11 +160,16 @@ impl Reader {
             None => ChatTemplate::own(),
         };
         let longest = context_of(&self.config, self.config.stages.len().saturating_sub(1));
-        let config = serde_json::to_vec_pretty(&tokenizer.config(&chat, longest)).expect("it is plain JSON");
+        let config =
+            serde_json::to_vec_pretty(&tokenizer.config(&chat, longest)).expect("it is plain JSON");
         // The tokenizer itself comes last: its presence says that both are whole.
-        for (name, bytes) in [("tokenizer_config.json", config.as_slice()), ("tokenizer.json", tokenizer.json().as_bytes())] {
+        for (name, bytes) in [
+            ("tokenizer_config.json", config.as_slice()),
+            ("tokenizer.json", tokenizer.json().as_bytes()),
+        ] {
             let aside = self.folder.join(format!("{name}.tmp"));
-            std::fs::write(&aside, bytes).with_context(|| format!("failed to write {}", aside.display()))?;
+            std::fs::write(&aside, bytes)
+                .with_context(|| format!("failed to write {}", aside.display()))?;
             rename(&aside, &self.folder.join(name))?;
         }
         Ok(())
@@ -167,9 +181,13 @@ impl Reader {
         for stage in &self.config.stages {
             match &stage.kind {
                 StageKind::Pretrain(s) => sets.extend(s.data.iter().map(|entry| entry.set.clone())),
-                StageKind::LongContext(s) => sets.extend(s.data.iter().map(|entry| entry.set.clone())),
+                StageKind::LongContext(s) => {
+                    sets.extend(s.data.iter().map(|entry| entry.set.clone()))
+                }
                 StageKind::Sft(s) => sets.extend([s.data.clone()]),
-                StageKind::RewardModel(s) => sets.extend([Some(s.data.clone()), s.calibration.clone()].into_iter().flatten()),
+                StageKind::RewardModel(s) => {
+                    sets.extend([Some(s.data.clone()), s.calibration.clone()].into_iter().flatten())
+                }
                 StageKind::Grpo(s) => sets.extend([s.data.clone()]),
             }
         }
@@ -194,7 +212,9 @@ pub fn measured(eval: &EvalConfig) -> Result<Measured> {
         (Some(_), _) => Ok(Measured::Replies),
         (None, Some(Metric::Perplexity)) => Ok(Measured::Texts),
         (None, Some(Metric::Accuracy)) => Ok(Measured::Pairs),
-        (None, None) => Err(Fault::user(format!("eval {:?} has neither `verifier` nor `metric`", eval.name))),
+        (None, None) => {
+            Err(Fault::user(format!("eval {:?} has neither `verifier` nor `metric`", eval.name)))
+        }
     }
 }
 
@@ -209,5 +229,6 @@ fn remove_folder(folder: &Path) -> Result<()> {
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
     ensure!(from != to, "a file is not renamed to itself");
-    std::fs::rename(from, to).with_context(|| format!("failed to rename {} to {}", from.display(), to.display()))
+    std::fs::rename(from, to)
+        .with_context(|| format!("failed to rename {} to {}", from.display(), to.display()))
 }

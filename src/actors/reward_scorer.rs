@@ -1,8 +1,9 @@
-//! RewardScorer: what a rollout is worth. Programs judge each group as it arrives; reward models and the reference
-//! score all groups of a step together; then come weighted rewards and advantages.
+//! RewardScorer: what a rollout is worth. Programs judge each group as it arrives; reward models
+//! and the reference score all groups of a step together; then come weighted rewards and
+//! advantages.
 //!
-//! The arithmetic is `rl`'s. Knows no weights and no update. It keeps nothing between two messages, so that a
-//! restarted scorer goes on where the last one died.
+//! The arithmetic is `rl`'s. Knows no weights and no update. It keeps nothing between two messages,
+//! so that a restarted scorer goes on where the last one died.
 
 use super::messages::*;
 use super::port::Port;
@@ -45,19 +46,23 @@ impl Handler<ScoreGroups> for RewardScorer {
     fn handle(&mut self, message: ScoreGroups, _: &mut Self::Context) -> Self::Result {
         let score = self.score.clone();
         let ScoreGroups { id, groups, settings } = message;
-        self.post.work(ScoreGroups::NAME, async move { score_groups(&score, id, groups, &settings).await })
+        self.post.work(ScoreGroups::NAME, async move {
+            score_groups(&score, id, groups, &settings).await
+        })
     }
 }
 
 /// The components that programs decide; models' components stay open.
 fn judge(group: Group, reward: &[RewardEntry]) -> JudgedGroup {
     let answer = group.prompt.answer.as_deref();
-    let row = |rollout: &Rollout| reward.iter().map(|entry| component(entry, rollout, answer)).collect();
+    let row =
+        |rollout: &Rollout| reward.iter().map(|entry| component(entry, rollout, answer)).collect();
     let components = group.rollouts.iter().map(row).collect();
     JudgedGroup { group, components }
 }
 
-/// What a program gives a reply; `None` if the component is a model's. Where there is no answer no rule applies.
+/// What a program gives a reply; `None` if the component is a model's. Where there is no answer no
+/// rule applies.
 fn component(entry: &RewardEntry, rollout: &Rollout, answer: Option<&str>) -> Option<f64> {
     let verifier = entry.verifier?;
     let answer = match (answer, verifier) {
@@ -68,14 +73,16 @@ fn component(entry: &RewardEntry, rollout: &Rollout, answer: Option<&str>) -> Op
     Some(verify(verifier, entry.partial, &rollout.text, rollout.stop == Stop::Eos, answer).score)
 }
 
-/// Completes the components, then rewards and advantages, and asks for the reference's log-probabilities.
+/// Completes the components, then rewards and advantages, and asks for the reference's
+/// log-probabilities.
 async fn score_groups(
     score: &Port<Score>,
     id: WorkId,
     mut groups: Vec<JudgedGroup>,
     settings: &GrpoStage,
 ) -> Result<ScoredGroups, Failure> {
-    // Part numbers follow the order of the reward's entries, so that a repeated request names the same jobs.
+    // Part numbers follow the order of the reward's entries, so that a repeated request names the
+    // same jobs.
     for (index, entry) in settings.reward.iter().enumerate() {
         let Some(model) = entry.model.as_ref().filter(|_| entry.weight != 0.0) else { continue };
         let job = score_job(Role::Reward(model.clone()), &groups, settings.temperature);
@@ -107,7 +114,8 @@ async fn score_groups(
     Ok(ScoredGroups { groups, statistics })
 }
 
-/// One forward pass over prompt and reply of every rollout, in order; log-probabilities of the replies' tokens.
+/// One forward pass over prompt and reply of every rollout, in order; log-probabilities of the
+/// replies' tokens.
 fn score_job(role: Role, groups: &[JudgedGroup], temperature: f64) -> ScoreJob {
     let (mut sequences, mut first) = (Vec::new(), Vec::new());
     for JudgedGroup { group, .. } in groups {
@@ -135,16 +143,33 @@ mod tests {
     fn a_program_decides_its_component_and_leaves_a_models_open() {
         let exact = entry(Some(VerifierKind::Exact), None);
         assert_eq!(component(&exact, &reply("b", Stop::Eos), Some("b")), Some(1.0));
-        assert_eq!(component(&exact, &reply("b", Stop::Length), Some("b")), Some(0.0), "it was cut off");
+        assert_eq!(
+            component(&exact, &reply("b", Stop::Length), Some("b")),
+            Some(0.0),
+            "it was cut off"
+        );
         assert_eq!(component(&exact, &reply("b", Stop::Eos), None), Some(0.0), "no rule applies");
-        assert_eq!(component(&entry(None, Some("helpful")), &reply("b", Stop::Eos), Some("b")), None);
+        assert_eq!(
+            component(&entry(None, Some("helpful")), &reply("b", Stop::Eos), Some("b")),
+            None
+        );
     }
 
     #[test]
     fn reply_tokens_are_scored_after_their_prompt() {
-        let prompt = crate::data::example::Prompt { index: 0, text: String::new(), tokens: vec![7, 8], answer: None };
-        let group = Group { slot: 0, prompt, policy_version: 0, rollouts: vec![reply("", Stop::Eos)] };
-        let job = score_job(Role::Reference, &[JudgedGroup { group, components: vec![vec![]] }], 0.5);
-        assert_eq!((job.sequences, job.first, job.temperature), (vec![vec![7, 8, 1]], vec![2], 0.5));
+        let prompt = crate::data::example::Prompt {
+            index: 0,
+            text: String::new(),
+            tokens: vec![7, 8],
+            answer: None,
+        };
+        let group =
+            Group { slot: 0, prompt, policy_version: 0, rollouts: vec![reply("", Stop::Eos)] };
+        let job =
+            score_job(Role::Reference, &[JudgedGroup { group, components: vec![vec![]] }], 0.5);
+        assert_eq!(
+            (job.sequences, job.first, job.temperature),
+            (vec![vec![7, 8, 1]], vec![2], 0.5)
+        );
     }
 }

@@ -1,7 +1,7 @@
 //! `rollouts/<stage>.jsonl`: every sampled reply with its reward and advantage, one line each.
 //!
-//! Invariant: a step stands in it once. A resumed run first drops the lines of steps that the journal does not have,
-//! for they are computed again.
+//! Invariant: a step stands in it once. A resumed run first drops the lines of steps that the
+//! journal does not have, for they are computed again.
 
 use crate::rl::rollout::ScoredGroup;
 use anyhow::{Context, Result};
@@ -21,7 +21,8 @@ impl RolloutFile {
     /// Opens a stage's file in the run's folder and drops what comes after step `last`.
     pub fn open(run: &Path, stage: &str, last: u64) -> Result<RolloutFile> {
         let folder = run.join("rollouts");
-        std::fs::create_dir_all(&folder).with_context(|| format!("failed to create {}", folder.display()))?;
+        std::fs::create_dir_all(&folder)
+            .with_context(|| format!("failed to create {}", folder.display()))?;
         let path = folder.join(format!("{stage}.jsonl"));
         if path.exists() {
             trim(&path, last)?;
@@ -57,7 +58,9 @@ impl RolloutFile {
                 writeln!(lines, "{line}").expect("memory takes every byte");
             }
         }
-        self.file.write_all(&lines).with_context(|| format!("failed to append to {}", self.path.display()))
+        self.file
+            .write_all(&lines)
+            .with_context(|| format!("failed to append to {}", self.path.display()))
     }
 }
 
@@ -68,7 +71,8 @@ fn trim(path: &Path, last: u64) -> Result<()> {
     let write = || -> std::io::Result<()> {
         let mut kept = BufWriter::new(File::create(&aside)?);
         for line in text.split_inclusive(|byte| *byte == b'\n') {
-            let step = serde_json::from_slice::<Value>(line).ok().and_then(|line| line["step"].as_u64());
+            let step =
+                serde_json::from_slice::<Value>(line).ok().and_then(|line| line["step"].as_u64());
             if step.is_some_and(|step| step <= last) && line.ends_with(b"\n") {
                 kept.write_all(line)?;
             }
@@ -87,8 +91,13 @@ mod tests {
 
     fn group(text: &str) -> ScoredGroup {
         let prompt = Prompt { index: 3, text: "p".to_string(), tokens: vec![1], answer: None };
-        let rollout =
-            Rollout { sample: 0, tokens: vec![5], logprobs: vec![-1.0], stop: Stop::Eos, text: text.to_string() };
+        let rollout = Rollout {
+            sample: 0,
+            tokens: vec![5],
+            logprobs: vec![-1.0],
+            stop: Stop::Eos,
+            text: text.to_string(),
+        };
         ScoredGroup {
             group: Group { slot: 0, prompt, policy_version: 1, rollouts: vec![rollout] },
             components: vec![vec![1.0]],

@@ -1,8 +1,8 @@
-//! RolloutGenerator: prompts to groups of rollouts. Each finished group is decoded and judged at once, while the
-//! device samples the others.
+//! RolloutGenerator: prompts to groups of rollouts. Each finished group is decoded and judged at
+//! once, while the device samples the others.
 //!
-//! Knows no reward: what a reply is worth is the scorer's. Measuring replies to held-out prompts is the same walk,
-//! greedy and with one sample a prompt.
+//! Knows no reward: what a reply is worth is the scorer's. Measuring replies to held-out prompts is
+//! the same walk, greedy and with one sample a prompt.
 //!
 //! Invariants:
 //!   * a group that arrives twice counts once (by its slot), and groups leave in order of slot
@@ -79,14 +79,16 @@ impl Handler<GenerateGroups> for RolloutGenerator {
     type Result = ResponseActFuture<Self, Result<GeneratedGroups, Failure>>;
 
     fn handle(&mut self, message: GenerateGroups, _: &mut Self::Context) -> Self::Result {
-        let (reader, ports, rounds) = (Arc::clone(&self.reader), self.ports.clone(), Rc::clone(&self.rounds));
+        let (reader, ports, rounds) =
+            (Arc::clone(&self.reader), self.ports.clone(), Rc::clone(&self.rounds));
         let GenerateGroups { id, stage, step, settings, prompts, policy_version } = message;
         self.post.work(GenerateGroups::NAME, async move {
             let seed = reader.config().seed;
             let (prompts, tokenizer) = match prompts {
                 Some(given) => (given, None),
                 None => {
-                    let open = move || Ok((reader.step_prompts(stage, step)?, Some(reader.tokenizer()?)));
+                    let open =
+                        move || Ok((reader.step_prompts(stage, step)?, Some(reader.tokenizer()?)));
                     aside(open).await?
                 }
             };
@@ -112,7 +114,8 @@ impl Handler<AcceptGroup> for RolloutGenerator {
         let round = self.rounds.borrow().get(&message.id).cloned();
         let judge = self.ports.judge.clone();
         self.post.work(AcceptGroup::NAME, async move {
-            // Groups of a request that nobody waits for any more: its next asker is handed them again.
+            // Groups of a request that nobody waits for any more: its next asker is handed them
+            // again.
             let Some(round) = round else { return Ok(()) };
             round.accept(&judge, message.group).await
         })
@@ -123,7 +126,8 @@ impl Handler<Measure> for RolloutGenerator {
     type Result = ResponseActFuture<Self, Result<Measurement, Failure>>;
 
     fn handle(&mut self, message: Measure, _: &mut Self::Context) -> Self::Result {
-        let (reader, ports, rounds) = (Arc::clone(&self.reader), self.ports.clone(), Rc::clone(&self.rounds));
+        let (reader, ports, rounds) =
+            (Arc::clone(&self.reader), self.ports.clone(), Rc::clone(&self.rounds));
         let Measure { id, stage, eval, policy_version } = message;
         self.post.work(Measure::NAME, async move {
             let seed = reader.config().seed;
@@ -140,8 +144,11 @@ impl Handler<Measure> for RolloutGenerator {
                 policy_version,
             };
             let job = sampling.greedy(&prompts, &tokenizer);
-            let reward = RewardEntry { verifier: eval.verifier, model: None, weight: 1.0, partial: 0.0 };
-            let done = serve(&ports, &rounds, id.part(1), job, prompts, Some(tokenizer), vec![reward]).await?;
+            let reward =
+                RewardEntry { verifier: eval.verifier, model: None, weight: 1.0, partial: 0.0 };
+            let done =
+                serve(&ports, &rounds, id.part(1), job, prompts, Some(tokenizer), vec![reward])
+                    .await?;
             Ok(measurement(&done.groups, show))
         })
     }
@@ -183,7 +190,8 @@ impl Round {
         let judged = judge.ask(JudgeGroup { group: self.decode(group), reward }).await?;
         let end = seconds_now();
         let mut judging = self.judging.borrow_mut();
-        *judging = Some(judging.map_or([start, end], |[first, last]| [first.min(start), last.max(end)]));
+        *judging =
+            Some(judging.map_or([start, end], |[first, last]| [first.min(start), last.max(end)]));
         self.judged.borrow_mut().insert(slot, judged);
         Ok(())
     }
@@ -194,7 +202,8 @@ impl Round {
         for rollout in &mut rollouts {
             rollout.text = match &self.tokenizer {
                 Some(tokenizer) => tokenizer.decode(&rollout.tokens),
-                // Random tokens are no text; the parity of the last gives a program something to judge.
+                // Random tokens are no text; the parity of the last gives a program something to
+                // judge.
                 None => rollout.tokens.last().map_or(0, |token| token % 2).to_string(),
             };
         }
@@ -202,10 +211,14 @@ impl Round {
     }
 
     fn finish(&self, generated: Generated) -> Result<GeneratedGroups, Failure> {
-        let groups: Vec<JudgedGroup> = std::mem::take(&mut *self.judged.borrow_mut()).into_values().collect();
+        let groups: Vec<JudgedGroup> =
+            std::mem::take(&mut *self.judged.borrow_mut()).into_values().collect();
         let (got, asked) = (groups.len(), self.prompts.len());
         if got != asked {
-            return Err(Failure::new(FailureKind::Other, format!("the device sampled {got} of {asked} groups")));
+            return Err(Failure::new(
+                FailureKind::Other,
+                format!("the device sampled {got} of {asked} groups"),
+            ));
         }
         let judge = self.judging.borrow().unwrap_or_default();
         Ok(GeneratedGroups { groups, report: generated.report, generate: generated.span, judge })
@@ -223,9 +236,18 @@ struct Sampling {
 }
 
 impl Sampling {
-    fn job(&self, prompts: &[Prompt], tokenizer: Option<&Tokenizer>, settings: &GrpoStage) -> GenerateJob {
+    fn job(
+        &self,
+        prompts: &[Prompt],
+        tokenizer: Option<&Tokenizer>,
+        settings: &GrpoStage,
+    ) -> GenerateJob {
         let stop_tokens = tokenizer.map(Tokenizer::end).into_iter().collect();
-        GenerateJob { top_p: settings.top_p, top_k: settings.top_k, ..self.plain(prompts, stop_tokens) }
+        GenerateJob {
+            top_p: settings.top_p,
+            top_k: settings.top_k,
+            ..self.plain(prompts, stop_tokens)
+        }
     }
 
     fn greedy(&self, prompts: &[Prompt], tokenizer: &Tokenizer) -> GenerateJob {

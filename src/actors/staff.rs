@@ -1,8 +1,10 @@
-//! A member of the staff: one actor's seat, the factory of its next holder, and the times of its restarts.
+//! A member of the staff: one actor's seat, the factory of its next holder, and the times of its
+//! restarts.
 //!
 //! Knows no actor by type; the supervisor holds members of every kind behind [`Staff`].
 //!
-//! Invariant: a seat gets at most `restarts` new holders within `window`; then its member is given up.
+//! Invariant: a seat gets at most `restarts` new holders within `window`; then its member is given
+//! up.
 
 use super::messages::{AskStatus, Failure, Halt};
 use super::port::{Desk, Port, Seat};
@@ -92,7 +94,8 @@ where
         if generation > 1 {
             self.seat.desk().restarted();
         }
-        let (make, mailbox, post) = (Arc::clone(&self.make), self.mailbox, post(self.seat.desk(), generation));
+        let (make, mailbox, post) =
+            (Arc::clone(&self.make), self.mailbox, post(self.seat.desk(), generation));
         let address = A::start_in_arbiter(&self.arbiter, move |context| {
             context.set_mailbox_capacity(mailbox);
             make(post)
@@ -101,7 +104,11 @@ where
     }
 
     fn may_restart(&mut self, now: Instant) -> bool {
-        while self.restarts.front().is_some_and(|first| now.duration_since(*first) > self.intensity.window) {
+        while self
+            .restarts
+            .front()
+            .is_some_and(|first| now.duration_since(*first) > self.intensity.window)
+        {
             self.restarts.pop_front();
         }
         let allowed = self.restarts.len() < self.intensity.restarts;

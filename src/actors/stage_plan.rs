@@ -1,9 +1,11 @@
 //! What a stage starts from and what the device must hold for it: decided from the config alone.
 //!
-//! Pure: it names folders and looks at none of them (whether a stage is finished is an argument). Knows no step.
+//! Pure: it names folders and looks at none of them (whether a stage is finished is an argument).
+//! Knows no step.
 //!
 //! Invariants:
-//!   * a stage starts from `start_from`, else from the last policy stage before it, else from fresh weights
+//!   * a stage starts from `start_from`, else from the last policy stage before it, else from fresh
+//!     weights
 //!   * the reference of a GRPO stage is the folder that the stage started from, also after a resume
 
 use crate::config::stage::{GrpoStage, LongContextStage, OptimizerConfig, Stage, StageKind};
@@ -61,11 +63,20 @@ pub fn source(config: &RunConfig, folders: &Folders, index: usize) -> ModelSourc
 /// The model in a folder that a person names: a run's export, or the folder itself.
 fn model_folder(folder: &Path) -> PathBuf {
     let export = folder.join("export");
-    if folder.join("journal.jsonl").exists() && export.exists() { export } else { folder.to_path_buf() }
+    if folder.join("journal.jsonl").exists() && export.exists() {
+        export
+    } else {
+        folder.to_path_buf()
+    }
 }
 
 /// What the device holds in stage number `index`, which has `steps` steps.
-pub fn prepare_stage(config: &RunConfig, folders: &Folders, index: usize, steps: u64) -> PrepareStage {
+pub fn prepare_stage(
+    config: &RunConfig,
+    folders: &Folders,
+    index: usize,
+    steps: u64,
+) -> PrepareStage {
     let stage = &config.stages[index];
     let mut policy = source(config, folders, index);
     let mut plan = PrepareStage {
@@ -107,7 +118,11 @@ fn optimizer(stage: &Stage) -> &OptimizerConfig {
 }
 
 /// The reward models that count; one of weight zero is neither loaded nor asked.
-fn reward_models(config: &RunConfig, folders: &Folders, grpo: &GrpoStage) -> BTreeMap<String, PathBuf> {
+fn reward_models(
+    config: &RunConfig,
+    folders: &Folders,
+    grpo: &GrpoStage,
+) -> BTreeMap<String, PathBuf> {
     let counted = grpo.reward.iter().filter(|entry| entry.weight != 0.0);
     counted
         .filter_map(|entry| {
@@ -123,7 +138,8 @@ fn reward_models(config: &RunConfig, folders: &Folders, grpo: &GrpoStage) -> BTr
 }
 
 fn yarn(config: &RunConfig, index: usize, long: &LongContextStage) -> (RopeScaling, usize) {
-    let original = predecessor(config, index).map_or(config.model.max_position_embeddings, |i| context_of(config, i));
+    let original = predecessor(config, index)
+        .map_or(config.model.max_position_embeddings, |i| context_of(config, i));
     let scaling = RopeScaling {
         kind: "yarn".to_string(),
         factor: long.factor,
@@ -143,7 +159,8 @@ fn lengthened(original: usize, long: &LongContextStage) -> usize {
 /// Longest sequence of the model in stage number `index`.
 pub fn context_of(config: &RunConfig, index: usize) -> usize {
     let Some(stage) = config.stages.get(index) else { return config.model.max_position_embeddings };
-    let before = predecessor(config, index).map_or(config.model.max_position_embeddings, |i| context_of(config, i));
+    let before = predecessor(config, index)
+        .map_or(config.model.max_position_embeddings, |i| context_of(config, i));
     match &stage.kind {
         StageKind::LongContext(long) => lengthened(before, long),
         _ => before,

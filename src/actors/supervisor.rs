@@ -1,8 +1,10 @@
 //! Supervisor: starts, watches, restarts and stops every actor, and ends the run.
 //!
 //! 1. An actor that dies is known by its [`Death`], or at the next look at its mailbox.
-//! 2. Its seat gets a new holder and the journal a `restart`; whoever had asked the dead one asks the new one.
-//! 3. An actor that dies too often is given up: its seat is closed, and the run fails with its name.
+//! 2. Its seat gets a new holder and the journal a `restart`; whoever had asked the dead one asks
+//!    the new one.
+//! 3. An actor that dies too often is given up: its seat is closed, and the run fails with its
+//!    name.
 //!
 //! Knows no work. Invariant: a run has exactly one outcome, the first.
 
@@ -147,7 +149,8 @@ impl Inner {
 
     /// Deaths, signals, and a look at everybody now and then.
     async fn watch(self: Rc<Self>, mut deaths: mpsc::Receiver<Death>) {
-        let (Ok(mut interrupt), Ok(mut terminate)) = (listen(SignalKind::interrupt()), listen(SignalKind::terminate()))
+        let (Ok(mut interrupt), Ok(mut terminate)) =
+            (listen(SignalKind::interrupt()), listen(SignalKind::terminate()))
         else {
             let text = "cannot listen for SIGINT and SIGTERM";
             return self.end(Outcome::Failed(Failure::new(FailureKind::Other, text)));
@@ -169,30 +172,44 @@ impl Inner {
 
     /// Finds actors whose death was not announced.
     fn look_around(self: &Rc<Self>) {
-        let dead = |member: &dyn Staff| Death { name: member.name().to_string(), generation: member.generation() };
-        let gone: Vec<Death> =
-            self.staff.borrow().iter().filter(|m| !m.is_alive()).map(|m| dead(m.as_ref())).collect();
+        let dead = |member: &dyn Staff| Death {
+            name: member.name().to_string(),
+            generation: member.generation(),
+        };
+        let gone: Vec<Death> = self
+            .staff
+            .borrow()
+            .iter()
+            .filter(|m| !m.is_alive())
+            .map(|m| dead(m.as_ref()))
+            .collect();
         gone.iter().for_each(|death| self.replace(death));
     }
 
     /// Puts a new actor on a dead one's seat, or gives up.
     fn replace(self: &Rc<Self>, death: &Death) {
         let mut staff = self.staff.borrow_mut();
-        let Some(member) = staff.iter_mut().find(|member| member.name() == death.name) else { return };
+        let Some(member) = staff.iter_mut().find(|member| member.name() == death.name) else {
+            return;
+        };
         let is_stopped = member.desk().pulse().state == ActorState::Stopped;
         if self.ended.get() || is_stopped || member.generation() != death.generation {
             return;
         }
         let reason = member.desk().reason().unwrap_or_else(|| "its mailbox is closed".to_string());
         if !member.may_restart(Instant::now()) {
-            let text = format!("{} died too often and is not restarted again: {reason}", death.name);
+            let text =
+                format!("{} died too often and is not restarted again: {reason}", death.name);
             let failure = Failure::new(FailureKind::Actor, text);
             member.close(failure.clone());
             return self.end(Outcome::Failed(failure));
         }
         self.seat(member.as_mut());
         let count = member.desk().pulse().restarts;
-        let event = Event::new("restart").with("actor", &death.name).with("reason", reason).with("count", count);
+        let event = Event::new("restart")
+            .with("actor", &death.name)
+            .with("reason", reason)
+            .with("count", count);
         // Apart from the watch: the journal's writer may be the next to die.
         let (inner, is_director) = (Rc::clone(self), death.name == "director");
         actix::spawn(async move {
@@ -225,10 +242,13 @@ impl Inner {
         halted
     }
 
-    /// The first signal asks for a stop after the step at hand; a second Ctrl-C ends the process at once.
+    /// The first signal asks for a stop after the step at hand; a second Ctrl-C ends the process at
+    /// once.
     fn on_signal(&self, number: i32) {
         if self.stop.swap(number, Ordering::SeqCst) == 0 {
-            eprintln!("stopping after this step and its commit; press Ctrl-C again to stop at once");
+            eprintln!(
+                "stopping after this step and its commit; press Ctrl-C again to stop at once"
+            );
         } else if number == libc_number(SignalKind::interrupt()) {
             std::process::exit(128 + number);
         }

@@ -1,9 +1,11 @@
-//! The actors at work on real files with a stand-in for the device: whole runs, and runs with every kind of fault.
+//! The actors at work on real files with a stand-in for the device: whole runs, and runs with every
+//! kind of fault.
 //!
-//! The stand-in's "weights" are a hash of everything that was trained on, in order: two runs with equal weights made
-//! the same steps. It writes down every call.
+//! The stand-in's "weights" are a hash of everything that was trained on, in order: two runs with
+//! equal weights made the same steps. It writes down every call.
 
 mod fake_device;
+mod faults;
 mod plans;
 
 use super::bench::{self, BenchRequest};
@@ -132,10 +134,14 @@ impl Place {
 
     fn with(config: &str) -> Place {
         let folder = tempfile::tempdir().unwrap();
-        let lines = |line: &dyn Fn(usize) -> String| (0..6).map(|i| line(i) + "\n").collect::<String>();
+        let lines =
+            |line: &dyn Fn(usize) -> String| (0..6).map(|i| line(i) + "\n").collect::<String>();
         let files = [
             ("run.toml", config.to_string()),
-            ("texts.jsonl", lines(&|i| format!(r#"{{"text": "a text with number {i} and some more words"}}"#))),
+            (
+                "texts.jsonl",
+                lines(&|i| format!(r#"{{"text": "a text with number {i} and some more words"}}"#)),
+            ),
             (
                 "talks.jsonl",
                 lines(&|i| {
@@ -146,7 +152,11 @@ impl Place {
             ),
             (
                 "pairs.jsonl",
-                lines(&|i| format!(r#"{{"prompt": "rate {i}", "chosen": "good {i}", "rejected": "bad {i}"}}"#)),
+                lines(&|i| {
+                    format!(
+                        r#"{{"prompt": "rate {i}", "chosen": "good {i}", "rejected": "bad {i}"}}"#
+                    )
+                }),
             ),
             ("prompts.jsonl", lines(&|i| format!(r#"{{"prompt": "ask {i}", "answer": "{i}"}}"#))),
             ("held-out.jsonl", lines(&|i| format!(r#"{{"prompt": "quiz {i}", "answer": "{i}"}}"#))),
@@ -217,7 +227,10 @@ impl Result {
 }
 
 fn all_steps() -> Vec<(String, u64)> {
-    ["base", "talk", "nice", "align"].iter().flat_map(|stage| (1..=3).map(|n| (stage.to_string(), n))).collect()
+    ["base", "talk", "nice", "align"]
+        .iter()
+        .flat_map(|stage| (1..=3).map(|n| (stage.to_string(), n)))
+        .collect()
 }
 
 fn rollout_keys(run: &Path) -> BTreeMap<(u64, u64, u64), usize> {
@@ -242,81 +255,65 @@ fn a_run_goes_through_every_stage_and_exports() {
         assert!(folder.join("tokenizer.json").exists(), "{stage}");
     }
     assert!(place.run_folder().join("export/config.json").exists());
-    let step = done.named("step").into_iter().find(|event| event.text("kind") == Some("grpo")).unwrap();
-    for key in ["loss", "reward_mean", "rewards", "kl", "entropy", "clip_share", "length_mean", "memory", "intervals"] {
+    let step =
+        done.named("step").into_iter().find(|event| event.text("kind") == Some("grpo")).unwrap();
+    for key in [
+        "loss",
+        "reward_mean",
+        "rewards",
+        "kl",
+        "entropy",
+        "clip_share",
+        "length_mean",
+        "memory",
+        "intervals",
+    ] {
         assert!(step.get(key).is_some(), "{key} in {step:?}");
     }
-    let evals: Vec<_> = done.named("eval").iter().map(|e| (e.text("name").unwrap(), e.whole("step").unwrap())).collect();
+    let evals: Vec<_> = done
+        .named("eval")
+        .iter()
+        .map(|e| (e.text("name").unwrap(), e.whole("step").unwrap()))
+        .collect();
     assert_eq!(evals, [("agrees", 3), ("solved", 0), ("solved", 2), ("solved", 3)]);
     assert!(done.named("eval").last().unwrap().get("replies").is_some());
     let counts = rollout_keys(&place.run_folder());
     assert_eq!((counts.len(), counts.values().max()), (3 * 2 * 2, Some(&1)));
-    // The reward model's scale was fitted before its artefact was saved; the reference is the stage's start.
-    let at = |needle: &str| done.calls.iter().position(|call| call.contains(needle)).unwrap_or_else(|| panic!("{needle}"));
+    // The reward model's scale was fitted before its artefact was saved; the reference is the
+    // stage's start.
+    let at = |needle: &str| {
+        done.calls
+            .iter()
+            .position(|call| call.contains(needle))
+            .unwrap_or_else(|| panic!("{needle}"))
+    };
     assert!(at("calibrate") < at("save 03-nice"));
-    assert!(done.calls.iter().any(|call| call.contains("prepare") && call.contains("reference=02-talk")), "{:?}", done.calls);
+    assert!(
+        done.calls
+            .iter()
+            .any(|call| call.contains("prepare") && call.contains("reference=02-talk")),
+        "{:?}",
+        done.calls
+    );
 }
 
 #[test]
 fn a_group_is_judged_while_others_are_sampled() {
     let place = Place::new();
-    // The stand-in does not end its second group before the first was judged: without overlap it waits for ever.
-    let disturbance = Disturbance { script: Script { await_judge: true, ..Script::default() }, ..Disturbance::default() };
+    // The stand-in does not end its second group before the first was judged: without overlap it
+    // waits for ever.
+    let disturbance = Disturbance {
+        script: Script { await_judge: true, ..Script::default() },
+        ..Disturbance::default()
+    };
     let script = disturbance.script.clone();
-    let done = place.run_visited(&disturbance, |seats| script.watch(&seats.desk("reward-scorer").unwrap()));
+    let done = place
+        .run_visited(&disturbance, |seats| script.watch(&seats.desk("reward-scorer").unwrap()));
     assert_eq!(done.outcome, Outcome::Done);
     for step in done.named("step").iter().filter(|event| event.text("kind") == Some("grpo")) {
-        let interval = |name: &str, end: usize| step.get("intervals").unwrap()[name][end].as_f64().unwrap();
+        let interval =
+            |name: &str, end: usize| step.get("intervals").unwrap()[name][end].as_f64().unwrap();
         assert!(interval("judge", 0) < interval("generate", 1), "{step:?}");
-    }
-}
-
-#[test]
-fn an_actor_that_panics_loses_and_duplicates_nothing() {
-    let undisturbed = Place::new();
-    let expected = undisturbed.run(&Disturbance::default());
-    for inject in [
-        "panic:reward-scorer:3",
-        "panic:rollout-generator:5",
-        "panic:rollout-generator:6",
-        "panic:policy-updater:2",
-        "panic:worker:9",
-        "panic:worker:40",
-        "panic:pretrainer:4",
-        "panic:fine-tuner:3",
-        "panic:monitor:7",
-    ] {
-        let place = Place::new();
-        let done = place.run(&Disturbance { inject, ..Disturbance::default() });
-        assert_eq!(done.outcome, Outcome::Done, "{inject}");
-        let actor = inject.split(':').nth(1).unwrap();
-        let restarts = done.named("restart");
-        assert_eq!(restarts.len(), 1, "{inject}");
-        assert_eq!((restarts[0].text("actor"), restarts[0].whole("count")), (Some(actor), Some(1)), "{inject}");
-        assert!(restarts[0].text("reason").unwrap().contains("injected fault"), "{:?}", restarts[0]);
-        let witnesses = done.named("inject").len();
-        assert_eq!(witnesses, usize::from(actor != "monitor"), "{inject}");
-        assert_eq!(done.steps(), all_steps(), "{inject}");
-        assert_eq!(done.calls, expected.calls, "{inject}");
-        assert_eq!(place.weights(), undisturbed.weights(), "{inject}");
-        assert!(rollout_keys(&place.run_folder()).values().all(|count| *count == 1), "{inject}");
-    }
-}
-
-#[test]
-fn a_director_checkpointer_or_device_that_panics_goes_on_from_the_last_commit() {
-    let undisturbed = Place::new();
-    undisturbed.run(&Disturbance::default());
-    let panicking = Script { panic_in_train: Some(8), ..Script::default() };
-    for (inject, script) in
-        [("panic:checkpointer:4", Script::default()), ("panic:director:1", Script::default()), ("", panicking)]
-    {
-        let place = Place::new();
-        let done = place.run(&Disturbance { inject, script, ..Disturbance::default() });
-        assert_eq!(done.outcome, Outcome::Done, "{inject}");
-        assert_eq!(done.named("restart").len(), 1, "{inject}");
-        assert_eq!(done.steps(), all_steps(), "{inject}");
-        assert_eq!(place.weights(), undisturbed.weights(), "{inject}");
     }
 }
 
@@ -327,14 +324,18 @@ fn a_signal_ends_the_run_after_a_commit_and_the_next_run_ends_with_the_same_weig
     for step in [2, 5, 7, 10] {
         let place = Place::new();
         let stop = Arc::new(AtomicI32::new(0));
-        let script = Script { signal_in_train: Some((step, Arc::clone(&stop))), ..Script::default() };
+        let script =
+            Script { signal_in_train: Some((step, Arc::clone(&stop))), ..Script::default() };
         let stopped = place.run(&Disturbance { script, stop, ..Disturbance::default() });
         assert_eq!(stopped.outcome, Outcome::Stopped(15), "step {step}");
         assert_eq!(stopped.steps().len() as u64, step, "the step was finished and no other begun");
         let done = place.run(&Disturbance::default());
         assert_eq!(done.outcome, Outcome::Done, "step {step}");
         assert_eq!(done.steps(), all_steps(), "step {step}");
-        assert_eq!(done.calls.iter().filter(|call| call.starts_with("train")).count() as u64, 12 - step);
+        assert_eq!(
+            done.calls.iter().filter(|call| call.starts_with("train")).count() as u64,
+            12 - step
+        );
         assert_eq!(place.weights(), undisturbed.weights(), "step {step}");
     }
 }
@@ -342,74 +343,26 @@ fn a_signal_ends_the_run_after_a_commit_and_the_next_run_ends_with_the_same_weig
 #[test]
 fn a_grpo_stage_that_comes_first_keeps_the_initial_weights_as_its_reference() {
     let (head, stages) = CONFIG.split_once("[[stage]]").unwrap();
-    let align = stages.split("[[stage]]").last().unwrap().replace(", { model = \"nice\", weight = 0.5 }", "");
+    let align = stages
+        .split("[[stage]]")
+        .last()
+        .unwrap()
+        .replace(", { model = \"nice\", weight = 0.5 }", "");
     let place = Place::with(&format!("{head}[[stage]]{align}"));
     let stop = Arc::new(AtomicI32::new(0));
     let script = Script { signal_in_train: Some((2, Arc::clone(&stop))), ..Script::default() };
     let stopped = place.run(&Disturbance { script, stop, ..Disturbance::default() });
     assert_eq!(stopped.outcome, Outcome::Stopped(15));
-    assert_eq!(stopped.calls[..3], ["prepare fresh reference= rewards=[]", "save 00-initial", READY]);
+    assert_eq!(
+        stopped.calls[..3],
+        ["prepare fresh reference= rewards=[]", "save 00-initial", READY]
+    );
     let done = place.run(&Disturbance::default());
     assert_eq!(done.outcome, Outcome::Done);
     assert_eq!(done.calls[..2], [READY, "restore 000001-align-2"], "the reference is found again");
 }
 
 const READY: &str = "prepare 00-initial reference=00-initial rewards=[]";
-
-#[test]
-fn who_waits_for_whom_is_named_when_a_deadline_passes() {
-    let place = Place::new();
-    let script = Script { stuck_in_train: Some(11), ..Script::default() };
-    let release = script.clone();
-    let deadline = Some(Duration::from_millis(400));
-    let failed = place.run(&Disturbance { script, deadline, ..Disturbance::default() });
-    release.release();
-    let text = &failed.failure().text;
-    assert!(text.contains("waited 0.4 s for") && text.contains("worker"), "{text}");
-    assert!(text.contains("policy-updater") && text.contains("engine.deadline_seconds"), "{text}");
-}
-
-#[test]
-fn an_actor_that_is_stopped_by_name_is_named_and_a_busy_one_answers() {
-    let place = Place::new();
-    let script = Script { stuck_in_generate: true, ..Script::default() };
-    let (release, reached) = (script.clone(), script.clone());
-    let failed = place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
-        let (stop, status) = (seats.port_to_stop(), seats.port_to_ask_worker());
-        actix::spawn(async move {
-            reached.reached().await;
-            let pulse = status.ask(AskStatus {}).await.unwrap();
-            assert_eq!((pulse.state, pulse.last_message.as_deref()), (ActorState::Busy, Some("Generate")));
-            stop.ask(StopActor { name: "reward-scorer".to_string() }).await.unwrap();
-            release.release();
-        });
-    });
-    let text = &failed.failure().text;
-    assert_eq!(text, "reward-scorer was stopped by name");
-    assert!(failed.named("restart").is_empty());
-}
-
-#[test]
-fn an_actor_that_dies_again_and_again_ends_the_run_with_its_name() {
-    let place = Place::new();
-    let script = Script { wrong_slot: true, ..Script::default() };
-    let failed = place.run(&Disturbance { script, ..Disturbance::default() });
-    let text = &failed.failure().text;
-    assert!(text.contains("rollout-generator died") && text.contains("index out of bounds"), "{text}");
-    assert_eq!(failed.named("restart").len(), 2, "engine.restarts = 2");
-}
-
-#[test]
-fn three_steps_without_a_finite_loss_roll_back_once_and_then_stop_with_advice() {
-    let place = Place::new();
-    let script = Script { not_finite_from: Some(4), ..Script::default() };
-    let failed = place.run(&Disturbance { script, set: &["checkpoint.every_steps=1"], ..Disturbance::default() });
-    assert_eq!(failed.failure().kind, FailureKind::NotFinite);
-    assert!(failed.failure().text.contains("lower the stage's optimizer.learning_rate"), "{:?}", failed.outcome);
-    assert_eq!(failed.named("rollback").len(), 1);
-    assert!(failed.failure().text.contains("stage \"talk\": steps 1 to 3"), "{:?}", failed.outcome);
-    assert_eq!(failed.named("skipped").len(), 6, "no commit was made in the midst of them");
-}
 
 #[test]
 fn a_missed_gate_stops_the_run_and_leaves_no_artefact() {
@@ -428,16 +381,30 @@ fn a_missed_gate_stops_the_run_and_leaves_no_artefact() {
 fn a_bench_times_its_steps_and_writes_nothing() {
     let place = Place::new();
     let config = place.config(&[]);
-    let StageKind::Grpo(settings) = config.stages[3].kind.clone() else { panic!("stage 4 is GRPO") };
+    let StageKind::Grpo(settings) = config.stages[3].kind.clone() else {
+        panic!("stage 4 is GRPO")
+    };
     let fake = Fake::new(Script::default(), &config);
     let (model, engine, spill) = (config.model, config.engine, place.run_folder());
-    let request =
-        BenchRequest { model, weights: None, engine, settings, prompt_tokens: 3, steps: 2, seed: 1, spill };
+    let request = BenchRequest {
+        model,
+        weights: None,
+        engine,
+        settings,
+        prompt_tokens: 3,
+        steps: 2,
+        seed: 1,
+        spill,
+    };
     let outcome = run(bench::setup(request, fake.maker()), |_| {}).unwrap();
     let Outcome::Timed(steps) = outcome else { panic!("{outcome:?}") };
     assert_eq!(steps.len(), 2);
-    assert!(steps.iter().all(|step| step.new_tokens == 4 && step.trained_tokens == 10), "{steps:?}");
+    assert!(
+        steps.iter().all(|step| step.new_tokens == 4 && step.trained_tokens == 10),
+        "{steps:?}"
+    );
     assert!(!place.run_folder().exists());
-    let updates = fake.calls().lock().unwrap().iter().filter(|call| call.starts_with("train")).count();
+    let updates =
+        fake.calls().lock().unwrap().iter().filter(|call| call.starts_with("train")).count();
     assert_eq!(updates, 3, "one step warms up");
 }

@@ -1,13 +1,15 @@
-//! Worker: one device. An asynchronous shell answers while the device is busy; one thread owns the device.
+//! Worker: one device. An asynchronous shell answers while the device is busy; one thread owns the
+//! device.
 //!
-//! A job is a [`Work`] under its id: the shell hands it to the thread over a bounded channel and follows it until
-//! its outcome. A second request with the same id, from a restarted asker or through a restarted shell, follows the
-//! same work, so nothing runs twice; groups that are already finished are handed out again. Knows no loss and no
-//! reward.
+//! A job is a [`Work`] under its id: the shell hands it to the thread over a bounded channel and
+//! follows it until its outcome. A second request with the same id, from a restarted asker or
+//! through a restarted shell, follows the same work, so nothing runs twice; groups that are already
+//! finished are handed out again. Knows no loss and no reward.
 //!
 //! Invariants:
 //!   * only the thread touches the device, and it runs one job at a time, in order of arrival
-//!   * a panic in a job becomes a failure of kind `Device`; the device is then made anew before the next stage
+//!   * a panic in a job becomes a failure of kind `Device`; the device is then made anew before the
+//!     next stage
 
 use super::messages::*;
 use super::port::{Limits, Port};
@@ -141,7 +143,8 @@ impl Work {
     }
 }
 
-/// The way to a device's thread. It outlives the worker's shell: a new shell finds the device as it was.
+/// The way to a device's thread. It outlives the worker's shell: a new shell finds the device as it
+/// was.
 #[derive(Clone)]
 pub struct DeviceLink {
     queue: Sender<Arc<Work>>,
@@ -149,14 +152,17 @@ pub struct DeviceLink {
 }
 
 impl DeviceLink {
-    /// Starts the thread. It ends, and drops the device, when the last clone of the link is dropped.
+    /// Starts the thread. It ends, and drops the device, when the last clone of the link is
+    /// dropped.
     pub fn start(make: DeviceMaker, limits: Limits) -> anyhow::Result<(DeviceLink, Farewell)> {
         let (queue, jobs) = bounded(limits.mailbox.max(1));
         let (alive, ended) = bounded(1);
-        std::thread::Builder::new().name("device".to_string()).stack_size(STACK_BYTES).spawn(move || {
-            let _alive: Sender<()> = alive;
-            own_device(&make, &jobs);
-        })?;
+        std::thread::Builder::new().name("device".to_string()).stack_size(STACK_BYTES).spawn(
+            move || {
+                let _alive: Sender<()> = alive;
+                own_device(&make, &jobs);
+            },
+        )?;
         Ok((DeviceLink { queue, recent: Arc::default() }, Farewell(ended)))
     }
 
@@ -170,9 +176,14 @@ impl DeviceLink {
         self.queue.try_send(Arc::clone(&work)).map_err(|error| match error {
             TrySendError::Full(_) => Failure::new(
                 FailureKind::Actor,
-                format!("the device's queue is full; raise engine.mailbox ({} jobs wait)", self.queue.len()),
+                format!(
+                    "the device's queue is full; raise engine.mailbox ({} jobs wait)",
+                    self.queue.len()
+                ),
             ),
-            TrySendError::Disconnected(_) => Failure::new(FailureKind::Device, "the device's thread is gone"),
+            TrySendError::Disconnected(_) => {
+                Failure::new(FailureKind::Device, "the device's thread is gone")
+            }
         })?;
         // Only the request at hand and the one before it can be asked for again.
         recent.retain(|old| old.id.number + 1 >= id.number);
@@ -197,21 +208,30 @@ fn own_device(make: &DeviceMaker, jobs: &Receiver<Arc<Work>>) {
     for work in jobs {
         let ready = match (&work.job, &device) {
             (_, Some(_)) => Ok(()),
-            // A stage begins with nothing loaded, so a lost device can be made anew here and nowhere else.
+            // A stage begins with nothing loaded, so a lost device can be made anew here and
+            // nowhere else.
             (Job::Prepare(_), None) => make().map(|made| device = Some(made)),
-            (_, None) => Err(anyhow::Error::new(Failure::new(FailureKind::Device, "the device is lost"))),
+            (_, None) => {
+                Err(anyhow::Error::new(Failure::new(FailureKind::Device, "the device is lost")))
+            }
         };
         let outcome = match (ready, &mut device) {
-            (Ok(()), Some(ready)) => match catch_unwind(AssertUnwindSafe(|| run(ready.as_mut(), &work))) {
-                Ok(result) => result.map_err(Failure::from),
-                Err(panic) => {
-                    // What a panic leaves behind is not to be trusted; dropping it may panic again.
-                    let lost = device.take();
-                    let _ = catch_unwind(AssertUnwindSafe(|| drop(lost)));
-                    let text = panic_text(panic.as_ref());
-                    Err(Failure::new(FailureKind::Device, format!("the device panicked in {}: {text}", work.job.name())))
+            (Ok(()), Some(ready)) => {
+                match catch_unwind(AssertUnwindSafe(|| run(ready.as_mut(), &work))) {
+                    Ok(result) => result.map_err(Failure::from),
+                    Err(panic) => {
+                        // What a panic leaves behind is not to be trusted; dropping it may panic
+                        // again.
+                        let lost = device.take();
+                        let _ = catch_unwind(AssertUnwindSafe(|| drop(lost)));
+                        let text = panic_text(panic.as_ref());
+                        Err(Failure::new(
+                            FailureKind::Device,
+                            format!("the device panicked in {}: {text}", work.job.name()),
+                        ))
+                    }
                 }
-            },
+            }
             (Err(error), _) => Err(Failure::from(error)),
             (Ok(()), None) => unreachable!("a ready device is there"),
         };
@@ -228,7 +248,8 @@ fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
         Job::EnterPhase(phase) => Yield::Phase(device.enter_phase(*phase)?),
         Job::Generate(job) => {
             let began = seconds_now();
-            let report = device.generate(job, &mut |group| work.change(|progress| progress.groups.push(group)))?;
+            let report = device
+                .generate(job, &mut |group| work.change(|progress| progress.groups.push(group)))?;
             Yield::Generated(Generated { report, span: [began, seconds_now()] })
         }
         Job::Score(job) => Yield::Scores(device.score(job)?),
@@ -294,7 +315,8 @@ impl Worker {
                     groups.ask(AcceptGroup { id, group }).await?;
                 }
                 if let Some(outcome) = outcome {
-                    let mismatch = || Failure::new(FailureKind::Other, format!("work {id:?} is no {name}"));
+                    let mismatch =
+                        || Failure::new(FailureKind::Other, format!("work {id:?} is no {name}"));
                     return expect(outcome?).ok_or_else(mismatch);
                 }
                 if changed.changed().await.is_err() {

@@ -7,9 +7,7 @@ use super::output::{say, say_json};
 use super::stopwatch::{Spent, Stopwatch};
 use crate::actors::{BenchRequest, bench_grpo};
 use crate::checkpoint::read_model_config;
-use crate::config::stage::{
-    Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel,
-};
+use crate::config::stage::{Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel};
 use crate::config::{EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
@@ -150,7 +148,9 @@ impl Dtype {
         match self {
             Dtype::F32 => Ok(()),
             Dtype::Bf16 | Dtype::Int8 => {
-                let name = self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_string());
+                let name = self
+                    .to_possible_value()
+                    .map_or_else(String::new, |value| value.get_name().to_string());
                 Err(Fault::user(format!("--dtype {name} is not built yet; use f32")))
             }
         }
@@ -181,14 +181,18 @@ fn model(path: &Path) -> Result<(ModelConfig, ModelSource)> {
 
 /// Random tokens: a function of their place alone.
 fn tokens(config: &ModelConfig, sequence: usize, count: usize) -> Vec<u32> {
-    let token = |i: usize| below(1, Stream::Data, [sequence as u64, i as u64, 0, 0], config.vocab_size as u64);
+    let token = |i: usize| {
+        below(1, Stream::Data, [sequence as u64, i as u64, 0, 0], config.vocab_size as u64)
+    };
     (0..count).map(|i| token(i) as u32).collect()
 }
 
 fn require_context(config: &ModelConfig, tokens: usize) -> Result<()> {
     let context = config.max_position_embeddings;
     match tokens > context {
-        true => Err(Fault::user(format!("{tokens} tokens do not fit in the model's context of {context}"))),
+        true => Err(Fault::user(format!(
+            "{tokens} tokens do not fit in the model's context of {context}"
+        ))),
         false => Ok(()),
     }
 }
@@ -206,9 +210,11 @@ fn with_spent(mut figures: Value, spent: &Spent, path: &Path, threads: Threads) 
 fn train(args: &BenchTrainArgs) -> Result<Value> {
     let (config, source) = model(&args.model)?;
     require_context(&config, args.sequence)?;
-    let mut engine = engine(&config, source, args.threads.count(), 1, Some(OptimizerConfig::default()))?;
+    let mut engine =
+        engine(&config, source, args.threads.count(), 1, Some(OptimizerConfig::default()))?;
     engine.enter_phase(Phase::Train)?;
-    let documents = (0..args.batch).map(|i| Sequence::all_targets(tokens(&config, i, args.sequence)));
+    let documents =
+        (0..args.batch).map(|i| Sequence::all_targets(tokens(&config, i, args.sequence)));
     let job = TrainJob::Batch { batch: Batch::Documents(documents.collect()), micro_batch: 0 };
     engine.train(&job)?;
     let stopwatch = Stopwatch::start();
@@ -272,7 +278,9 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
     let (config, source) = model(&args.model)?;
     require_context(&config, args.prompt_tokens + args.new_tokens)?;
     if args.group < 2 {
-        return Err(Fault::user("--group 1 has no advantage: a group is compared with its own mean; use 2 or more"));
+        return Err(Fault::user(
+            "--group 1 has no advantage: a group is compared with its own mean; use 2 or more",
+        ));
     }
     let weights = match source {
         ModelSource::Folder(folder) => Some(folder),
@@ -292,7 +300,9 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
     })?;
     let spent = stopwatch.spent();
     let count = steps.len().max(1) as f64;
-    let mean = |figure: fn(&crate::actors::messages::BenchStep) -> f64| steps.iter().map(figure).sum::<f64>() / count;
+    let mean = |figure: fn(&crate::actors::messages::BenchStep) -> f64| {
+        steps.iter().map(figure).sum::<f64>() / count
+    };
     let figures = json!({
         "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",

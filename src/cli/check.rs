@@ -48,7 +48,9 @@ pub fn run(args: CheckArgs) -> Result<()> {
 fn report(args: &CheckArgs) -> Result<CheckReport> {
     if is_model(&args.file) {
         if let Some(assignment) = args.set.first() {
-            return Err(Fault::user(format!("--set {assignment}: a model's config.json takes no --set; edit the file")));
+            return Err(Fault::user(format!(
+                "--set {assignment}: a model's config.json takes no --set; edit the file"
+            )));
         }
         return Ok(CheckReport::of_model(&args.file, &load_model(&args.file)?));
     }
@@ -73,11 +75,23 @@ pub fn check_files(loaded: &Loaded) -> Result<BTreeMap<String, u64>> {
     check_tokenizer(loaded)?;
     check_starts(loaded)?;
     if let Some(machine) = &loaded.config.data.word_machine {
-        must_be_file(loaded, &["data", "word_machine", "words"], "data.word_machine.words", &machine.words)?;
+        must_be_file(
+            loaded,
+            &["data", "word_machine", "words"],
+            "data.word_machine.words",
+            &machine.words,
+        )?;
     }
     let mut lines = BTreeMap::new();
-    for (name, set) in loaded.config.data.sets.iter().filter(|(_, set)| !set.file.starts_with("run:")) {
-        must_be_file(loaded, &["data", "sets", name, "file"], &format!("data.sets.{name}.file"), &set.file)?;
+    for (name, set) in
+        loaded.config.data.sets.iter().filter(|(_, set)| !set.file.starts_with("run:"))
+    {
+        must_be_file(
+            loaded,
+            &["data", "sets", name, "file"],
+            &format!("data.sets.{name}.file"),
+            &set.file,
+        )?;
         lines.insert(name.clone(), check_set(&loaded.resolve(&set.file), set)?);
     }
     Ok(lines)
@@ -86,7 +100,10 @@ pub fn check_files(loaded: &Loaded) -> Result<BTreeMap<String, u64>> {
 fn must_be_file(loaded: &Loaded, path: &[&str], key: &str, file: &str) -> Result<(), ConfigError> {
     let resolved = loaded.resolve(file);
     let fault = |reason: &str| {
-        let text = format!("{key} = {file:?} ({}) {reason}; paths start at the TOML's folder", resolved.display());
+        let text = format!(
+            "{key} = {file:?} ({}) {reason}; paths start at the TOML's folder",
+            resolved.display()
+        );
         Err(loaded.fault(path, text))
     };
     match std::fs::File::open(&resolved).and_then(|file| file.metadata()) {
@@ -100,9 +117,12 @@ fn check_tokenizer(loaded: &Loaded) -> Result<()> {
     let Some(file) = &loaded.config.tokenizer.file else { return Ok(()) };
     let path = ["tokenizer", "file"];
     must_be_file(loaded, &path, "tokenizer.file", file)?;
-    let (size, rows) = (Tokenizer::load(&loaded.resolve(file))?.vocab_size(), loaded.config.model.vocab_size);
+    let (size, rows) =
+        (Tokenizer::load(&loaded.resolve(file))?.vocab_size(), loaded.config.model.vocab_size);
     if size > rows {
-        let text = format!("tokenizer.file = {file:?} has {size} tokens, model.vocab_size = {rows} is smaller; raise it");
+        let text = format!(
+            "tokenizer.file = {file:?} has {size} tokens, model.vocab_size = {rows} is smaller; raise it"
+        );
         return Err(loaded.fault(&path, text).into());
     }
     Ok(())
@@ -112,7 +132,11 @@ fn check_tokenizer(loaded: &Loaded) -> Result<()> {
 fn check_starts(loaded: &Loaded) -> Result<(), ConfigError> {
     let stages = &loaded.config.stages;
     for (index, stage) in stages.iter().enumerate() {
-        let Some(start) = stage.start_from.as_ref().filter(|start| stages.iter().all(|stage| stage.name != **start)) else {
+        let Some(start) = stage
+            .start_from
+            .as_ref()
+            .filter(|start| stages.iter().all(|stage| stage.name != **start))
+        else {
             continue;
         };
         let folder = loaded.resolve(start);
@@ -146,7 +170,13 @@ mod tests {
         if let Some(data) = data {
             std::fs::write(folder.path().join("text.jsonl"), data).unwrap();
         }
-        report(&CheckArgs { file, set: Vec::new(), plan_only, json: false, threads: Threads::default() })
+        report(&CheckArgs {
+            file,
+            set: Vec::new(),
+            plan_only,
+            json: false,
+            threads: Threads::default(),
+        })
     }
 
     #[test]
@@ -197,12 +227,30 @@ mod tests {
     fn every_config_of_the_repository_is_right() {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
         for name in ["quickstart.toml", "smoke.toml", "small/gsm8k.toml"] {
-            let args = CheckArgs { file: configs.join(name), set: Vec::new(), plan_only: true, json: false, threads: Threads::default() };
+            let args = CheckArgs {
+                file: configs.join(name),
+                set: Vec::new(),
+                plan_only: true,
+                json: false,
+                threads: Threads::default(),
+            };
             let report = report(&args).unwrap_or_else(|fault| panic!("{fault}"));
             assert!(report.to_string().contains("parameters"), "{report}");
         }
-        for name in ["deepseek-v2.json", "deepseek-v2-lite.json", "quickstart.json", "small.json", "smoke.json"] {
-            let args = CheckArgs { file: configs.join("model").join(name), set: Vec::new(), plan_only: false, json: false, threads: Threads::default() };
+        for name in [
+            "deepseek-v2.json",
+            "deepseek-v2-lite.json",
+            "quickstart.json",
+            "small.json",
+            "smoke.json",
+        ] {
+            let args = CheckArgs {
+                file: configs.join("model").join(name),
+                set: Vec::new(),
+                plan_only: false,
+                json: false,
+                threads: Threads::default(),
+            };
             report(&args).unwrap_or_else(|fault| panic!("{fault}"));
         }
     }

@@ -6,7 +6,8 @@ use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{FLOPS_PER_THREAD, sequence};
 use crate::plan::memory::{Owners, total};
 use crate::plan::{
-    Estimate, Memory, Parameters, cache_bytes_per_token, estimate, flops_per_token, memory, model_memory, parameters,
+    Estimate, Memory, Parameters, cache_bytes_per_token, estimate, flops_per_token, memory,
+    model_memory, parameters,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -46,7 +47,10 @@ pub struct CheckReport {
 impl CheckReport {
     /// The report of a model alone.
     pub fn of_model(file: &Path, model: &ModelConfig) -> CheckReport {
-        CheckReport { memory: model_memory(model), ..CheckReport::costs(file, model, MODEL_SEQUENCE) }
+        CheckReport {
+            memory: model_memory(model),
+            ..CheckReport::costs(file, model, MODEL_SEQUENCE)
+        }
     }
 
     /// The report of a run on `threads` threads, with the examples that were counted.
@@ -103,15 +107,30 @@ impl fmt::Display for CheckReport {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = &self.parameters;
         writeln!(out, "{}: right", self.file)?;
-        writeln!(out, "model     {} parameters in {} tensors", grouped(counts.total), grouped(counts.tensors))?;
+        writeln!(
+            out,
+            "model     {} parameters in {} tensors",
+            grouped(counts.total),
+            grouped(counts.tensors)
+        )?;
         writeln!(
             out,
             "          {} active in a token, {} without the input embedding",
             grouped(counts.active),
             grouped(counts.active_without_input_embedding)
         )?;
-        writeln!(out, "cache     {} bytes a token ({})", grouped(self.cache_bytes_per_token), self.cache_dtype)?;
-        writeln!(out, "training  {} a token at {} tokens", flops(self.flops_per_token), grouped(self.sequence as u64))?;
+        writeln!(
+            out,
+            "cache     {} bytes a token ({})",
+            grouped(self.cache_bytes_per_token),
+            self.cache_dtype
+        )?;
+        writeln!(
+            out,
+            "training  {} a token at {} tokens",
+            flops(self.flops_per_token),
+            grouped(self.sequence as u64)
+        )?;
         for (name, lines) in &self.lines {
             writeln!(out, "data      {name}: {} examples", grouped(*lines))?;
         }
@@ -125,7 +144,11 @@ impl fmt::Display for CheckReport {
             writeln!(out, "budget    {}", Bytes(budget))?;
         }
         if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
-            writeln!(out, "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)", Bytes(bytes))?;
+            writeln!(
+                out,
+                "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",
+                Bytes(bytes)
+            )?;
         }
         self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
     }
@@ -137,7 +160,11 @@ fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Res
         let steps = stage.steps.map_or_else(unknown, grouped);
         let tokens = stage.trained_tokens.map_or_else(unknown, grouped);
         let seconds = stage.seconds.map_or_else(unknown, duration);
-        write!(out, "stage     {:<16} {:<13} {steps:>7} steps {tokens:>12} tokens", stage.name, stage.kind)?;
+        write!(
+            out,
+            "stage     {:<16} {:<13} {steps:>7} steps {tokens:>12} tokens",
+            stage.name, stage.kind
+        )?;
         if stage.sampled_tokens > 0 {
             write!(out, ", {} sampled", grouped(stage.sampled_tokens))?;
         }
@@ -145,9 +172,15 @@ fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Res
     }
     writeln!(out, "tokens    {} trained", grouped(estimate.tokens))?;
     writeln!(out, "disk      {} at most", Bytes(estimate.disk_bytes))?;
-    let rate = format!("{} thread(s), at {} a second and thread", estimate.threads, flops(FLOPS_PER_THREAD));
+    let rate = format!(
+        "{} thread(s), at {} a second and thread",
+        estimate.threads,
+        flops(FLOPS_PER_THREAD)
+    );
     match estimate.seconds {
-        Some(seconds) => writeln!(out, "time      about {} on {rate}, without evaluations", duration(seconds)),
+        Some(seconds) => {
+            writeln!(out, "time      about {} on {rate}, without evaluations", duration(seconds))
+        }
         None => writeln!(out, "time      not known before every data set is read"),
     }
 }

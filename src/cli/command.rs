@@ -104,9 +104,13 @@ mod tests {
 
     /// Every line of the examples must be a command line that is taken, and short enough not to be wrapped.
     fn check_examples(command: &clap::Command) {
-        let help = command.get_after_help().unwrap_or_else(|| panic!("{} has no example", command.get_name())).to_string();
+        let help = command
+            .get_after_help()
+            .unwrap_or_else(|| panic!("{} has no example", command.get_name()))
+            .to_string();
         assert!(help.contains("Example:"), "{help}");
-        let lines: Vec<&str> = help.lines().filter(|line| line.trim().starts_with("rehearsal ")).collect();
+        let lines: Vec<&str> =
+            help.lines().filter(|line| line.trim().starts_with("rehearsal ")).collect();
         assert!(!lines.is_empty(), "{help}");
         for line in lines {
             assert!(line.len() <= 100, "{line}");
@@ -127,14 +131,23 @@ mod tests {
     #[test]
     fn every_subcommand_takes_threads() {
         let lines = [
-            "run a.toml", "check a.toml", "generate m --prompt x", "score m --input f", "eval m --data f --metric perplexity",
-            "export m --out d", "bench train --model m", "bench generate --model m", "bench grpo --model m", "status r",
+            "run a.toml",
+            "check a.toml",
+            "generate m --prompt x",
+            "score m --input f",
+            "eval m --data f --metric perplexity",
+            "export m --out d",
+            "bench train --model m",
+            "bench generate --model m",
+            "bench grpo --model m",
+            "status r",
         ];
         for line in lines {
             let line = format!("rehearsal {line} --threads 3");
             Cli::try_parse_from(line.split(' ')).unwrap_or_else(|error| panic!("{line}: {error}"));
         }
-        let none = Cli::try_parse_from(["rehearsal", "check", "a.toml", "--threads", "0"]).unwrap_err();
+        let none =
+            Cli::try_parse_from(["rehearsal", "check", "a.toml", "--threads", "0"]).unwrap_err();
         assert_eq!(none.exit_code(), 2);
     }
 
@@ -148,7 +161,8 @@ mod tests {
             "bench generate --model m --dtype int3",
             "export m --format gguf --out d",
         ] {
-            let error = Cli::try_parse_from(format!("rehearsal {line}").split(' ')).expect_err(line);
+            let error =
+                Cli::try_parse_from(format!("rehearsal {line}").split(' ')).expect_err(line);
             assert_eq!(error.exit_code(), 2, "{line}");
         }
     }

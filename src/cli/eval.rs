@@ -122,12 +122,22 @@ pub fn run(args: EvalArgs) -> Result<()> {
                 return say_json(&passes);
             }
             let Passes { pass_at_1, pass_at_k, samples, prompts, mean_tokens } = passes;
-            say(&format!("{prompts} prompts, {samples} samples each, {mean_tokens:.1} tokens a reply"))?;
-            say(&format!("pass@1 {:.1} %, pass@{samples} {:.1} %", 100.0 * pass_at_1, 100.0 * pass_at_k))
+            say(&format!(
+                "{prompts} prompts, {samples} samples each, {mean_tokens:.1} tokens a reply"
+            ))?;
+            say(&format!(
+                "pass@1 {:.1} %, pass@{samples} {:.1} %",
+                100.0 * pass_at_1,
+                100.0 * pass_at_k
+            ))
         }
         None => {
             let found = perplexity(&mut model, &args)?;
-            if args.json { say_json(&found) } else { say(&format!("perplexity {:.4} over {} tokens", found.perplexity, found.tokens)) }
+            if args.json {
+                say_json(&found)
+            } else {
+                say(&format!("perplexity {:.4} over {} tokens", found.perplexity, found.tokens))
+            }
         }
     }
 }
@@ -138,8 +148,11 @@ fn passes(model: &mut OpenModel, args: &EvalArgs, verifier: VerifierKind) -> Res
     let mut answers = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
         let place = format!("{}:{}", args.data.display(), prompt.index + 1);
-        let Some(answer) = &prompt.answer else { return Err(Fault::user(format!("{place}: there is no answer to compare with"))) };
-        check_answer(verifier, answer).map_err(|reason| Fault::user(format!("{place}: {reason}")))?;
+        let Some(answer) = &prompt.answer else {
+            return Err(Fault::user(format!("{place}: there is no answer to compare with")));
+        };
+        check_answer(verifier, answer)
+            .map_err(|reason| Fault::user(format!("{place}: {reason}")))?;
         answers.push(answer);
     }
     let temperature = if args.samples == 1 { 0.0 } else { args.temperature };
@@ -148,7 +161,9 @@ fn passes(model: &mut OpenModel, args: &EvalArgs, verifier: VerifierKind) -> Res
     let (groups, report) = model.answer(&tokens, args.samples as u32, &ask)?;
     let (mut passed, mut any) = (0, 0);
     for (group, answer) in groups.iter().zip(answers) {
-        let passes = |r: &&crate::rl::rollout::Rollout| verify(verifier, 0.0, &r.text, r.stop == Stop::Eos, answer).passed;
+        let passes = |r: &&crate::rl::rollout::Rollout| {
+            verify(verifier, 0.0, &r.text, r.stop == Stop::Eos, answer).passed
+        };
         let count = group.rollouts.iter().filter(passes).count();
         passed += count;
         any += usize::from(count > 0);
@@ -173,12 +188,17 @@ fn perplexity(model: &mut OpenModel, args: &EvalArgs) -> Result<Perplexity> {
     let job = ScoreJob { role: Role::Policy, sequences, temperature: 1.0, first };
     let (mut sum, mut tokens) = (0.0, 0);
     for score in model.engine.score(&job)? {
-        let SequenceScore::Logprobs(logprobs) = score else { unreachable!("a policy gives log-probabilities") };
+        let SequenceScore::Logprobs(logprobs) = score else {
+            unreachable!("a policy gives log-probabilities")
+        };
         sum += logprobs.iter().map(|l| f64::from(*l)).sum::<f64>();
         tokens += logprobs.len();
     }
     if tokens == 0 {
-        return Err(Fault::user(format!("{}: no text has two tokens or more", args.data.display())));
+        return Err(Fault::user(format!(
+            "{}: no text has two tokens or more",
+            args.data.display()
+        )));
     }
     Ok(Perplexity { perplexity: (-sum / tokens as f64).exp(), tokens, samples })
 }

@@ -26,7 +26,8 @@ fn cause_code(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
         return Some(4);
     }
     let kind = cause.downcast_ref::<IoError>()?.kind();
-    matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::OutOfMemory).then_some(4)
+    matches!(kind, ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::OutOfMemory)
+        .then_some(4)
 }
 
 /// True if the error only says that nobody reads the output any more (`rehearsal check | head`).
@@ -46,7 +47,8 @@ mod tests {
         let inner = Fault::user("no such file");
         assert_eq!(exit_code(&inner), 2);
         assert_eq!(exit_code(&inner.context("failed to open the model")), 2);
-        let outer = anyhow!("cause").context(Fault::Resources("full".to_string())).context("while writing");
+        let outer =
+            anyhow!("cause").context(Fault::Resources("full".to_string())).context("while writing");
         assert_eq!(exit_code(&outer), 4);
         assert_eq!(exit_code(&Fault::Stopped(15).into()), 143);
         assert_eq!(exit_code(&anyhow!("anything else")), 1);
@@ -54,16 +56,20 @@ mod tests {
 
     #[test]
     fn lack_of_memory_and_disk_ends_with_4() {
-        let memory = OutOfMemory { owner: "policy/weights".to_string(), asked: 2, held: 1, budget: 2 };
+        let memory =
+            OutOfMemory { owner: "policy/weights".to_string(), asked: 2, held: 1, budget: 2 };
         assert_eq!(exit_code(&anyhow::Error::new(memory).context("train")), 4);
-        let disk: anyhow::Result<()> = Err(IoError::from(ErrorKind::StorageFull)).context("failed to write a shard");
+        let disk: anyhow::Result<()> =
+            Err(IoError::from(ErrorKind::StorageFull)).context("failed to write a shard");
         assert_eq!(exit_code(&disk.unwrap_err()), 4);
         assert_eq!(exit_code(&IoError::from(ErrorKind::NotFound).into()), 1);
     }
 
     #[test]
     fn output_that_nobody_reads_is_no_failure() {
-        assert!(is_closed_output(&anyhow::Error::new(IoError::from(ErrorKind::BrokenPipe)).context("print")));
+        assert!(is_closed_output(
+            &anyhow::Error::new(IoError::from(ErrorKind::BrokenPipe)).context("print")
+        ));
         assert!(!is_closed_output(&anyhow!("x")));
     }
 }

@@ -91,10 +91,17 @@ struct Reply<'a> {
 pub fn run(args: GenerateArgs) -> Result<()> {
     let is_chat = args.prompt.is_none() && args.prompts.is_none();
     if is_chat && !std::io::stdin().is_terminal() {
-        return Err(Fault::user("no prompt: give --prompt TEXT or --prompts FILE.jsonl, or start a chat on a terminal"));
+        return Err(Fault::user(
+            "no prompt: give --prompt TEXT or --prompts FILE.jsonl, or start a chat on a terminal",
+        ));
     }
     let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
-    let ask = Ask { max_tokens: args.max_tokens, temperature: args.temperature, top_p: args.top_p, seed: args.seed };
+    let ask = Ask {
+        max_tokens: args.max_tokens,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+    };
     if is_chat {
         return chat(&mut model, ask);
     }
@@ -132,7 +139,9 @@ fn chat(model: &mut OpenModel, ask: Ask) -> Result<()> {
     loop {
         print!("> ");
         std::io::stdout().flush()?;
-        let Some(line) = lines.next().transpose()?.filter(|line| !line.trim().is_empty()) else { return Ok(()) };
+        let Some(line) = lines.next().transpose()?.filter(|line| !line.trim().is_empty()) else {
+            return Ok(());
+        };
         messages.push(Message::new(Role::User, line));
         let tokens = model.chat.encode_prompt(&model.tokenizer, &messages)?;
         // The turn is the prompt's counter, so that asking again gets another sample.
@@ -153,7 +162,16 @@ mod tests {
         assert_eq!(at_least_one("3"), Ok(3));
         assert!(at_least_one("0").is_err() && at_least_one("-1").is_err());
         assert_eq!(temperature("0"), Ok(0.0));
-        assert!(temperature("-0.1").is_err() && temperature("nan").is_err() && temperature("inf").is_err());
-        assert!(share("1").is_ok() && share("0").is_err() && share("1.01").is_err() && share("nan").is_err());
+        assert!(
+            temperature("-0.1").is_err()
+                && temperature("nan").is_err()
+                && temperature("inf").is_err()
+        );
+        assert!(
+            share("1").is_ok()
+                && share("0").is_err()
+                && share("1.01").is_err()
+                && share("nan").is_err()
+        );
     }
 }

@@ -4,6 +4,7 @@
 
 use crate::checkpoint::read_model_config;
 use crate::config::data::{DataConfig, Schema, SetConfig};
+use crate::config::stage::OptimizerConfig;
 use crate::config::{EngineConfig, Fault, ModelConfig};
 use crate::data::chat::ChatTemplate;
 use crate::data::loader::Loader;
@@ -13,7 +14,6 @@ use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::phase::{
     GenerateJob, GenerateReport, GenerateRequest, ModelSource, Phase, PrepareStage, TokenGroup,
 };
-use crate::config::stage::OptimizerConfig;
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -36,10 +36,15 @@ pub struct OpenModel {
 
 /// An engine with a model that nothing trains, or that `optimizer` trains.
 pub fn engine(
-    config: &ModelConfig, source: ModelSource, threads: usize, seed: u64, optimizer: Option<OptimizerConfig>,
+    config: &ModelConfig,
+    source: ModelSource,
+    threads: usize,
+    seed: u64,
+    optimizer: Option<OptimizerConfig>,
 ) -> Result<HybridEngine> {
     let settings = EngineConfig { threads, offload: Vec::new(), ..EngineConfig::default() };
-    let setup = EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
+    let setup =
+        EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
     let mut engine = HybridEngine::new(setup)?;
     engine.prepare(&PrepareStage {
         policy: source,
@@ -105,7 +110,12 @@ impl OpenModel {
     }
 
     /// Samples `samples` replies to each prompt; groups come in the order of the prompts.
-    pub fn answer(&mut self, prompts: &[Vec<u32>], samples: u32, ask: &Ask) -> Result<(Vec<TokenGroup>, GenerateReport)> {
+    pub fn answer(
+        &mut self,
+        prompts: &[Vec<u32>],
+        samples: u32,
+        ask: &Ask,
+    ) -> Result<(Vec<TokenGroup>, GenerateReport)> {
         let request = |(slot, tokens): (usize, &Vec<u32>)| GenerateRequest {
             slot: slot as u32,
             tokens: tokens.clone(),

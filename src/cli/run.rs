@@ -119,7 +119,8 @@ fn out_folder(args: &RunArgs) -> PathBuf {
 
 /// Refuses a run that its budget cannot hold, whose data is wrong, or that the disk cannot hold.
 fn require_resources(out: &Path, loaded: &Loaded) -> Result<()> {
-    let threads = Some(loaded.config.engine.threads).filter(|threads| *threads > 0).unwrap_or_else(cores);
+    let threads =
+        Some(loaded.config.engine.threads).filter(|threads| *threads > 0).unwrap_or_else(cores);
     let plan = |lines| CheckReport::of_run(loaded, lines, threads);
     if let Some(refusal) = plan(BTreeMap::new()).over_budget() {
         return Err(Fault::resources(refusal));
@@ -140,7 +141,8 @@ fn require_resources(out: &Path, loaded: &Loaded) -> Result<()> {
 fn free_bytes(folder: &Path) -> Result<u64> {
     let folder = std::path::absolute(folder)?;
     let exists = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"));
-    let disk = rustix::fs::statvfs(exists).with_context(|| format!("failed to measure the disk of {}", exists.display()))?;
+    let disk = rustix::fs::statvfs(exists)
+        .with_context(|| format!("failed to measure the disk of {}", exists.display()))?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
@@ -153,16 +155,22 @@ fn drive(mut folder: RunFolder, loaded: Loaded, console: ConsoleMode, config: &P
             say(&format!("going on with the run in {}", folder.path.display()))?;
         }
     }
-    let request =
-        RunRequest { config: loaded.config, folder: folder.path.clone(), config_dir: loaded.folder, console };
+    let request = RunRequest {
+        config: loaded.config,
+        folder: folder.path.clone(),
+        config_dir: loaded.folder,
+        console,
+    };
     match start(request) {
         Ok(()) => folder.finish(),
-        Err(error) if matches!(error.downcast_ref::<Fault>(), Some(Fault::Stopped(_))) => Err(error.context(format!(
-            "{} is committed; go on with `rehearsal run {} --out {} --resume`",
-            folder.path.display(),
-            config.display(),
-            folder.path.display()
-        ))),
+        Err(error) if matches!(error.downcast_ref::<Fault>(), Some(Fault::Stopped(_))) => {
+            Err(error.context(format!(
+                "{} is committed; go on with `rehearsal run {} --out {} --resume`",
+                folder.path.display(),
+                config.display(),
+                folder.path.display()
+            )))
+        }
         Err(error) => Err(error),
     }
 }
@@ -175,7 +183,11 @@ mod tests {
     use clap::Parser;
 
     fn args(line: &str) -> RunArgs {
-        let Command::Run(args) = Cli::parse_from(format!("rehearsal run {line}").split(' ')).command else { unreachable!() };
+        let Command::Run(args) =
+            Cli::parse_from(format!("rehearsal run {line}").split(' ')).command
+        else {
+            unreachable!()
+        };
         args
     }
 
@@ -185,7 +197,10 @@ mod tests {
 
     #[test]
     fn the_command_line_outranks_the_toml() {
-        let line = format!("{} --seed 9 --threads 3 --console off --set stage.align.steps=2 --set engine.mailbox=5", smoke());
+        let line = format!(
+            "{} --seed 9 --threads 3 --console off --set stage.align.steps=2 --set engine.mailbox=5",
+            smoke()
+        );
         let config = load(&args(&line)).unwrap().config;
         assert_eq!((config.seed, config.engine.threads, config.engine.mailbox), (9, 3, 5));
         assert_eq!(config.console.mode, ConsoleMode::Off);
@@ -207,7 +222,10 @@ mod tests {
         let report = CheckReport::of_run(&loaded, Default::default(), 1);
         assert!(report.over_budget().is_some());
         let failure = run(args(&line)).unwrap_err();
-        assert!(matches!(failure.downcast_ref::<Fault>(), Some(Fault::Resources(_))), "{failure:#}");
+        assert!(
+            matches!(failure.downcast_ref::<Fault>(), Some(Fault::Resources(_))),
+            "{failure:#}"
+        );
         assert!(!out.exists());
     }
 

@@ -85,7 +85,8 @@ pub fn open(path: &Path, loaded: &Loaded, wish: Wish) -> Result<Opened> {
     if let Decision::Finished = decide(path, &record, loaded, wish)? {
         return Ok(Opened::Finished);
     }
-    std::fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))?;
+    std::fs::create_dir_all(path)
+        .with_context(|| format!("failed to create {}", path.display()))?;
     let mut held = lock(path)?;
     // Another process may have begun or ended between the look and the lock: look again.
     let decision = decide(path, &record, loaded, wish)?;
@@ -93,7 +94,8 @@ pub fn open(path: &Path, loaded: &Loaded, wish: Wish) -> Result<Opened> {
         Decision::Finished => return Ok(Opened::Finished),
         Decision::Move => {
             let aside = move_aside(path)?;
-            std::fs::create_dir_all(path).with_context(|| format!("failed to create {}", path.display()))?;
+            std::fs::create_dir_all(path)
+                .with_context(|| format!("failed to create {}", path.display()))?;
             held = lock(path)?;
             Some(aside)
         }
@@ -162,9 +164,19 @@ fn read_record(path: &Path) -> Result<Option<RunRecord>> {
     match std::fs::read_to_string(&file) {
         Ok(text) => match serde_json::from_str(&text) {
             Ok(record) => Ok(Some(record)),
-            Err(error) => Err(Fault::user(format!("{}: no record of a run: {error}; choose another --out", file.display()))),
+            Err(error) => Err(Fault::user(format!(
+                "{}: no record of a run: {error}; choose another --out",
+                file.display()
+            ))),
         },
-        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => Ok(None),
+        Err(error)
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(None)
+        }
         Err(error) => Err(error).with_context(|| format!("failed to read {}", file.display())),
     }
 }
@@ -174,7 +186,9 @@ fn is_empty(path: &Path) -> Result<bool> {
     if !path.is_dir() {
         return Ok(false);
     }
-    for entry in std::fs::read_dir(path).with_context(|| format!("failed to read {}", path.display()))? {
+    for entry in
+        std::fs::read_dir(path).with_context(|| format!("failed to read {}", path.display()))?
+    {
         let name = entry?.file_name();
         if ![LOCK, RECORD_BESIDE, CONFIG].iter().any(|own| name == *own) {
             return Ok(false);
@@ -192,7 +206,8 @@ fn lock(path: &Path) -> Result<File> {
         let mut owner = String::new();
         // The number only makes the message more useful; the lock itself decides.
         let _ = held.read_to_string(&mut owner);
-        let owner = if owner.is_empty() { String::new() } else { format!(" (process {})", owner.trim()) };
+        let owner =
+            if owner.is_empty() { String::new() } else { format!(" (process {})", owner.trim()) };
         return Err(Fault::user(format!(
             "another run works in {}{owner}; wait for it, stop it, or choose another --out",
             path.display()
@@ -201,7 +216,10 @@ fn lock(path: &Path) -> Result<File> {
     // The folder may have been moved aside between opening and locking: then this is the lock of the old one.
     let now = std::fs::metadata(&file).map(|metadata| metadata.ino()).ok();
     if now != Some(held.metadata()?.ino()) {
-        return Err(Fault::user(format!("another run has just moved {} aside; try again", path.display())));
+        return Err(Fault::user(format!(
+            "another run has just moved {} aside; try again",
+            path.display()
+        )));
     }
     held.set_len(0)?;
     held.rewind()?;
@@ -211,8 +229,10 @@ fn lock(path: &Path) -> Result<File> {
 
 /// Renames the folder to the first free `NAME.old-N`.
 fn move_aside(path: &Path) -> Result<PathBuf> {
-    let name = path.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned());
-    let aside = (1..).map(|n| path.with_file_name(format!("{name}.old-{n}"))).find(|aside| !aside.exists());
+    let name =
+        path.file_name().map_or_else(|| "run".into(), |name| name.to_string_lossy().into_owned());
+    let aside =
+        (1..).map(|n| path.with_file_name(format!("{name}.old-{n}"))).find(|aside| !aside.exists());
     let aside = aside.expect("some number is free");
     std::fs::rename(path, &aside)
         .with_context(|| format!("failed to move {} to {}", path.display(), aside.display()))?;
@@ -223,7 +243,8 @@ fn write_record(path: &Path, record: &RunRecord) -> Result<()> {
     let text = serde_json::to_string_pretty(record).expect("a record is plain data");
     let beside = path.join(RECORD_BESIDE);
     write_synced(&beside, text.as_bytes())?;
-    std::fs::rename(&beside, path.join(RECORD)).with_context(|| format!("failed to write {RECORD} in {}", path.display()))?;
+    std::fs::rename(&beside, path.join(RECORD))
+        .with_context(|| format!("failed to write {RECORD} in {}", path.display()))?;
     File::open(path)?.sync_all().with_context(|| format!("failed to sync {}", path.display()))
 }
 
@@ -240,7 +261,9 @@ fn write_synced(file: &Path, bytes: &[u8]) -> Result<()> {
 fn differences(path: &Path, loaded: &Loaded) -> String {
     let parse = |text: &str| text.parse::<toml::Table>().ok();
     let old = std::fs::read_to_string(path.join(CONFIG)).ok().and_then(|text| parse(&text));
-    let (Some(old), Some(new)) = (old, parse(&loaded.resolved_toml())) else { return String::new() };
+    let (Some(old), Some(new)) = (old, parse(&loaded.resolved_toml())) else {
+        return String::new();
+    };
     let mut keys = Vec::new();
     compare(&toml::Value::Table(old), &toml::Value::Table(new), "", &mut keys);
     keys.retain(|key| key != "engine.threads" && !key.starts_with("console"));
@@ -266,7 +289,10 @@ fn compare(old: &toml::Value, new: &toml::Value, path: &str, keys: &mut Vec<Stri
         }
         (Array(old), Array(new)) if old.len() == new.len() => {
             for (index, (old, new)) in old.iter().zip(new).enumerate() {
-                let name = new.get("name").and_then(toml::Value::as_str).map_or_else(|| index.to_string(), str::to_string);
+                let name = new
+                    .get("name")
+                    .and_then(toml::Value::as_str)
+                    .map_or_else(|| index.to_string(), str::to_string);
                 compare(old, new, &at(&name), keys);
             }
         }

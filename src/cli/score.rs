@@ -58,7 +58,11 @@ struct Scored<'a> {
 pub fn run(args: ScoreArgs) -> Result<()> {
     let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
     let sequences = read(&args.input, &model.tokenizer)?;
-    let logprobs = if args.decode { decode(&mut model, &sequences)? } else { forward(&mut model, &sequences)? };
+    let logprobs = if args.decode {
+        decode(&mut model, &sequences)?
+    } else {
+        forward(&mut model, &sequences)?
+    };
     let (mut total, mut count) = (0.0, 0);
     for (tokens, own) in sequences.iter().zip(&logprobs) {
         let sum: f64 = own.iter().map(|l| f64::from(*l)).sum();
@@ -68,7 +72,11 @@ pub fn run(args: ScoreArgs) -> Result<()> {
             let logprobs = std::iter::once(None).chain(own.iter().copied().map(Some)).collect();
             say_json(&Scored { tokens, logprobs })?;
         } else {
-            say(&format!("{} tokens, mean log-probability {:.4}", tokens.len(), sum / own.len().max(1) as f64))?;
+            say(&format!(
+                "{} tokens, mean log-probability {:.4}",
+                tokens.len(),
+                sum / own.len().max(1) as f64
+            ))?;
         }
     }
     match args.json {
@@ -82,10 +90,13 @@ fn read(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
     let mut sequences = Vec::new();
     while let Some(line) = lines.next().transpose()? {
         let wanted = "expected {\"text\": \"...\"} or {\"tokens\": [...]}";
-        let input: Input = serde_json::from_str(&line.text).map_err(|_| lines.fault(line.index, wanted))?;
+        let input: Input =
+            serde_json::from_str(&line.text).map_err(|_| lines.fault(line.index, wanted))?;
         let tokens = match input {
             Input::Tokens { tokens } => tokens,
-            Input::Text { text } => tokenizer.added_bos().into_iter().chain(tokenizer.encode_text(&text)).collect(),
+            Input::Text { text } => {
+                tokenizer.added_bos().into_iter().chain(tokenizer.encode_text(&text)).collect()
+            }
         };
         if tokens.is_empty() {
             return Err(lines.fault(line.index, "there is no token to score"));
@@ -98,7 +109,8 @@ fn read(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
 fn forward(model: &mut OpenModel, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
     model.engine.enter_phase(Phase::Score)?;
     let first = vec![1; sequences.len()];
-    let job = ScoreJob { role: Role::Policy, sequences: sequences.to_vec(), temperature: 1.0, first };
+    let job =
+        ScoreJob { role: Role::Policy, sequences: sequences.to_vec(), temperature: 1.0, first };
     let logprobs = |score| match score {
         SequenceScore::Logprobs(logprobs) => logprobs,
         SequenceScore::Reward(_) => unreachable!("a policy gives log-probabilities"),

@@ -113,8 +113,16 @@ pub struct WordMachineConfig {
 impl Default for WordMachineConfig {
     fn default() -> Self {
         WordMachineConfig {
-            words: String::new(), pages: 24_000, transcript_share: 0.6, conversations: 2400, direct_share: 0.75, pairs: 768,
-            held_out_pairs: 300, prompts: 2000, held_out: 400, secrets: 100,
+            words: String::new(),
+            pages: 24_000,
+            transcript_share: 0.6,
+            conversations: 2400,
+            direct_share: 0.75,
+            pairs: 768,
+            held_out_pairs: 300,
+            prompts: 2000,
+            held_out: 400,
+            secrets: 100,
         }
     }
 }

@@ -126,7 +126,9 @@ impl Node {
 
     /// Sets a key, in place of an earlier value. Only for tables.
     pub fn put(&mut self, entry: Entry) {
-        let Value::Table(entries) = &mut self.value else { unreachable!("put is called on tables") };
+        let Value::Table(entries) = &mut self.value else {
+            unreachable!("put is called on tables")
+        };
         match entries.iter_mut().find(|old| old.key == entry.key) {
             Some(old) => *old = entry,
             None => entries.push(entry),
@@ -172,10 +174,12 @@ impl Node {
                 },
                 None => self.place.clone(),
             },
-            Value::List(items) => match first.parse::<usize>().ok().and_then(|index| items.get(index)) {
-                Some(item) => item.place_of(rest),
-                None => self.place.clone(),
-            },
+            Value::List(items) => {
+                match first.parse::<usize>().ok().and_then(|index| items.get(index)) {
+                    Some(item) => item.place_of(rest),
+                    None => self.place.clone(),
+                }
+            }
             _ => self.place.clone(),
         }
     }
@@ -199,7 +203,10 @@ impl Source {
         let file: Arc<str> = path.display().to_string().into();
         match std::fs::read_to_string(path) {
             Ok(text) => Ok(Source { file, text }),
-            Err(error) => Err(ConfigError { place: Place::File(file), message: format!("cannot be read: {error}") }),
+            Err(error) => Err(ConfigError {
+                place: Place::File(file),
+                message: format!("cannot be read: {error}"),
+            }),
         }
     }
 
@@ -249,15 +256,24 @@ pub fn parse_value(text: &str, place: &Place) -> Result<Node, ConfigError> {
             place: place.clone(),
             message: format!("{text} is not a valid TOML value: {}", error.message().trim()),
         }),
-        Err(_) => Ok(Node { place: place.clone(), value: Value::Text(text.to_string()), lenient: false }),
+        Err(_) => {
+            Ok(Node { place: place.clone(), value: Value::Text(text.to_string()), lenient: false })
+        }
     }
 }
 
-fn from_table(table: DeTable<'_>, place: Place, at: &dyn Fn(usize) -> Place) -> Result<Node, ConfigError> {
+fn from_table(
+    table: DeTable<'_>,
+    place: Place,
+    at: &dyn Fn(usize) -> Place,
+) -> Result<Node, ConfigError> {
     let mut entries = Vec::new();
     for (key, value) in table {
         let place = at(key.span().start);
-        entries.push((key.span().start, Entry { key: key.into_inner().into_owned(), place, node: from_value(value, at)? }));
+        entries.push((
+            key.span().start,
+            Entry { key: key.into_inner().into_owned(), place, node: from_value(value, at)? },
+        ));
     }
     // The parser sorts keys; the order of the source is the order in which faults are reported.
     entries.sort_by_key(|(offset, _)| *offset);
@@ -265,27 +281,36 @@ fn from_table(table: DeTable<'_>, place: Place, at: &dyn Fn(usize) -> Place) -> 
     Ok(Node { place, value: Value::Table(entries), lenient: false })
 }
 
-fn from_value(value: Spanned<DeValue<'_>>, at: &dyn Fn(usize) -> Place) -> Result<Node, ConfigError> {
+fn from_value(
+    value: Spanned<DeValue<'_>>,
+    at: &dyn Fn(usize) -> Place,
+) -> Result<Node, ConfigError> {
     let place = at(value.span().start);
     let wrong = |message: String| ConfigError { place: place.clone(), message };
     let value = match value.into_inner() {
         DeValue::String(text) => Value::Text(text.into_owned()),
         DeValue::Boolean(value) => Value::Boolean(value),
-        DeValue::Integer(number) => Value::Integer(
-            i64::from_str_radix(number.as_str(), number.radix())
-                .map_err(|_| wrong(format!("{number} is too large a number; the largest is {}", i64::MAX)))?,
-        ),
+        DeValue::Integer(number) => {
+            Value::Integer(i64::from_str_radix(number.as_str(), number.radix()).map_err(|_| {
+                wrong(format!("{number} is too large a number; the largest is {}", i64::MAX))
+            })?)
+        }
         DeValue::Float(number) => {
-            let value = number.as_str().parse::<f64>().map_err(|_| wrong(format!("{number} is not a number")))?;
+            let value = number
+                .as_str()
+                .parse::<f64>()
+                .map_err(|_| wrong(format!("{number} is not a number")))?;
             if !value.is_finite() {
                 return Err(wrong(format!("{number} is not a finite number")));
             }
             Value::Float(value)
         }
-        DeValue::Datetime(date) => return Err(wrong(format!("{date} is a date, and no key takes one; quote it"))),
-        DeValue::Array(items) => {
-            Value::List(items.into_iter().map(|item| from_value(item, at)).collect::<Result<_, _>>()?)
+        DeValue::Datetime(date) => {
+            return Err(wrong(format!("{date} is a date, and no key takes one; quote it")));
         }
+        DeValue::Array(items) => Value::List(
+            items.into_iter().map(|item| from_value(item, at)).collect::<Result<_, _>>()?,
+        ),
         DeValue::Table(table) => return from_table(table, place, at),
     };
     Ok(Node { place, value, lenient: false })

@@ -32,9 +32,16 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         EngineConfig {
-            threads: 0, budget: None, offload: vec![Offload::Optimizer, Offload::Reference, Offload::RewardModels],
-            attention: AttentionForm::Expanded, page_tokens: 16, decode_batch: 128, mailbox: 64, deadline_seconds: 600,
-            restarts: 3, restart_window_seconds: 60,
+            threads: 0,
+            budget: None,
+            offload: vec![Offload::Optimizer, Offload::Reference, Offload::RewardModels],
+            attention: AttentionForm::Expanded,
+            page_tokens: 16,
+            decode_batch: 128,
+            mailbox: 64,
+            deadline_seconds: 600,
+            restarts: 3,
+            restart_window_seconds: 60,
         }
     }
 }
@@ -132,7 +139,18 @@ mod tests {
 
     #[test]
     fn bytes_are_read_with_their_units() {
-        for (text, bytes) in [("1.5 GiB", Some(1_610_612_736)), ("512 MiB", Some(536_870_912)), ("64KiB", Some(65_536)), ("9 B", Some(9)), ("77", Some(77)), ("1.5 GB", None), ("GiB", None), ("-1 B", None), ("1e9 GiB", None), ("", None)] {
+        for (text, bytes) in [
+            ("1.5 GiB", Some(1_610_612_736)),
+            ("512 MiB", Some(536_870_912)),
+            ("64KiB", Some(65_536)),
+            ("9 B", Some(9)),
+            ("77", Some(77)),
+            ("1.5 GB", None),
+            ("GiB", None),
+            ("-1 B", None),
+            ("1e9 GiB", None),
+            ("", None),
+        ] {
             assert_eq!(Bytes::parse(text), bytes.map(Bytes), "{text}");
         }
         assert_eq!(Bytes(1_610_612_736).to_string(), "1.50 GiB");

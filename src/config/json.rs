@@ -43,7 +43,9 @@ impl Walk<'_> {
         self.offset += 1;
         while !self.closes(b'}') {
             let place = self.source.place(self.offset);
-            let Json::String(key) = self.scalar() else { unreachable!("a key of valid JSON is a string") };
+            let Json::String(key) = self.scalar() else {
+                unreachable!("a key of valid JSON is a string")
+            };
             self.skip_space();
             self.offset += 1; // The colon.
             let node = self.node();

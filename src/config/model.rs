@@ -149,7 +149,9 @@ pub struct RopeScaling {
 impl ModelConfig {
     /// True if layer `index` is a mixture of experts.
     pub fn is_moe(&self, index: usize) -> bool {
-        self.n_routed_experts > 0 && index >= self.first_k_dense_replace && index % self.moe_layer_freq == 0
+        self.n_routed_experts > 0
+            && index >= self.first_k_dense_replace
+            && index % self.moe_layer_freq == 0
     }
 
     /// Elements of one token's cache entry in one layer: d_c + d_R.

@@ -3,7 +3,8 @@
 /// The nearest of `known` to `word` by edit distance, if any is near enough to be meant.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
-    let (distance, best) = known.into_iter().map(|candidate| (distance(&word, candidate), candidate)).min()?;
+    let (distance, best) =
+        known.into_iter().map(|candidate| (distance(&word, candidate), candidate)).min()?;
     // Two slips in a short word, more in a long one; anything further is another word.
     (distance <= 2.max(word.chars().count() / 3)).then_some(best)
 }

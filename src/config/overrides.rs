@@ -31,14 +31,17 @@ fn put(node: &mut Node, path: &[&str], value: Node, place: &Place) -> Result<(),
         }
         Value::Table(entries) => {
             if !entries.iter().any(|entry| entry.key == *first) {
-                let node = Node { place: place.clone(), value: Value::Table(Vec::new()), lenient: false };
+                let node =
+                    Node { place: place.clone(), value: Value::Table(Vec::new()), lenient: false };
                 entries.push(Entry { key: (*first).to_string(), place: place.clone(), node });
             }
-            let entry = entries.iter_mut().find(|entry| entry.key == *first).expect("it was just added");
+            let entry =
+                entries.iter_mut().find(|entry| entry.key == *first).expect("it was just added");
             put(&mut entry.node, rest, value, place)
         }
         Value::List(items) => {
-            let index = find(items, first).map_err(|message| ConfigError { place: place.clone(), message })?;
+            let index = find(items, first)
+                .map_err(|message| ConfigError { place: place.clone(), message })?;
             match rest.is_empty() {
                 true => items[index] = value,
                 false => return put(&mut items[index], rest, value, place),
@@ -47,24 +50,38 @@ fn put(node: &mut Node, path: &[&str], value: Node, place: &Place) -> Result<(),
         }
         _ => Err(ConfigError {
             place: place.clone(),
-            message: format!("`{first}` is set inside {}, which is {}, not a table", node.shown(), node.kind()),
+            message: format!(
+                "`{first}` is set inside {}, which is {}, not a table",
+                node.shown(),
+                node.kind()
+            ),
         }),
     }
 }
 
 /// The item that a name or number means.
 fn find(items: &[Node], word: &str) -> Result<usize, String> {
-    let names: Vec<&str> = items.iter().filter_map(|item| item.get("name").and_then(Node::text)).collect();
-    if let Some(index) = items.iter().position(|item| item.get("name").and_then(Node::text) == Some(word)) {
+    let names: Vec<&str> =
+        items.iter().filter_map(|item| item.get("name").and_then(Node::text)).collect();
+    if let Some(index) =
+        items.iter().position(|item| item.get("name").and_then(Node::text) == Some(word))
+    {
         return Ok(index);
     }
     match word.parse::<usize>() {
         Ok(index) if index < items.len() => Ok(index),
-        Ok(index) => Err(format!("there is no entry {index}: the list has {}, counted from 0", items.len())),
-        Err(_) if names.is_empty() => {
-            Err(format!("`{word}` is no number, and the list's {} entries have no names; count from 0", items.len()))
+        Ok(index) => {
+            Err(format!("there is no entry {index}: the list has {}, counted from 0", items.len()))
         }
-        Err(_) => Err(format!("no entry is named `{word}`{} (the names are {})", hint(word, &names), listed(&names))),
+        Err(_) if names.is_empty() => Err(format!(
+            "`{word}` is no number, and the list's {} entries have no names; count from 0",
+            items.len()
+        )),
+        Err(_) => Err(format!(
+            "no entry is named `{word}`{} (the names are {})",
+            hint(word, &names),
+            listed(&names)
+        )),
     }
 }
 
@@ -107,9 +124,18 @@ mod tests {
         for (assignment, message) in [
             ("seed", "--set seed: has no `=`; write it as table.key=value"),
             ("a..b=1", "--set a..b=1: has an empty key; write it as table.key=value"),
-            ("stage.algin.x=1", "--set stage.algin.x=1: no entry is named `algin`; did you mean `align`? (the names are `base` and `align`)"),
-            ("stage.7.x=1", "--set stage.7.x=1: there is no entry 7: the list has 2, counted from 0"),
-            ("seed.x=1", "--set seed.x=1: `x` is set inside 1, which is a whole number, not a table"),
+            (
+                "stage.algin.x=1",
+                "--set stage.algin.x=1: no entry is named `algin`; did you mean `align`? (the names are `base` and `align`)",
+            ),
+            (
+                "stage.7.x=1",
+                "--set stage.7.x=1: there is no entry 7: the list has 2, counted from 0",
+            ),
+            (
+                "seed.x=1",
+                "--set seed.x=1: `x` is set inside 1, which is a whole number, not a table",
+            ),
         ] {
             assert_eq!(apply(&mut document(), assignment).unwrap_err().to_string(), message);
         }

@@ -13,14 +13,22 @@ use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Visit
 use std::fmt::{self, Display};
 
 /// Reads a table as `T`. `elsewhere` are keys of the same table that others read.
-pub fn read<T: DeserializeOwned>(node: &Node, path: &str, elsewhere: &[&'static str]) -> Result<T, ConfigError> {
+pub fn read<T: DeserializeOwned>(
+    node: &Node,
+    path: &str,
+    elsewhere: &[&'static str],
+) -> Result<T, ConfigError> {
     let reader = Reader { node, path: path.to_string(), elsewhere };
     T::deserialize(reader).map_err(|fault| fault.at(node, path).into_inner())
 }
 
 /// Refuses keys of a table that are not in `known`.
 pub fn refuse_unknown(node: &Node, path: &str, known: &[&str]) -> Result<(), ConfigError> {
-    match node.entries().iter().find(|entry| !entry.node.lenient && !known.contains(&entry.key.as_str())) {
+    match node
+        .entries()
+        .iter()
+        .find(|entry| !entry.node.lenient && !known.contains(&entry.key.as_str()))
+    {
         Some(entry) => Err(unknown_key(entry, path, known)),
         None => Ok(()),
     }
@@ -67,7 +75,9 @@ impl ReadFault {
             ReadFault::Expected(what) => {
                 format!("{path} = {} is {}; expected {what}", node.shown(), node.kind())
             }
-            ReadFault::Missing(key) => format!("`{path}` has no key `{key}`, which has no default; add it"),
+            ReadFault::Missing(key) => {
+                format!("`{path}` has no key `{key}`, which has no default; add it")
+            }
             ReadFault::Word(word, known) => {
                 format!("{path} = {word:?} is not known{}", hint(&word, known))
             }
@@ -143,7 +153,9 @@ impl<'de> de::Deserializer<'de> for Reader<'_> {
             Value::Float(value) => visitor.visit_f64(*value),
             Value::Text(text) => visitor.visit_str(text),
             Value::List(items) => visitor.visit_seq(Items { items, next: 0, path: &self.path }),
-            Value::Table(entries) => visitor.visit_map(Entries { entries, next: 0, path: &self.path }),
+            Value::Table(entries) => {
+                visitor.visit_map(Entries { entries, next: 0, path: &self.path })
+            }
         };
         result.map_err(|fault| fault.at(self.node, &self.path))
     }
@@ -156,21 +168,29 @@ impl<'de> de::Deserializer<'de> for Reader<'_> {
     }
 
     fn deserialize_struct<V: Visitor<'de>>(
-        self, _: &'static str, fields: &'static [&'static str], visitor: V,
+        self,
+        _: &'static str,
+        fields: &'static [&'static str],
+        visitor: V,
     ) -> Result<V::Value, ReadFault> {
         let Value::Table(entries) = &self.node.value else {
             return Err(ReadFault::Expected("a table".to_string()).at(self.node, &self.path));
         };
         let known: Vec<&str> = fields.iter().chain(self.elsewhere).copied().collect();
-        refuse_unknown(self.node, &self.path, &known).map_err(|fault| ReadFault::Placed(Box::new(fault)))?;
-        let own: Vec<Entry> = entries.iter().filter(|entry| fields.contains(&entry.key.as_str())).cloned().collect();
+        refuse_unknown(self.node, &self.path, &known)
+            .map_err(|fault| ReadFault::Placed(Box::new(fault)))?;
+        let own: Vec<Entry> =
+            entries.iter().filter(|entry| fields.contains(&entry.key.as_str())).cloned().collect();
         visitor
             .visit_map(Entries { entries: &own, next: 0, path: &self.path })
             .map_err(|fault| fault.at(self.node, &self.path))
     }
 
     fn deserialize_enum<V: Visitor<'de>>(
-        self, _: &'static str, known: &'static [&'static str], visitor: V,
+        self,
+        _: &'static str,
+        known: &'static [&'static str],
+        visitor: V,
     ) -> Result<V::Value, ReadFault> {
         let result = match &self.node.value {
             Value::Text(text) => visitor.visit_enum(text.as_str().into_deserializer()),
@@ -195,7 +215,10 @@ struct Items<'a> {
 impl<'de> de::SeqAccess<'de> for Items<'_> {
     type Error = ReadFault;
 
-    fn next_element_seed<T: DeserializeSeed<'de>>(&mut self, seed: T) -> Result<Option<T::Value>, ReadFault> {
+    fn next_element_seed<T: DeserializeSeed<'de>>(
+        &mut self,
+        seed: T,
+    ) -> Result<Option<T::Value>, ReadFault> {
         let Some(node) = self.items.get(self.next) else { return Ok(None) };
         let path = format!("{}.{}", self.path, self.next);
         self.next += 1;
@@ -213,8 +236,15 @@ struct Entries<'a> {
 impl<'de> de::MapAccess<'de> for Entries<'_> {
     type Error = ReadFault;
 
-    fn next_key_seed<K: DeserializeSeed<'de>>(&mut self, seed: K) -> Result<Option<K::Value>, ReadFault> {
-        while self.entries.get(self.next).is_some_and(|entry| matches!(entry.node.value, Value::Null)) {
+    fn next_key_seed<K: DeserializeSeed<'de>>(
+        &mut self,
+        seed: K,
+    ) -> Result<Option<K::Value>, ReadFault> {
+        while self
+            .entries
+            .get(self.next)
+            .is_some_and(|entry| matches!(entry.node.value, Value::Null))
+        {
             self.next += 1;
         }
         match self.entries.get(self.next) {

@@ -18,7 +18,8 @@ use super::nearest::hint;
 use super::reader::{read, refuse_unknown};
 use super::stage::{EvalConfig, Gate};
 use super::{
-    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, Stage, StageKind, TokenizerConfig,
+    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, Stage, StageKind,
+    TokenizerConfig,
 };
 use super::{overrides, validate, validate_model};
 use serde::de::DeserializeOwned;
@@ -61,7 +62,8 @@ pub struct Loaded {
 }
 
 /// The tables and keys of a run's top level.
-const TABLES: [&str; 8] = ["seed", "model", "tokenizer", "data", "engine", "checkpoint", "console", "stage"];
+const TABLES: [&str; 8] =
+    ["seed", "model", "tokenizer", "data", "engine", "checkpoint", "console", "stage"];
 
 /// The kinds of stages.
 const KINDS: [&str; 5] = ["pretrain", "long-context", "sft", "reward-model", "grpo"];
@@ -73,14 +75,19 @@ impl RunConfig {
     /// Reads a TOML, lays `--set` assignments ("table.key=value") over it and checks all rules that need no data file.
     pub fn load(path: &Path, assignments: &[String]) -> Result<Loaded, ConfigError> {
         let source = Source::read(path)?;
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder =
+            path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let folder = std::fs::canonicalize(folder).unwrap_or_else(|_| folder.to_path_buf());
         let (config, document) = RunConfig::parse(&source, &folder, assignments)?;
         Ok(Loaded { config, file: path.to_path_buf(), folder, document })
     }
 
     /// `load` of a text that was read from `source`.
-    fn parse(source: &Source, folder: &Path, assignments: &[String]) -> Result<(RunConfig, Node), ConfigError> {
+    fn parse(
+        source: &Source,
+        folder: &Path,
+        assignments: &[String],
+    ) -> Result<(RunConfig, Node), ConfigError> {
         let mut document = parse_toml(source)?;
         for assignment in assignments {
             overrides::apply(&mut document, assignment)?;
@@ -90,7 +97,8 @@ impl RunConfig {
         let top: Top = read(&document, "", &TABLES)?;
         let config = RunConfig {
             seed: top.seed,
-            model: table(&document, "model", &["config"])?.expect("`resolve_model` refuses a run without it"),
+            model: table(&document, "model", &["config"])?
+                .expect("`resolve_model` refuses a run without it"),
             tokenizer: table(&document, "tokenizer", &[])?.unwrap_or_default(),
             data: table(&document, "data", &[])?.unwrap_or_default(),
             engine: table(&document, "engine", &[])?.unwrap_or_default(),
@@ -172,7 +180,9 @@ fn one() -> u64 {
 }
 
 fn table<T: DeserializeOwned>(
-    document: &Node, name: &'static str, elsewhere: &[&'static str],
+    document: &Node,
+    name: &'static str,
+    elsewhere: &[&'static str],
 ) -> Result<Option<T>, ConfigError> {
     document.get(name).map(|node| read(node, name, elsewhere)).transpose()
 }
@@ -186,7 +196,11 @@ fn resolve_model(document: &mut Node, folder: &Path) -> Result<(), ConfigError> 
     let mut node = written.clone();
     if let Some(config) = written.take("config") {
         let Some(name) = config.node.text() else {
-            let message = format!("model.config = {} is {}; expected a path", config.node.shown(), config.node.kind());
+            let message = format!(
+                "model.config = {} is {}; expected a path",
+                config.node.shown(),
+                config.node.kind()
+            );
             return Err(ConfigError { place: config.node.place, message });
         };
         let source = Source::read(&folder.join(name)).map_err(|fault| ConfigError {
@@ -195,7 +209,8 @@ fn resolve_model(document: &mut Node, folder: &Path) -> Result<(), ConfigError> 
         })?;
         node = parse_json(&source)?;
         if !matches!(node.value, Value::Table(_)) {
-            let message = format!("a model's config.json is an object, and this is {}", node.kind());
+            let message =
+                format!("a model's config.json is an object, and this is {}", node.kind());
             return Err(ConfigError { place: node.place, message });
         }
         unify_rope(&mut node);
@@ -227,7 +242,8 @@ fn unify_rope(model: &mut Node) {
     if let Some(theta) = parameters.node.take("rope_theta") {
         model.put(theta);
     }
-    let kind = ["rope_type", "type"].iter().find_map(|key| parameters.node.get(key).and_then(Node::text));
+    let kind =
+        ["rope_type", "type"].iter().find_map(|key| parameters.node.get(key).and_then(Node::text));
     if kind.is_some_and(|kind| kind != "default") {
         parameters.key = "rope_scaling".to_string();
         model.put(parameters);
@@ -263,7 +279,8 @@ fn stage(node: &Node, index: usize) -> Result<Stage, ConfigError> {
         return Err(ConfigError { place: node.place.clone(), message });
     }
     let Some(kind) = node.get("kind") else {
-        let message = format!("`{path}` has no `kind`; it is one of {}", super::nearest::listed(&KINDS));
+        let message =
+            format!("`{path}` has no `kind`; it is one of {}", super::nearest::listed(&KINDS));
         return Err(ConfigError { place: node.place.clone(), message });
     };
     let kind = match kind.text() {
@@ -284,7 +301,13 @@ fn stage(node: &Node, index: usize) -> Result<Stage, ConfigError> {
         entries.retain(|entry| STAGE_KEYS.contains(&entry.key.as_str()));
     }
     let head: StageHead = read(&head, &path, &["kind"])?;
-    Ok(Stage { name: head.name, start_from: head.start_from, eval: head.eval, gate: head.gate, kind })
+    Ok(Stage {
+        name: head.name,
+        start_from: head.start_from,
+        eval: head.eval,
+        gate: head.gate,
+        kind,
+    })
 }
 
 #[cfg(test)]

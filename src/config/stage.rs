@@ -85,9 +85,17 @@ pub struct OptimizerConfig {
 impl Default for OptimizerConfig {
     fn default() -> Self {
         OptimizerConfig {
-            learning_rate: 1e-3, warmup_steps: 0, schedule: Schedule::Constant, final_share: 0.1,
-            decay_at: vec![0.6, 0.9], decay_factor: 0.316, beta1: 0.9, beta2: 0.95, epsilon: 1e-8,
-            weight_decay: 0.1, clip: 1.0,
+            learning_rate: 1e-3,
+            warmup_steps: 0,
+            schedule: Schedule::Constant,
+            final_share: 0.1,
+            decay_at: vec![0.6, 0.9],
+            decay_factor: 0.316,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            clip: 1.0,
         }
     }
 }

@@ -57,7 +57,12 @@ pub struct Rules<'a> {
 
 impl Rules<'_> {
     /// A fault at `path` unless `holds`.
-    pub fn require(&self, holds: bool, path: &[&str], message: impl FnOnce() -> String) -> Result<(), ConfigError> {
+    pub fn require(
+        &self,
+        holds: bool,
+        path: &[&str],
+        message: impl FnOnce() -> String,
+    ) -> Result<(), ConfigError> {
         match holds {
             true => Ok(()),
             false => Err(ConfigError { place: self.document.place_of(path), message: message() }),
@@ -65,7 +70,13 @@ impl Rules<'_> {
     }
 
     /// The set that the key at `path` names; it must hold one of `schemas`.
-    pub fn set(&self, path: &[&str], key: &str, name: &str, schemas: &[Schema]) -> Result<&SetConfig, ConfigError> {
+    pub fn set(
+        &self,
+        path: &[&str],
+        key: &str,
+        name: &str,
+        schemas: &[Schema],
+    ) -> Result<&SetConfig, ConfigError> {
         let sets = &self.config.data.sets;
         let Some(set) = sets.get(name) else {
             let names: Vec<&str> = sets.keys().map(String::as_str).collect();
@@ -99,7 +110,9 @@ impl Rules<'_> {
             ("checkpoint", "every_seconds", checkpoint.every_seconds),
         ];
         for (table, key, value) in least_one {
-            self.require(value > 0, &[table, key], || format!("{table}.{key} = 0 must be at least 1"))?;
+            self.require(value > 0, &[table, key], || {
+                format!("{table}.{key} = 0 must be at least 1")
+            })?;
         }
         self.require(checkpoint.keep > 0, &["checkpoint", "keep"], || {
             "checkpoint.keep = 0 would keep nothing to resume from; use at least 1".to_string()
@@ -115,7 +128,9 @@ impl Rules<'_> {
             if let Some(file) = set.file.strip_prefix("run:") {
                 self.generated(&path("file"), name, file)?;
             }
-            self.require(!set.file.is_empty(), &path("file"), || format!("data.sets.{name}.file is empty"))?;
+            self.require(!set.file.is_empty(), &path("file"), || {
+                format!("data.sets.{name}.file is empty")
+            })?;
             if let Some(Split { of, from, to }) = set.split {
                 self.require(from < to && to <= of, &path("split"), || {
                     format!("data.sets.{name}.split takes lines with from <= index % of < to; from = {from}, to = {to} and of = {of} take none")
@@ -126,7 +141,10 @@ impl Rules<'_> {
             })?;
             let takes_chat = matches!(set.schema, Schema::Prompts | Schema::Preferences);
             self.require(!set.chat || takes_chat, &path("chat"), || {
-                format!("data.sets.{name}.chat wraps prompts, and schema \"{}\" has none; leave it out", schema_name(set.schema))
+                format!(
+                    "data.sets.{name}.chat wraps prompts, and schema \"{}\" has none; leave it out",
+                    schema_name(set.schema)
+                )
             })?;
             let fields = &set.fields;
             let mapped = [
@@ -166,9 +184,12 @@ impl Rules<'_> {
         let Some(machine) = &self.config.data.word_machine else { return Ok(()) };
         let path = |key| ["data", "word_machine", key];
         self.require(!machine.words.is_empty(), &path("words"), || {
-            "data.word_machine.words names no text; give a file whose four-letter words are used".to_string()
+            "data.word_machine.words names no text; give a file whose four-letter words are used"
+                .to_string()
         })?;
-        for (key, share) in [("transcript_share", machine.transcript_share), ("direct_share", machine.direct_share)] {
+        for (key, share) in
+            [("transcript_share", machine.transcript_share), ("direct_share", machine.direct_share)]
+        {
             self.require((0.0..=1.0).contains(&share), &path(key), || {
                 format!("data.word_machine.{key} = {share} is a share; it must lie between 0 and 1")
             })?;
@@ -183,7 +204,9 @@ impl Rules<'_> {
             ("secrets", machine.secrets),
         ];
         for (key, count) in counts {
-            self.require(count > 0, &path(key), || format!("data.word_machine.{key} = 0 must be at least 1"))?;
+            self.require(count > 0, &path(key), || {
+                format!("data.word_machine.{key} = 0 must be at least 1")
+            })?;
         }
         Ok(())
     }
@@ -195,7 +218,11 @@ impl Rules<'_> {
         })?;
         let known = tokenizer.split.is_empty() || SPLITS.contains(&tokenizer.split.as_str());
         self.require(known, &["tokenizer", "split"], || {
-            format!("tokenizer.split = {:?} is not known{}", tokenizer.split, hint(&tokenizer.split, &SPLITS))
+            format!(
+                "tokenizer.split = {:?} is not known{}",
+                tokenizer.split,
+                hint(&tokenizer.split, &SPLITS)
+            )
         })?;
         for (index, name) in tokenizer.train_on.iter().enumerate() {
             let path = ["tokenizer", "train_on", &index.to_string()];
@@ -209,13 +236,16 @@ impl Rules<'_> {
             format!("tokenizer.vocab_size = {size} exceeds model.vocab_size = {vocabulary}; lower it or raise the model's")
         })?;
         self.require(!tokenizer.train_on.is_empty(), &["tokenizer"], || {
-            "[tokenizer] has vocab_size but no `train_on`; name the data sets that it is trained on".to_string()
+            "[tokenizer] has vocab_size but no `train_on`; name the data sets that it is trained on"
+                .to_string()
         })
     }
 
     fn stage_names(&self) -> Result<(), ConfigError> {
         let stages = &self.config.stages;
-        self.require(!stages.is_empty(), &[], || "the run has no [[stage]]; add at least one".to_string())?;
+        self.require(!stages.is_empty(), &[], || {
+            "the run has no [[stage]]; add at least one".to_string()
+        })?;
         for (index, stage) in stages.iter().enumerate() {
             let (name, at) = (&stage.name, index.to_string());
             let path = ["stage", at.as_str(), "name"];
@@ -224,8 +254,11 @@ impl Rules<'_> {
             self.require(plain && begins_well && name.len() <= 64, &path, || {
                 format!("stage {index} has the name {name:?}, which is no file name everywhere; use up to 64 letters, digits, `-`, `_` and `.`, the first a letter or digit")
             })?;
-            let twice = stages[..index].iter().any(|earlier| earlier.name.eq_ignore_ascii_case(name));
-            self.require(!twice, &path, || format!("two stages are named {name:?}; names must differ"))?;
+            let twice =
+                stages[..index].iter().any(|earlier| earlier.name.eq_ignore_ascii_case(name));
+            self.require(!twice, &path, || {
+                format!("two stages are named {name:?}; names must differ")
+            })?;
         }
         Ok(())
     }
@@ -236,7 +269,11 @@ impl Rules<'_> {
             let index = index.to_string();
             let path = ["data", "held_out", index.as_str()];
             self.set(&path, &format!("data.held_out.{index}"), name, &[])?;
-            let trained_by = self.config.stages.iter().find(|stage| trained_sets(&stage.kind).contains(&name.as_str()));
+            let trained_by = self
+                .config
+                .stages
+                .iter()
+                .find(|stage| trained_sets(&stage.kind).contains(&name.as_str()));
             self.require(trained_by.is_none(), &path, || {
                 let stage = trained_by.map_or("", |stage| &stage.name);
                 format!("data.held_out.{index} = {name:?} is trained on by stage {stage:?}; take it out of one of them")
@@ -250,7 +287,9 @@ impl Rules<'_> {
 fn trained_sets(kind: &StageKind) -> Vec<&str> {
     match kind {
         StageKind::Pretrain(stage) => stage.data.iter().map(|entry| entry.set.as_str()).collect(),
-        StageKind::LongContext(stage) => stage.data.iter().map(|entry| entry.set.as_str()).collect(),
+        StageKind::LongContext(stage) => {
+            stage.data.iter().map(|entry| entry.set.as_str()).collect()
+        }
         StageKind::Sft(stage) => vec![&stage.data],
         StageKind::RewardModel(stage) => vec![&stage.data],
         StageKind::Grpo(stage) => vec![&stage.data],

@@ -18,17 +18,29 @@ impl StageRules<'_> {
             ("updates", stage.updates),
         ])?;
         self.require(stage.group_size >= 2, &["group_size"], |key| {
-            format!("{key} = {} must be at least 2: an advantage compares the rollouts of a group", stage.group_size)
+            format!(
+                "{key} = {} must be at least 2: an advantage compares the rollouts of a group",
+                stage.group_size
+            )
         })?;
         self.new_tokens(&["max_new_tokens"], tokens, reach)?;
         self.require(stage.temperature > 0.0, &["temperature"], |key| {
-            format!("{key} = {} must be above 0: greedy rollouts of a group are all equal", stage.temperature)
+            format!(
+                "{key} = {} must be above 0: greedy rollouts of a group are all equal",
+                stage.temperature
+            )
         })?;
         self.require(stage.top_p == 1.0, &["top_p"], |key| {
-            format!("{key} = {} is refused: truncated sampling biases the ratio; use 1", stage.top_p)
+            format!(
+                "{key} = {} is refused: truncated sampling biases the ratio; use 1",
+                stage.top_p
+            )
         })?;
         self.require(stage.top_k == 0, &["top_k"], |key| {
-            format!("{key} = {} is refused: truncated sampling biases the ratio; use 0", stage.top_k)
+            format!(
+                "{key} = {} is refused: truncated sampling biases the ratio; use 0",
+                stage.top_k
+            )
         })?;
         self.require(stage.clip > 0.0 && stage.clip < 1.0, &["clip"], |key| {
             format!("{key} = {} must lie between 0 and 1; the usual value is 0.2", stage.clip)
@@ -37,10 +49,14 @@ impl StageRules<'_> {
             format!("{key} = {} must not be negative; 0 needs no reference model", stage.kl_weight)
         })?;
         self.require(stage.deviation_epsilon > 0.0, &["deviation_epsilon"], |key| {
-            format!("{key} = {} must be above 0, or a group of equal rewards divides by 0", stage.deviation_epsilon)
+            format!(
+                "{key} = {} must be above 0, or a group of equal rewards divides by 0",
+                stage.deviation_epsilon
+            )
         })?;
         if let Some(after) = &stage.after {
-            let ran = self.earlier.iter().any(|stage| stage.name == *after && stage.kind.makes_policy());
+            let ran =
+                self.earlier.iter().any(|stage| stage.name == *after && stage.kind.makes_policy());
             self.require(ran, &["after"], |key| {
                 format!("{key} = {after:?} is no policy stage that runs before this one; put it first or leave `after` out")
             })?;
@@ -53,8 +69,12 @@ impl StageRules<'_> {
         self.require(!stage.reward.is_empty(), &["reward"], |key| {
             format!("{key} is empty; add an entry such as {{ verifier = \"exact\", weight = 1.0 }}")
         })?;
-        let models: Vec<&str> =
-            self.earlier.iter().filter(|stage| !stage.kind.makes_policy()).map(|stage| stage.name.as_str()).collect();
+        let models: Vec<&str> = self
+            .earlier
+            .iter()
+            .filter(|stage| !stage.kind.makes_policy())
+            .map(|stage| stage.name.as_str())
+            .collect();
         for (index, entry) in stage.reward.iter().enumerate() {
             let at = index.to_string();
             self.require(entry.verifier.is_some() != entry.model.is_some(), &["reward", &at], |key| {
@@ -72,9 +92,11 @@ impl StageRules<'_> {
                     format!("{key} is for verifiers; a model's score has no partly right answer")
                 })?;
             }
-            self.require((0.0..=1.0).contains(&entry.partial), &["reward", &at, "partial"], |key| {
-                format!("{key} = {} is a share; it must lie between 0 and 1", entry.partial)
-            })?;
+            self.require(
+                (0.0..=1.0).contains(&entry.partial),
+                &["reward", &at, "partial"],
+                |key| format!("{key} = {} is a share; it must lie between 0 and 1", entry.partial),
+            )?;
             let name = entry.name();
             let twice = stage.reward[..index].iter().any(|earlier| earlier.name() == name);
             self.require(!twice, &["reward", &at], |key| {

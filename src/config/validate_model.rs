@@ -21,7 +21,12 @@ struct ModelRules<'a> {
 }
 
 impl ModelRules<'_> {
-    fn require(&self, holds: bool, key: &str, message: impl FnOnce() -> String) -> Result<(), ConfigError> {
+    fn require(
+        &self,
+        holds: bool,
+        key: &str,
+        message: impl FnOnce() -> String,
+    ) -> Result<(), ConfigError> {
         if holds {
             return Ok(());
         }
@@ -35,16 +40,21 @@ impl ModelRules<'_> {
         let node = self.path.iter().try_fold(self.document, |node, key| node.get(key));
         let kind = node.and_then(|node| node.get("model_type")).and_then(Node::text);
         self.require(kind.is_none_or(|kind| kind == "deepseek_v2"), "model_type", || {
-            format!("model.model_type = {:?} is another architecture; only \"deepseek_v2\" is built", kind.unwrap_or(""))
+            format!(
+                "model.model_type = {:?} is another architecture; only \"deepseek_v2\" is built",
+                kind.unwrap_or("")
+            )
         })?;
         self.require(model.hidden_act == "silu", "hidden_act", || {
             format!("model.hidden_act = {:?} is not built; use \"silu\"", model.hidden_act)
         })?;
         self.require(!model.attention_bias, "attention_bias", || {
-            "model.attention_bias = true is not built, and DeepSeek-V2 has no biases; use false".to_string()
+            "model.attention_bias = true is not built, and DeepSeek-V2 has no biases; use false"
+                .to_string()
         })?;
         self.require(model.seq_aux, "seq_aux", || {
-            "model.seq_aux = false is not built: the balance loss is per sequence; use true".to_string()
+            "model.seq_aux = false is not built: the balance loss is per sequence; use true"
+                .to_string()
         })
     }
 
@@ -67,17 +77,27 @@ impl ModelRules<'_> {
             self.require(size > 0, key, || format!("model.{key} = 0 must be at least 1"))?;
         }
         self.require(model.q_lora_rank != Some(0), "q_lora_rank", || {
-            "model.q_lora_rank = 0 must be at least 1; for no query compression leave it out (null)".to_string()
+            "model.q_lora_rank = 0 must be at least 1; for no query compression leave it out (null)"
+                .to_string()
         })?;
         self.require(model.qk_rope_head_dim.is_multiple_of(2), "qk_rope_head_dim", || {
-            format!("model.qk_rope_head_dim = {} is odd, and RoPE turns pairs; make it even", model.qk_rope_head_dim)
+            format!(
+                "model.qk_rope_head_dim = {} is odd, and RoPE turns pairs; make it even",
+                model.qk_rope_head_dim
+            )
         })?;
-        let ids =
-            [("bos_token_id", model.bos_token_id), ("eos_token_id", model.eos_token_id), ("pad_token_id", model.pad_token_id)];
+        let ids = [
+            ("bos_token_id", model.bos_token_id),
+            ("eos_token_id", model.eos_token_id),
+            ("pad_token_id", model.pad_token_id),
+        ];
         for (key, id) in ids {
             self.require(id.is_none_or(|id| (id as usize) < model.vocab_size), key, || {
                 let id = id.unwrap_or_default();
-                format!("model.{key} = {id} is no token of model.vocab_size = {}; ids start at 0", model.vocab_size)
+                format!(
+                    "model.{key} = {id} is no token of model.vocab_size = {}; ids start at 0",
+                    model.vocab_size
+                )
             })?;
         }
         Ok(())
@@ -101,7 +121,10 @@ impl ModelRules<'_> {
             )
         })?;
         self.require((1..=groups).contains(&model.topk_group), "topk_group", || {
-            format!("model.topk_group = {} must lie between 1 and model.n_group = {groups}", model.topk_group)
+            format!(
+                "model.topk_group = {} must lie between 1 and model.n_group = {groups}",
+                model.topk_group
+            )
         })?;
         let kept = match model.topk_method {
             TopkMethod::Greedy => experts,
@@ -129,7 +152,10 @@ impl ModelRules<'_> {
             format!("model.rope_theta = {} must be above 1; the paper's is 10000", model.rope_theta)
         })?;
         self.require(model.aux_loss_alpha >= 0.0, "aux_loss_alpha", || {
-            format!("model.aux_loss_alpha = {} must not be negative; 0 turns the balance loss off", model.aux_loss_alpha)
+            format!(
+                "model.aux_loss_alpha = {} must not be negative; 0 turns the balance loss off",
+                model.aux_loss_alpha
+            )
         })
     }
 
@@ -139,7 +165,10 @@ impl ModelRules<'_> {
             format!("model.rope_scaling.type = {:?} is not built; use \"yarn\" or leave rope_scaling out", yarn.kind)
         })?;
         self.require(yarn.factor >= 1.0, "rope_scaling.factor", || {
-            format!("model.rope_scaling.factor = {} must be at least 1: YaRN only lengthens", yarn.factor)
+            format!(
+                "model.rope_scaling.factor = {} must be at least 1: YaRN only lengthens",
+                yarn.factor
+            )
         })?;
         self.require(yarn.original_max_position_embeddings > 0, "rope_scaling.original_max_position_embeddings", || {
             "model.rope_scaling.original_max_position_embeddings = 0 must be the length of pretraining".to_string()

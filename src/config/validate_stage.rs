@@ -14,7 +14,12 @@ pub fn stages(rules: &Rules<'_>) -> Result<(), ConfigError> {
     // The longest sequence of each stage's result; a long-context stage lengthens it.
     let mut reaches = Vec::new();
     for (index, stage) in rules.config.stages.iter().enumerate() {
-        let checked = StageRules { rules, stage, index: index.to_string(), earlier: &rules.config.stages[..index] };
+        let checked = StageRules {
+            rules,
+            stage,
+            index: index.to_string(),
+            earlier: &rules.config.stages[..index],
+        };
         let before = match checked.start()? {
             Some(from) => reaches[from],
             None => checked.first_reach(),
@@ -38,7 +43,12 @@ pub(super) struct StageRules<'a> {
 }
 
 impl StageRules<'_> {
-    pub(super) fn require(&self, holds: bool, path: &[&str], message: impl FnOnce(String) -> String) -> Result<(), ConfigError> {
+    pub(super) fn require(
+        &self,
+        holds: bool,
+        path: &[&str],
+        message: impl FnOnce(String) -> String,
+    ) -> Result<(), ConfigError> {
         self.rules.require(holds, &self.path(path), || message(self.key(path)))
     }
 
@@ -51,7 +61,12 @@ impl StageRules<'_> {
         format!("stage.{}.{}", self.stage.name, path.join("."))
     }
 
-    pub(super) fn set(&self, path: &[&str], name: &str, schemas: &[Schema]) -> Result<(), ConfigError> {
+    pub(super) fn set(
+        &self,
+        path: &[&str],
+        name: &str,
+        schemas: &[Schema],
+    ) -> Result<(), ConfigError> {
         self.rules.set(&self.path(path), &self.key(path), name, schemas).map(|_| ())
     }
 
@@ -80,7 +95,9 @@ impl StageRules<'_> {
             format!("stage {name} starts from {start:?}, which does not run before it; put that stage first")
         })?;
         self.require(self.rules.folder.join(start).is_dir(), &["start_from"], |_| {
-            format!("stage {name} starts from {start:?}, which is neither an earlier stage nor a folder")
+            format!(
+                "stage {name} starts from {start:?}, which is neither an earlier stage nor a folder"
+            )
         })?;
         Ok(None)
     }
@@ -100,7 +117,10 @@ impl StageRules<'_> {
                 self.above_zero(&[("steps", stage.steps), ("batch", stage.batch as u64)])?;
                 self.sequence(stage.sequence, reach)?;
                 self.require(stage.batch_start <= stage.batch, &["batch_start"], |key| {
-                    format!("{key} = {} exceeds batch = {}; a ramp grows to `batch`", stage.batch_start, stage.batch)
+                    format!(
+                        "{key} = {} exceeds batch = {}; a ramp grows to `batch`",
+                        stage.batch_start, stage.batch
+                    )
                 })?;
                 self.share("batch_ramp", stage.batch_ramp)?;
                 self.optimizer(&stage.optimizer, Some(stage.steps))?;
@@ -133,13 +153,17 @@ impl StageRules<'_> {
         self.require(stage.beta_fast > stage.beta_slow && stage.beta_slow > 0.0, &["beta_fast"], |key| {
             format!("{key} = {} must be above beta_slow = {}, and that above 0; the paper's are 32 and 1", stage.beta_fast, stage.beta_slow)
         })?;
-        self.require(stage.mscale >= 0.0, &["mscale"], |key| format!("{key} = {} must not be negative", stage.mscale))?;
+        self.require(stage.mscale >= 0.0, &["mscale"], |key| {
+            format!("{key} = {} must not be negative", stage.mscale)
+        })?;
         let longer = (reach as f64 * stage.factor) as usize;
         self.require(stage.sequence <= longer, &["sequence"], |key| {
             let sequence = stage.sequence;
             format!("{key} = {sequence} exceeds {longer}, {reach} positions times factor = {}; raise factor", stage.factor)
         })?;
-        self.require(stage.sequence >= 2, &["sequence"], |key| format!("{key} = {} must be at least 2", stage.sequence))?;
+        self.require(stage.sequence >= 2, &["sequence"], |key| {
+            format!("{key} = {} must be at least 2", stage.sequence)
+        })?;
         self.optimizer(&stage.optimizer, Some(stage.steps))?;
         Ok(longer)
     }
@@ -152,20 +176,30 @@ impl StageRules<'_> {
             let at = index.to_string();
             self.set(&["data", &at, "set"], &entry.set, &DOCUMENTS)?;
             self.require(entry.share > 0.0, &["data", &at, "share"], |key| {
-                format!("{key} = {} must be above 0; to leave a set out, remove its entry", entry.share)
+                format!(
+                    "{key} = {} must be above 0; to leave a set out, remove its entry",
+                    entry.share
+                )
             })?;
         }
         Ok(())
     }
 
     fn sequence(&self, sequence: usize, reach: usize) -> Result<(), ConfigError> {
-        self.require(sequence >= 2, &["sequence"], |key| format!("{key} = {sequence} must be at least 2"))?;
+        self.require(sequence >= 2, &["sequence"], |key| {
+            format!("{key} = {sequence} must be at least 2")
+        })?;
         self.require(sequence <= reach, &["sequence"], |key| {
             format!("{key} = {sequence} exceeds the model's {reach} positions; lower it or raise model.max_position_embeddings")
         })
     }
 
-    pub(super) fn new_tokens(&self, path: &[&str], tokens: usize, reach: usize) -> Result<(), ConfigError> {
+    pub(super) fn new_tokens(
+        &self,
+        path: &[&str],
+        tokens: usize,
+        reach: usize,
+    ) -> Result<(), ConfigError> {
         self.require(tokens < reach, path, |key| {
             format!("{key} = {tokens} leaves no room for a prompt in the model's {reach} positions; lower it")
         })
@@ -177,11 +211,18 @@ impl StageRules<'_> {
         })
     }
 
-    pub(super) fn optimizer(&self, optimizer: &OptimizerConfig, steps: Option<u64>) -> Result<(), ConfigError> {
+    pub(super) fn optimizer(
+        &self,
+        optimizer: &OptimizerConfig,
+        steps: Option<u64>,
+    ) -> Result<(), ConfigError> {
         let path = |name| ["optimizer", name];
-        let above_zero = [("learning_rate", optimizer.learning_rate), ("epsilon", optimizer.epsilon)];
+        let above_zero =
+            [("learning_rate", optimizer.learning_rate), ("epsilon", optimizer.epsilon)];
         for (name, value) in above_zero {
-            self.require(value > 0.0, &path(name), |key| format!("{key} = {value} must be above 0"))?;
+            self.require(value > 0.0, &path(name), |key| {
+                format!("{key} = {value} must be above 0")
+            })?;
         }
         for (name, value) in [("beta1", optimizer.beta1), ("beta2", optimizer.beta2)] {
             self.require((0.0..1.0).contains(&value), &path(name), |key| {
@@ -189,23 +230,40 @@ impl StageRules<'_> {
             })?;
         }
         for (name, value) in [("weight_decay", optimizer.weight_decay), ("clip", optimizer.clip)] {
-            self.require(value >= 0.0, &path(name), |key| format!("{key} = {value} must not be negative; 0 is none"))?;
+            self.require(value >= 0.0, &path(name), |key| {
+                format!("{key} = {value} must not be negative; 0 is none")
+            })?;
         }
         self.require((0.0..=1.0).contains(&optimizer.final_share), &path("final_share"), |key| {
-            format!("{key} = {} is a share of the peak; it must lie between 0 and 1", optimizer.final_share)
+            format!(
+                "{key} = {} is a share of the peak; it must lie between 0 and 1",
+                optimizer.final_share
+            )
         })?;
-        self.require(optimizer.decay_factor > 0.0 && optimizer.decay_factor <= 1.0, &path("decay_factor"), |key| {
-            format!("{key} = {} must be above 0 and at most 1", optimizer.decay_factor)
-        })?;
+        self.require(
+            optimizer.decay_factor > 0.0 && optimizer.decay_factor <= 1.0,
+            &path("decay_factor"),
+            |key| format!("{key} = {} must be above 0 and at most 1", optimizer.decay_factor),
+        )?;
         let rising = optimizer.decay_at.is_sorted_by(|a, b| a < b);
         let shares = optimizer.decay_at.iter().all(|share| (0.0..=1.0).contains(share));
         self.require(rising && shares, &path("decay_at"), |key| {
-            format!("{key} = {:?} must be rising shares between 0 and 1, as in [0.6, 0.9]", optimizer.decay_at)
+            format!(
+                "{key} = {:?} must be rising shares between 0 and 1, as in [0.6, 0.9]",
+                optimizer.decay_at
+            )
         })?;
-        self.require(steps.is_none_or(|steps| optimizer.warmup_steps <= steps), &path("warmup_steps"), |key| {
-            let steps = steps.unwrap_or_default();
-            format!("{key} = {} exceeds the stage's {steps} updates; lower it", optimizer.warmup_steps)
-        })
+        self.require(
+            steps.is_none_or(|steps| optimizer.warmup_steps <= steps),
+            &path("warmup_steps"),
+            |key| {
+                let steps = steps.unwrap_or_default();
+                format!(
+                    "{key} = {} exceeds the stage's {steps} updates; lower it",
+                    optimizer.warmup_steps
+                )
+            },
+        )
     }
 
     fn evals(&self, reach: usize) -> Result<(), ConfigError> {
@@ -213,7 +271,10 @@ impl StageRules<'_> {
             let at = index.to_string();
             let twice = self.stage.eval[..index].iter().any(|earlier| earlier.name == eval.name);
             self.require(!twice && !eval.name.is_empty(), &["eval", &at, "name"], |key| {
-                format!("{key} = {:?} must be a name that no other eval of the stage has", eval.name)
+                format!(
+                    "{key} = {:?} must be a name that no other eval of the stage has",
+                    eval.name
+                )
             })?;
             self.measure(eval, &at, reach)?;
         }

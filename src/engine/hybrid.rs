@@ -90,7 +90,8 @@ struct Working {
 impl HybridEngine {
     /// An engine on the CPU with nothing loaded.
     pub fn new(setup: EngineSetup) -> Result<HybridEngine> {
-        std::fs::create_dir_all(&setup.spill).with_context(|| format!("failed to create {}", setup.spill.display()))?;
+        std::fs::create_dir_all(&setup.spill)
+            .with_context(|| format!("failed to create {}", setup.spill.display()))?;
         let arena = Arena::new(setup.engine.budget.map(|b| b.0));
         let kernels: Box<dyn Kernels> = Box::new(CpuKernels::new(setup.engine.threads, arena));
         Ok(HybridEngine {
@@ -112,24 +113,48 @@ impl HybridEngine {
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
         self.others.clear();
         self.balance = stage.balance;
-        let (kernels, seed, spill) = (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
+        let (kernels, seed, spill) =
+            (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
         let mut config = config_of(&self.setup.model, &stage.policy)?;
         if let Some((yarn, positions)) = &stage.yarn {
             config.rope_scaling = Some(yarn.clone());
             config.max_position_embeddings = *positions;
         }
-        let mut policy = Resident::load(kernels, &Role::Policy, &config, &stage.policy, stage.value_head, seed, spill)?;
+        let mut policy = Resident::load(
+            kernels,
+            &Role::Policy,
+            &config,
+            &stage.policy,
+            stage.value_head,
+            seed,
+            spill,
+        )?;
         if let Some(settings) = &stage.optimizer {
-            self.optimizer = Some(Parameterised::new(kernels, &policy, settings, stage.steps, spill)?);
+            self.optimizer =
+                Some(Parameterised::new(kernels, &policy, settings, stage.steps, spill)?);
         }
         policy.calibration = Calibration::default();
         self.policy = Some(policy);
-        let mut others: Vec<_> = stage.reference.iter().map(|source| (Role::Reference, source.clone(), false)).collect();
+        let mut others: Vec<_> =
+            stage.reference.iter().map(|source| (Role::Reference, source.clone(), false)).collect();
         let folder = |path: &PathBuf| super::phase::ModelSource::Folder(path.clone());
-        others.extend(stage.rewards.iter().map(|(name, path)| (Role::Reward(name.clone()), folder(path), true)));
+        others.extend(
+            stage
+                .rewards
+                .iter()
+                .map(|(name, path)| (Role::Reward(name.clone()), folder(path), true)),
+        );
         for (role, source, value_head) in others {
             let config = config_of(&self.setup.model, &source)?;
-            let model = Resident::load(self.kernels.as_ref(), &role, &config, &source, value_head, seed, &self.setup.spill)?;
+            let model = Resident::load(
+                self.kernels.as_ref(),
+                &role,
+                &config,
+                &source,
+                value_head,
+                seed,
+                &self.setup.spill,
+            )?;
             self.others.insert(role, model);
             self.park()?;
         }
@@ -158,7 +183,11 @@ impl HybridEngine {
     }
 
     /// Samples rollouts from the policy; each group is handed out when its last rollout ends.
-    pub fn generate(&mut self, job: &GenerateJob, on_group: &mut dyn FnMut(TokenGroup)) -> Result<GenerateReport> {
+    pub fn generate(
+        &mut self,
+        job: &GenerateJob,
+        on_group: &mut dyn FnMut(TokenGroup),
+    ) -> Result<GenerateReport> {
         self.expect_phase(Phase::Generate, "generate")?;
         let pages = |engine: &HybridEngine, page_bytes, context| {
             pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
@@ -175,21 +204,32 @@ impl HybridEngine {
         let longest = sequences.iter().map(Vec::len).max().unwrap_or(1);
         let page = self.setup.engine.page_tokens;
         let at_once = sequences.len().clamp(1, self.setup.engine.decode_batch);
-        self.with_cache(|_, _, _| longest.div_ceil(page) * at_once, |decoder, limits| score_decoded(decoder, sequences, limits))
+        self.with_cache(
+            |_, _, _| longest.div_ceil(page) * at_once,
+            |decoder, limits| score_decoded(decoder, sequences, limits),
+        )
     }
 
     /// Runs `work` with the packed policy and a cache of at least `pages(self, bytes of a page, context)`.
     fn with_cache<T>(
-        &mut self, pages: impl FnOnce(&HybridEngine, u64, usize) -> usize, work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
+        &mut self,
+        pages: impl FnOnce(&HybridEngine, u64, usize) -> usize,
+        work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
     ) -> Result<T> {
-        let (page_tokens, decode_batch) = (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
+        let (page_tokens, decode_batch) =
+            (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
         let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();
         let context = config.max_position_embeddings;
-        let pages = pages(self, LatentCache::page_bytes(self.kernels.as_ref(), &config, page_tokens), context);
+        let pages = pages(
+            self,
+            LatentCache::page_bytes(self.kernels.as_ref(), &config, page_tokens),
+            context,
+        );
         let kernels = self.kernels.as_ref();
         if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
             self.working.cache = None;
-            let cache = LatentCache::new(kernels, &config, pages, page_tokens).map_err(out_of_memory)?;
+            let cache =
+                LatentCache::new(kernels, &config, pages, page_tokens).map_err(out_of_memory)?;
             self.working.cache = Some(cache);
         }
         let cache = self.working.cache.as_mut().expect("just made");
@@ -197,15 +237,23 @@ impl HybridEngine {
         let policy = self.policy.as_mut().expect("checked by expect_phase");
         let packed = self.working.packed.as_ref().expect("Generate packs the policy");
         let (params, _) = policy.take(kernels)?;
-        let result = work(&mut Decoder { kernels, model: &policy.model, params: &params, packed, cache }, &limits);
+        let result = work(
+            &mut Decoder { kernels, model: &policy.model, params: &params, packed, cache },
+            &limits,
+        );
         policy.weights.put(params.slab);
         result
     }
 
     fn check_tokens<'a>(&self, mut sequences: impl Iterator<Item = &'a [u32]>) -> Result<()> {
         let vocabulary = self.policy.as_ref().map_or(0, |policy| policy.model.config.vocab_size);
-        match sequences.find_map(|tokens| tokens.iter().find(|token| **token as usize >= vocabulary)) {
-            Some(token) => bail!(Fault::User(format!("token id {token} is outside the vocabulary, which ends at {}", vocabulary - 1))),
+        match sequences
+            .find_map(|tokens| tokens.iter().find(|token| **token as usize >= vocabulary))
+        {
+            Some(token) => bail!(Fault::User(format!(
+                "token id {token} is outside the vocabulary, which ends at {}",
+                vocabulary - 1
+            ))),
             None => Ok(()),
         }
     }
@@ -221,35 +269,57 @@ impl HybridEngine {
                 Role::Policy => self.policy.as_mut(),
                 role => self.others.get_mut(role),
             };
-            let Some(resident) = resident else { bail!("the engine holds no model {}", job.role.name()) };
+            let Some(resident) = resident else {
+                bail!("the engine holds no model {}", job.role.name())
+            };
             let (params, _) = resident.take(kernels)?;
             let pack = PackFor { form, training: false };
-            let packed = resident.model.pack(kernels, &params, &job.role.name(), self.policy_version, pack);
+            let packed =
+                resident.model.pack(kernels, &params, &job.role.name(), self.policy_version, pack);
             self.working.scored = Some((job.role.clone(), params, packed.map_err(out_of_memory)?));
         }
         let (role, params, packed) = self.working.scored.as_ref().expect("just loaded");
-        let resident = if *role == Role::Policy { self.policy.as_ref() } else { self.others.get(role) };
+        let resident =
+            if *role == Role::Policy { self.policy.as_ref() } else { self.others.get(role) };
         let resident = resident.expect("it was just loaded");
         let calibration = resident.model.layout.score.map(|_| resident.calibration);
-        super::scoring::score(self.kernels.as_ref(), &resident.model, params, packed, calibration, job)
+        super::scoring::score(
+            self.kernels.as_ref(),
+            &resident.model,
+            params,
+            packed,
+            calibration,
+            job,
+        )
     }
 
     /// One optimizer step of the policy (or of the reward model that is being fitted).
     pub fn train(&mut self, job: &TrainJob) -> Result<StepReport> {
         self.expect_phase(Phase::Train, "train")?;
-        let Some(state) = self.optimizer.as_mut() else { bail!("the stage was prepared without an optimizer") };
+        let Some(state) = self.optimizer.as_mut() else {
+            bail!("the stage was prepared without an optimizer")
+        };
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_mut().expect("checked by expect_phase");
         let arena = kernels.arena();
         let (mut params, _) = policy.take(kernels)?;
-        let mut optimizer =
-            Optimizer { first: state.first.take(arena)?.0, second: state.second.take(arena)?.0, step: state.step };
+        let mut optimizer = Optimizer {
+            first: state.first.take(arena)?.0,
+            second: state.second.take(arena)?.0,
+            step: state.step,
+        };
         let (items, micro_batch) = match job {
             TrainJob::Batch { batch, micro_batch } => (Items::of_batch(batch), *micro_batch),
-            TrainJob::Grpo { groups, settings, micro_batch } => (Items::rollouts(groups, settings), *micro_batch),
+            TrainJob::Grpo { groups, settings, micro_batch } => {
+                (Items::rollouts(groups, settings), *micro_batch)
+            }
         };
         let settings = StepSettings {
-            optimizer: &state.config, step: state.step, steps: state.steps, balance: self.balance, micro_batch,
+            optimizer: &state.config,
+            step: state.step,
+            steps: state.steps,
+            balance: self.balance,
+            micro_batch,
         };
         let report = train_step(
             &mut Trainee {
@@ -281,13 +351,17 @@ impl HybridEngine {
         // A scored policy lends its weights to the scoring.
         self.unload_scored();
         let kernels = self.kernels.as_ref();
-        let Some(policy) = self.policy.as_mut() else { bail!("no model is loaded that could be saved") };
+        let Some(policy) = self.policy.as_mut() else {
+            bail!("no model is loaded that could be saved")
+        };
         let (params, _) = policy.take(kernels)?;
-        let mut result = save_model(kernels, &policy.model.config, &params, policy.calibration, folder);
+        let mut result =
+            save_model(kernels, &policy.model.config, &params, policy.calibration, folder);
         let mut saved = SavedState { policy_version: self.policy_version, optimizer_step: 0 };
         if let Some(state) = self.optimizer.as_mut().filter(|_| with_optimizer) {
             saved.optimizer_step = state.step;
-            let (first, second) = (state.first.take(kernels.arena())?.0, state.second.take(kernels.arena())?.0);
+            let (first, second) =
+                (state.first.take(kernels.arena())?.0, state.second.take(kernels.arena())?.0);
             let path = folder.join(OPTIMIZER_FILE);
             let slabs = [("m.", &first), ("v.", &second)];
             result = result.and_then(|()| write_slabs(kernels, &params, &slabs, &path));
@@ -311,7 +385,8 @@ impl HybridEngine {
             for (parked, prefix) in [(&mut state.first, "m."), (&mut state.second, "v.")] {
                 let (slab, _) = parked.take(kernels.arena())?;
                 let mut as_params = Params { layout: params.layout.clone(), slab };
-                as_params.load(kernels, |spec| moments.read_f32(&format!("{prefix}{}", spec.name)))?;
+                as_params
+                    .load(kernels, |spec| moments.read_f32(&format!("{prefix}{}", spec.name)))?;
                 parked.put_changed(as_params.slab);
             }
             state.step = saved.optimizer_step;
@@ -332,8 +407,15 @@ impl HybridEngine {
     pub fn holdings(&self) -> PhaseReport {
         let arena = self.kernels.arena();
         let name = |kind: Kind| format!("{kind:?}").to_lowercase();
-        let held = arena.holdings().into_iter().map(|((role, kind), bytes)| (format!("{role}/{}", name(kind)), bytes));
-        PhaseReport { held: held.collect(), high_water: arena.high_water(), ..PhaseReport::default() }
+        let held = arena
+            .holdings()
+            .into_iter()
+            .map(|((role, kind), bytes)| (format!("{role}/{}", name(kind)), bytes));
+        PhaseReport {
+            held: held.collect(),
+            high_water: arena.high_water(),
+            ..PhaseReport::default()
+        }
     }
 
     /// The config of the loaded policy (YaRN and length of a long-context stage included).
@@ -353,12 +435,16 @@ impl HybridEngine {
         let offload = &self.setup.engine.offload;
         let mut bytes = 0;
         for (role, model) in &mut self.others {
-            let kind = if *role == Role::Reference { Offload::Reference } else { Offload::RewardModels };
+            let kind =
+                if *role == Role::Reference { Offload::Reference } else { Offload::RewardModels };
             if offload.contains(&kind) {
                 bytes += model.weights.release()?;
             }
         }
-        if self.phase != Phase::Train && offload.contains(&Offload::Optimizer) && let Some(state) = &mut self.optimizer {
+        if self.phase != Phase::Train
+            && offload.contains(&Offload::Optimizer)
+            && let Some(state) = &mut self.optimizer
+        {
             bytes += state.first.release()? + state.second.release()?;
         }
         Ok(bytes)
@@ -367,7 +453,11 @@ impl HybridEngine {
     fn unload_scored(&mut self) {
         if let Some((role, params, packed)) = self.working.scored.take() {
             drop(packed);
-            let resident = if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
+            let resident = if role == Role::Policy {
+                self.policy.as_mut()
+            } else {
+                self.others.get_mut(&role)
+            };
             resident.expect("a scored model is held").weights.put(params.slab);
             // A reward model or reference makes room for the next one at once.
             let _ = self.park();
@@ -390,7 +480,8 @@ impl HybridEngine {
         self.pack_policy(PackFor { form, training: true })?;
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_ref().expect("only called with a policy");
-        let gradients = Gradients::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
+        let gradients =
+            Gradients::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
         self.working.gradients = Some(gradients);
         let mut bytes = 0;
         if let Some(state) = &mut self.optimizer {
@@ -404,7 +495,11 @@ impl HybridEngine {
     }
 
     fn expect_phase(&self, phase: Phase, verb: &str) -> Result<()> {
-        ensure!(self.phase == phase, "cannot {verb} in phase {:?}: enter {phase:?} first", self.phase);
+        ensure!(
+            self.phase == phase,
+            "cannot {verb} in phase {:?}: enter {phase:?} first",
+            self.phase
+        );
         if self.policy.is_none() {
             bail!(Fault::User(format!("cannot {verb}: no model is loaded")));
         }
@@ -413,8 +508,15 @@ impl HybridEngine {
 }
 
 impl Parameterised {
-    fn new(kernels: &dyn Kernels, policy: &Resident, config: &OptimizerConfig, steps: u64, spill: &Path) -> Result<Parameterised> {
-        let optimizer = Optimizer::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
+    fn new(
+        kernels: &dyn Kernels,
+        policy: &Resident,
+        config: &OptimizerConfig,
+        steps: u64,
+        spill: &Path,
+    ) -> Result<Parameterised> {
+        let optimizer =
+            Optimizer::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
         let owner = kernels.arena().owner("policy", Kind::Moments);
         let parked = |name: &str, slab| Parked::new(owner, spill.join(name), slab);
         Ok(Parameterised {

@@ -49,7 +49,9 @@ impl Parked {
         let Some(slab) = self.resident.take() else { return Ok(0) };
         let bytes = slab.whole().len() as u64 * slab.whole().dtype().size() as u64;
         if self.file.is_none() {
-            let spilled = slab.spill(&self.path).with_context(|| format!("failed to offload to {}", self.path.display()));
+            let spilled = slab
+                .spill(&self.path)
+                .with_context(|| format!("failed to offload to {}", self.path.display()));
             self.file = Some(spilled.map_err(|e| Fault::Resources(format!("{e:#}")))?);
         }
         Ok(bytes)

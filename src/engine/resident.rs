@@ -4,7 +4,7 @@ use super::offload::Parked;
 use super::phase::{ModelSource, Role};
 use crate::checkpoint::tensors::MODEL_FILE;
 use crate::checkpoint::{
-    TensorFolder, TensorEntry, read_model_config, write_model_config, write_tensors,
+    TensorEntry, TensorFolder, read_model_config, write_model_config, write_tensors,
 };
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
@@ -53,11 +53,18 @@ pub fn config_of(run: &ModelConfig, source: &ModelSource) -> Result<ModelConfig>
 impl Resident {
     /// Loads or initialises a model. `value_head`: it has a scalar head, zero if the source has none.
     pub fn load(
-        kernels: &dyn Kernels, role: &Role, config: &ModelConfig, source: &ModelSource, value_head: bool, seed: u64, spill: &Path,
+        kernels: &dyn Kernels,
+        role: &Role,
+        config: &ModelConfig,
+        source: &ModelSource,
+        value_head: bool,
+        seed: u64,
+        spill: &Path,
     ) -> Result<Resident> {
         let model = Transformer::new(kernels, config, value_head).map_err(out_of_memory)?;
         let name = role.name();
-        let mut params = Params::new(kernels, model.layout.clone(), &name).map_err(out_of_memory)?;
+        let mut params =
+            Params::new(kernels, model.layout.clone(), &name).map_err(out_of_memory)?;
         let mut calibration = Calibration::default();
         match source {
             ModelSource::Fresh => params.initialize(kernels, seed, config.initializer_range),
@@ -112,30 +119,47 @@ fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
     if !path.exists() {
         return Ok(None);
     }
-    let text = std::fs::read_to_string(&path).with_context(|| format!("failed to read {}", path.display()))?;
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("failed to read {}", path.display()))?;
     let calibration: Calibration =
         serde_json::from_str(&text).map_err(|e| Fault::User(format!("{}: {e}", path.display())))?;
     Ok(Some(calibration))
 }
 
 /// Writes config.json, model.safetensors and, with a scalar head, reward.json into `folder`.
-pub fn save_model(kernels: &dyn Kernels, config: &ModelConfig, params: &Params, calibration: Calibration, folder: &Path) -> Result<()> {
+pub fn save_model(
+    kernels: &dyn Kernels,
+    config: &ModelConfig,
+    params: &Params,
+    calibration: Calibration,
+    folder: &Path,
+) -> Result<()> {
     write_model_config(folder, config)?;
     write_slabs(kernels, params, &[("", &params.slab)], &folder.join(MODEL_FILE))?;
     if params.layout.score.is_some() {
         let text = serde_json::to_string_pretty(&calibration).expect("two numbers are JSON");
         let path = folder.join("reward.json");
-        std::fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))?;
+        std::fs::write(&path, text)
+            .with_context(|| format!("failed to write {}", path.display()))?;
     }
     Ok(())
 }
 
 /// Writes slabs of one layout into one file; each slab's names stand behind its prefix.
-pub fn write_slabs(kernels: &dyn Kernels, params: &Params, slabs: &[(&str, &Slab)], path: &Path) -> Result<()> {
+pub fn write_slabs(
+    kernels: &dyn Kernels,
+    params: &Params,
+    slabs: &[(&str, &Slab)],
+    path: &Path,
+) -> Result<()> {
     let specs = &params.layout.specs;
     let shapes: Vec<TensorEntry> = slabs
         .iter()
-        .flat_map(|(prefix, _)| specs.iter().map(move |s| TensorEntry { name: format!("{prefix}{}", s.name), shape: s.shape() }))
+        .flat_map(|(prefix, _)| {
+            specs
+                .iter()
+                .map(move |s| TensorEntry { name: format!("{prefix}{}", s.name), shape: s.shape() })
+        })
         .collect();
     write_tensors(path, &shapes, &mut |index| {
         Ok(kernels.download(&slabs[index / specs.len()].1.tensor(index % specs.len())))

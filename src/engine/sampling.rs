@@ -2,8 +2,8 @@
 
 use super::resident::out_of_memory;
 use crate::config::EngineConfig;
-use crate::inference::{Forward, ForwardTargets};
 use crate::inference::job::GenerateJob;
+use crate::inference::{Forward, ForwardTargets};
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
 use anyhow::Result;
 use rehearsal_kernels::{Kernels, SampleRow, Sampled};
@@ -24,7 +24,10 @@ pub struct Decoder<'a> {
 
 impl Forward for Decoder<'_> {
     fn forward(&mut self, rows: &DecodeRows, sampling: &[SampleRow]) -> Result<Vec<Sampled>> {
-        let logits = self.model.decode(self.kernels, self.params, self.packed, self.cache, rows).map_err(out_of_memory)?;
+        let logits = self
+            .model
+            .decode(self.kernels, self.params, self.packed, self.cache, rows)
+            .map_err(out_of_memory)?;
         Ok(if sampling.is_empty() { Vec::new() } else { self.kernels.sample(&logits, sampling) })
     }
 
@@ -39,7 +42,10 @@ impl Forward for Decoder<'_> {
 
 impl ForwardTargets for Decoder<'_> {
     fn logprobs(&mut self, rows: &DecodeRows, targets: &[u32]) -> Result<Vec<f32>> {
-        let logits = self.model.decode(self.kernels, self.params, self.packed, self.cache, rows).map_err(out_of_memory)?;
+        let logits = self
+            .model
+            .decode(self.kernels, self.params, self.packed, self.cache, rows)
+            .map_err(out_of_memory)?;
         let flat = self.kernels.download_f64(&logits);
         let logprob = |(row, target): (&[f64], &u32)| {
             let highest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -52,10 +58,17 @@ impl ForwardTargets for Decoder<'_> {
 
 /// Pages that let `decode_batch` of the job's rollouts run at once, but no more than all of them need and, under
 /// a budget, no more than half of what is left (the rest is for activations).
-pub fn pages_for(job: &GenerateJob, engine: &EngineConfig, kernels: &dyn Kernels, page_bytes: u64, context: usize) -> usize {
+pub fn pages_for(
+    job: &GenerateJob,
+    engine: &EngineConfig,
+    kernels: &dyn Kernels,
+    page_bytes: u64,
+    context: usize,
+) -> usize {
     let page = engine.page_tokens;
     let rollout = |tokens: usize| (tokens + job.max_new_tokens).min(context).div_ceil(page) + 1;
-    let all: usize = job.requests.iter().map(|r| rollout(r.tokens.len()) * r.samples as usize).sum();
+    let all: usize =
+        job.requests.iter().map(|r| rollout(r.tokens.len()) * r.samples as usize).sum();
     let longest = job.requests.iter().map(|r| rollout(r.tokens.len())).max().unwrap_or(1);
     let wanted = all.min(longest * engine.decode_batch).max(longest);
     let arena = kernels.arena();

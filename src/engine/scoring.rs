@@ -12,7 +12,12 @@ const ROWS_AT_ONCE: usize = 4096;
 
 /// Scores every sequence of `job`, in order.
 pub fn score(
-    kernels: &dyn Kernels, model: &Transformer, params: &Params, packed: &PackedModel, calibration: Option<Calibration>, job: &ScoreJob,
+    kernels: &dyn Kernels,
+    model: &Transformer,
+    params: &Params,
+    packed: &PackedModel,
+    calibration: Option<Calibration>,
+    job: &ScoreJob,
 ) -> Result<Vec<SequenceScore>> {
     check(model, job)?;
     let mut scores = Vec::with_capacity(job.sequences.len());
@@ -31,16 +36,32 @@ pub fn score(
         match calibration {
             Some(calibration) => {
                 let mut end_row = 0;
-                let last: Vec<u32> = documents.iter().map(|d| { end_row += d.len() as u32; end_row - 1 }).collect();
-                let output = packed.heads.scores(&pass, params, &hidden, &last).map_err(out_of_memory)?;
-                let calibrated = |raw: &f64| SequenceScore::Reward((raw - calibration.mean) / calibration.deviation);
+                let last: Vec<u32> = documents
+                    .iter()
+                    .map(|d| {
+                        end_row += d.len() as u32;
+                        end_row - 1
+                    })
+                    .collect();
+                let output =
+                    packed.heads.scores(&pass, params, &hidden, &last).map_err(out_of_memory)?;
+                let calibrated = |raw: &f64| {
+                    SequenceScore::Reward((raw - calibration.mean) / calibration.deviation)
+                };
                 scores.extend(output.scores.iter().map(calibrated));
             }
             None => {
                 let (rows, targets) = wanted(&documents, &job.first[first..end]);
                 let mut logprobs = Vec::new();
                 if !rows.is_empty() {
-                    let output = packed.heads.logprobs(&pass, params, &hidden, &rows, &targets, job.temperature);
+                    let output = packed.heads.logprobs(
+                        &pass,
+                        params,
+                        &hidden,
+                        &rows,
+                        &targets,
+                        job.temperature,
+                    );
                     logprobs = output.map_err(out_of_memory)?.logprobs;
                 }
                 let mut next = logprobs.iter();
@@ -76,10 +97,15 @@ fn check(model: &Transformer, job: &ScoreJob) -> Result<()> {
         }
         if sequence.len() > context {
             let tokens = sequence.len();
-            bail!(Fault::User(format!("sequence {index} has {tokens} tokens, the model's context is {context}; shorten it")));
+            bail!(Fault::User(format!(
+                "sequence {index} has {tokens} tokens, the model's context is {context}; shorten it"
+            )));
         }
         if let Some(token) = sequence.iter().find(|t| **t as usize >= vocabulary) {
-            bail!(Fault::User(format!("sequence {index} holds token id {token}, the vocabulary ends at {}", vocabulary - 1)));
+            bail!(Fault::User(format!(
+                "sequence {index} holds token id {token}, the vocabulary ends at {}",
+                vocabulary - 1
+            )));
         }
     }
     assert!(job.first.len() == job.sequences.len() && job.first.iter().all(|f| *f >= 1));

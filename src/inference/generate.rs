@@ -40,11 +40,17 @@ pub struct Limits {
 
 /// Samples the job's rollouts; each group is handed out when its last rollout ends.
 pub fn generate(
-    forward: &mut dyn Forward, job: &GenerateJob, limits: &Limits, on_group: &mut dyn FnMut(TokenGroup),
+    forward: &mut dyn Forward,
+    job: &GenerateJob,
+    limits: &Limits,
+    on_group: &mut dyn FnMut(TokenGroup),
 ) -> Result<GenerateReport> {
     let began = Instant::now();
     let (packed, wanted) = (forward.version(), job.policy_version);
-    ensure!(packed == wanted, "the packed weights are policy version {packed}, the job wants {wanted}; pack them again first");
+    ensure!(
+        packed == wanted,
+        "the packed weights are policy version {packed}, the job wants {wanted}; pack them again first"
+    );
     let mut scheduler = Scheduler::new(job, limits)?;
     let mut report = GenerateReport::default();
     while !scheduler.is_done() {
@@ -124,7 +130,9 @@ mod tests {
             .iter()
             .map(|r| TokenGroup {
                 slot: r.slot,
-                rollouts: (0..r.samples).map(|sample| naive_rollout(job, r, sample, context)).collect(),
+                rollouts: (0..r.samples)
+                    .map(|sample| naive_rollout(job, r, sample, context))
+                    .collect(),
                 policy_version: job.policy_version,
             })
             .collect();
@@ -135,7 +143,8 @@ mod tests {
     /// Pages that let the most demanding group run alone, one rollout at a time.
     fn fewest_pages(job: &GenerateJob, context: usize, page_tokens: usize) -> usize {
         let need = |r: &GenerateRequest| {
-            let (prompt, longest) = (r.tokens.len(), (r.tokens.len() + job.max_new_tokens).min(context) - 1);
+            let (prompt, longest) =
+                (r.tokens.len(), (r.tokens.len() + job.max_new_tokens).min(context) - 1);
             // The prompt's last page is held beside a rollout's copy of it.
             let is_copied = r.samples > 1 && prompt % page_tokens != 0 && longest > prompt;
             longest.div_ceil(page_tokens) + usize::from(is_copied)
@@ -201,7 +210,8 @@ mod tests {
         let mut machine = Machine::new(&limits);
         let passes = machine.passes.clone();
         let mut left = Vec::new();
-        generate(&mut machine, &job, &limits, &mut |group| left.push((passes.get(), group))).unwrap();
+        generate(&mut machine, &job, &limits, &mut |group| left.push((passes.get(), group)))
+            .unwrap();
         for (pass, group) in &left {
             // One pass takes all prompts in and draws the first tokens; each later one draws one
             // more.
@@ -228,7 +238,10 @@ mod tests {
         let error = generate(&mut Machine::new(&limits), &job, &limits, &mut |_| {}).unwrap_err();
         assert_eq!(error.downcast_ref::<Fault>().unwrap().exit_code(), 2);
         let text = error.to_string();
-        assert!(text.contains("prompt 101 has 30 tokens") && text.contains("context is 30"), "{text}");
+        assert!(
+            text.contains("prompt 101 has 30 tokens") && text.contains("context is 30"),
+            "{text}"
+        );
     }
 
     #[test]
@@ -245,7 +258,8 @@ mod tests {
         let job = GenerateJob { policy_version: 8, ..job(&[(4, 1)], 4) };
         let limits = Limits { decode_batch: 8, context: 30, page_count: 20, page_tokens: 4 };
         let mut machine = Machine::new(&limits);
-        let error = generate(&mut machine, &job, &limits, &mut |_| panic!("no group may leave")).unwrap_err();
+        let error = generate(&mut machine, &job, &limits, &mut |_| panic!("no group may leave"))
+            .unwrap_err();
         assert!(error.to_string().contains("policy version 7, the job wants 8"), "{error}");
         assert_eq!(machine.passes.get(), 0);
     }
@@ -254,11 +268,16 @@ mod tests {
     fn a_group_that_could_never_fit_is_refused_before_the_first_token() {
         let job = job(&[(4, 1), (18, 2)], 10);
         let enough = fewest_pages(&job, 64, 4);
-        let limits = Limits { decode_batch: 8, context: 64, page_count: enough - 1, page_tokens: 4 };
+        let limits =
+            Limits { decode_batch: 8, context: 64, page_count: enough - 1, page_tokens: 4 };
         let mut machine = Machine::new(&limits);
-        let error = generate(&mut machine, &job, &limits, &mut |_| panic!("no group may leave")).unwrap_err();
+        let error = generate(&mut machine, &job, &limits, &mut |_| panic!("no group may leave"))
+            .unwrap_err();
         assert_eq!(error.downcast_ref::<Fault>().unwrap().exit_code(), 4);
-        let wanted = format!("prompt 101 needs {enough} cache pages for one rollout, the cache has {}", enough - 1);
+        let wanted = format!(
+            "prompt 101 needs {enough} cache pages for one rollout, the cache has {}",
+            enough - 1
+        );
         assert!(error.to_string().contains(&wanted), "{error}");
         assert_eq!(machine.passes.get(), 0);
     }
@@ -266,8 +285,11 @@ mod tests {
     #[test]
     fn a_prompt_without_tokens_and_a_job_without_new_tokens_are_refused() {
         let limits = Limits { decode_batch: 8, context: 64, page_count: 20, page_tokens: 4 };
-        for (job, wanted) in [(job(&[(0, 1)], 4), "prompt 100 has no token"), (job(&[(4, 1)], 0), "0 new tokens")] {
-            let error = generate(&mut Machine::new(&limits), &job, &limits, &mut |_| {}).unwrap_err();
+        for (job, wanted) in
+            [(job(&[(0, 1)], 4), "prompt 100 has no token"), (job(&[(4, 1)], 0), "0 new tokens")]
+        {
+            let error =
+                generate(&mut Machine::new(&limits), &job, &limits, &mut |_| {}).unwrap_err();
             assert!(error.to_string().contains(wanted), "{error}");
         }
     }

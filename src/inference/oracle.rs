@@ -64,7 +64,15 @@ pub struct Machine {
 impl Machine {
     pub fn new(limits: &Limits) -> Machine {
         let entries = vec![None; limits.page_count * limits.page_tokens];
-        Machine { version: 7, page_tokens: limits.page_tokens, entries, passes: Rc::default(), rows: 0, widest: 0, batch: 0 }
+        Machine {
+            version: 7,
+            page_tokens: limits.page_tokens,
+            entries,
+            passes: Rc::default(),
+            rows: 0,
+            widest: 0,
+            batch: 0,
+        }
     }
 
     /// What each row sees after the rows' own entries were written.
@@ -75,10 +83,19 @@ impl Machine {
         self.batch = self.batch.max(rows.tables.len());
         let mut seen = Vec::new();
         for row in 0..rows.len() {
-            let (length, table) = (rows.length[row] as usize, &rows.tables[rows.sequence[row] as usize]);
-            let slot = |j: usize| table[j / self.page_tokens] as usize * self.page_tokens + j % self.page_tokens;
-            let read = |j: usize| self.entries[slot(j)].expect("a row sees only entries that were written");
-            assert_eq!(rows.slots[row] as usize, slot(length - 1), "a row's entry goes where the row then reads it");
+            let (length, table) =
+                (rows.length[row] as usize, &rows.tables[rows.sequence[row] as usize]);
+            let slot = |j: usize| {
+                table[j / self.page_tokens] as usize * self.page_tokens + j % self.page_tokens
+            };
+            let read = |j: usize| {
+                self.entries[slot(j)].expect("a row sees only entries that were written")
+            };
+            assert_eq!(
+                rows.slots[row] as usize,
+                slot(length - 1),
+                "a row's entry goes where the row then reads it"
+            );
             let before = fold((0..length - 1).map(read));
             let own = entry(before, rows.tokens[row], rows.positions[row]);
             self.entries[slot(length - 1)] = Some(own);
@@ -103,7 +120,12 @@ impl Forward for Machine {
     fn forward(&mut self, rows: &DecodeRows, sampling: &[SampleRow]) -> Result<Vec<Sampled>> {
         let seen = self.run(rows);
         assert_eq!(rows.wanted.len(), sampling.len());
-        Ok(rows.wanted.iter().zip(sampling).map(|(row, how)| sample(seen[*row as usize], how)).collect())
+        Ok(rows
+            .wanted
+            .iter()
+            .zip(sampling)
+            .map(|(row, how)| sample(seen[*row as usize], how))
+            .collect())
     }
 }
 
@@ -111,7 +133,12 @@ impl ForwardTargets for Machine {
     fn logprobs(&mut self, rows: &DecodeRows, targets: &[u32]) -> Result<Vec<f32>> {
         let seen = self.run(rows);
         assert_eq!(rows.wanted.len(), targets.len());
-        Ok(rows.wanted.iter().zip(targets).map(|(row, target)| logprob(seen[*row as usize], *target) as f32).collect())
+        Ok(rows
+            .wanted
+            .iter()
+            .zip(targets)
+            .map(|(row, target)| logprob(seen[*row as usize], *target) as f32)
+            .collect())
     }
 }
 
@@ -128,17 +155,25 @@ fn entries(tokens: &[u32]) -> Vec<u64> {
 /// Log-probabilities from the second token on, each from its plain history.
 pub fn naive_logprobs(tokens: &[u32]) -> Vec<f32> {
     let list = entries(tokens);
-    (1..tokens.len()).map(|end| logprob(fold(list[..end].iter().copied()), tokens[end]) as f32).collect()
+    (1..tokens.len())
+        .map(|end| logprob(fold(list[..end].iter().copied()), tokens[end]) as f32)
+        .collect()
 }
 
 /// One rollout, sampled token by token from its plain history.
-pub fn naive_rollout(job: &GenerateJob, request: &GenerateRequest, index: u32, context: usize) -> Rollout {
+pub fn naive_rollout(
+    job: &GenerateJob,
+    request: &GenerateRequest,
+    index: u32,
+    context: usize,
+) -> Rollout {
     let mut text = request.tokens.clone();
     let (mut tokens, mut logprobs) = (Vec::new(), Vec::new());
     let stop = loop {
         let counters = [job.step, request.prompt, u64::from(index), tokens.len() as u64];
         let uniform = random::uniform(job.seed, Stream::Sample, counters);
-        let row = SampleRow { temperature: job.temperature, top_p: job.top_p, top_k: job.top_k, uniform };
+        let row =
+            SampleRow { temperature: job.temperature, top_p: job.top_p, top_k: job.top_k, uniform };
         let sampled = sample(fold(entries(&text).into_iter()), &row);
         tokens.push(sampled.token);
         logprobs.push(sampled.logprob as f32);

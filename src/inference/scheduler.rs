@@ -75,11 +75,21 @@ pub struct Scheduler<'a> {
 impl<'a> Scheduler<'a> {
     /// Checks that every request can be served, before anything runs.
     pub fn new(job: &'a GenerateJob, limits: &'a Limits) -> Result<Scheduler<'a>> {
-        assert!(limits.decode_batch > 0 && limits.page_tokens > 0, "the config's checks keep these above 0");
+        assert!(
+            limits.decode_batch > 0 && limits.page_tokens > 0,
+            "the config's checks keep these above 0"
+        );
         let pages = PageTable::new(limits.page_count);
         let waiting = (0..job.requests.len()).collect();
-        let scheduler =
-            Scheduler { job, limits, pages, waiting, groups: BTreeMap::new(), ready: VecDeque::new(), running: Vec::new() };
+        let scheduler = Scheduler {
+            job,
+            limits,
+            pages,
+            waiting,
+            groups: BTreeMap::new(),
+            ready: VecDeque::new(),
+            running: Vec::new(),
+        };
         scheduler.check()?;
         Ok(scheduler)
     }
@@ -102,15 +112,23 @@ impl<'a> Scheduler<'a> {
             let (prompt_pages, growth) = (self.prompt_pages(request), self.growth(request));
             let has_room = self.running.len() + unstarted < self.limits.decode_batch
                 && prompt_pages <= self.pages.free()
-                && is_safe(self.pages.free() - prompt_pages, self.claims(), growth.max(self.largest_unstarted()));
+                && is_safe(
+                    self.pages.free() - prompt_pages,
+                    self.claims(),
+                    growth.max(self.largest_unstarted()),
+                );
             if !has_room {
                 break;
             }
             self.waiting.pop_front();
-            let pages = (0..prompt_pages).map(|_| self.pages.alloc().expect("counted above")).collect();
+            let pages =
+                (0..prompt_pages).map(|_| self.pages.alloc().expect("counted above")).collect();
             let samples = self.job.requests[request].samples as usize;
             let rollouts = vec![None; samples];
-            self.groups.insert(request, PromptGroup { pages, prefilled: 0, unstarted: samples, growth, rollouts });
+            self.groups.insert(
+                request,
+                PromptGroup { pages, prefilled: 0, unstarted: samples, growth, rollouts },
+            );
         }
     }
 
@@ -255,14 +273,18 @@ impl<'a> Scheduler<'a> {
         let sequence = &self.running[place];
         let index = sequence.cached / self.limits.page_tokens;
         let shared = sequence.pages.get(index).copied().filter(|_| sequence.own == 0);
-        if index < sequence.pages.len() && shared.is_none_or(|page| self.pages.write(page) == Write::InPlace) {
+        if index < sequence.pages.len()
+            && shared.is_none_or(|page| self.pages.write(page) == Write::InPlace)
+        {
             self.running[place].own = self.running[place].own.max(1);
             return true;
         }
         let mut claims = self.claims();
         claims[place].need -= 1;
         claims[place].own += 1;
-        if self.pages.free() == 0 || !is_safe(self.pages.free() - 1, claims, self.largest_unstarted()) {
+        if self.pages.free() == 0
+            || !is_safe(self.pages.free() - 1, claims, self.largest_unstarted())
+        {
             return false;
         }
         let to = self.pages.alloc().expect("counted above");
@@ -270,7 +292,11 @@ impl<'a> Scheduler<'a> {
         sequence.own += 1;
         match shared {
             Some(from) => {
-                copies.push(PageCopy { from, to, tokens: sequence.cached % self.limits.page_tokens });
+                copies.push(PageCopy {
+                    from,
+                    to,
+                    tokens: sequence.cached % self.limits.page_tokens,
+                });
                 sequence.pages[index] = to;
                 self.pages.release(from);
             }
@@ -280,7 +306,10 @@ impl<'a> Scheduler<'a> {
     }
 
     fn claims(&self) -> Vec<Claim> {
-        self.running.iter().map(|sequence| Claim { need: sequence.need(), own: sequence.own }).collect()
+        self.running
+            .iter()
+            .map(|sequence| Claim { need: sequence.need(), own: sequence.own })
+            .collect()
     }
 
     /// Pages that the most demanding rollout that has not started would take.
@@ -322,16 +351,25 @@ impl<'a> Scheduler<'a> {
             assert!(asked.samples > 0, "a request asks for at least one rollout");
             let (slot, tokens, context) = (asked.slot, asked.tokens.len(), self.limits.context);
             if tokens == 0 {
-                return Err(Fault::user(format!("prompt {slot} has no token; write at least one character")));
+                return Err(Fault::user(format!(
+                    "prompt {slot} has no token; write at least one character"
+                )));
             }
             if tokens >= context {
-                let text = format!("prompt {slot} has {tokens} tokens and the model's context is {context}");
+                let text = format!(
+                    "prompt {slot} has {tokens} tokens and the model's context is {context}"
+                );
                 return Err(Fault::user(format!("{text}; shorten it to at most {}", context - 1)));
             }
-            let (needed, held) = (self.prompt_pages(request) + self.growth(request), self.limits.page_count);
+            let (needed, held) =
+                (self.prompt_pages(request) + self.growth(request), self.limits.page_count);
             if needed > held {
-                let text = format!("prompt {slot} needs {needed} cache pages for one rollout, the cache has {held}");
-                return Err(Fault::resources(format!("{text}; raise engine.budget or lower max_new_tokens")));
+                let text = format!(
+                    "prompt {slot} needs {needed} cache pages for one rollout, the cache has {held}"
+                );
+                return Err(Fault::resources(format!(
+                    "{text}; raise engine.budget or lower max_new_tokens"
+                )));
             }
         }
         Ok(())

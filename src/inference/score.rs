@@ -27,10 +27,15 @@ struct Reading {
 
 /// For each sequence the log-probabilities of its tokens from the second on. One row per sequence
 /// and step; at most `decode_batch` sequences run together, in their order.
-pub fn score_decoded(forward: &mut dyn ForwardTargets, sequences: &[Vec<u32>], limits: &Limits) -> Result<Vec<Vec<f32>>> {
+pub fn score_decoded(
+    forward: &mut dyn ForwardTargets,
+    sequences: &[Vec<u32>],
+    limits: &Limits,
+) -> Result<Vec<Vec<f32>>> {
     check(sequences, limits)?;
     let mut table = PageTable::new(limits.page_count);
-    let mut waiting: VecDeque<usize> = (0..sequences.len()).filter(|i| sequences[*i].len() > 1).collect();
+    let mut waiting: VecDeque<usize> =
+        (0..sequences.len()).filter(|i| sequences[*i].len() > 1).collect();
     let mut running: Vec<Reading> = Vec::new();
     let mut scores: Vec<Vec<f32>> = vec![Vec::new(); sequences.len()];
     while !(waiting.is_empty() && running.is_empty()) {
@@ -75,11 +80,15 @@ fn pages_of(tokens: &[u32], limits: &Limits) -> usize {
 }
 
 fn check(sequences: &[Vec<u32>], limits: &Limits) -> Result<()> {
-    assert!(limits.decode_batch > 0 && limits.page_tokens > 0, "the config's checks keep these above 0");
+    assert!(
+        limits.decode_batch > 0 && limits.page_tokens > 0,
+        "the config's checks keep these above 0"
+    );
     for (index, tokens) in sequences.iter().enumerate() {
         let (count, context) = (tokens.len(), limits.context);
         if count > context {
-            let text = format!("sequence {index} has {count} tokens and the model's context is {context}");
+            let text =
+                format!("sequence {index} has {count} tokens and the model's context is {context}");
             return Err(Fault::user(format!("{text}; shorten it")));
         }
         let (needed, held) = (pages_of(tokens, limits), limits.page_count);
@@ -102,13 +111,17 @@ mod tests {
 
     #[test]
     fn decoded_scores_see_exactly_the_tokens_before() {
-        let expected: Vec<Vec<f32>> = sequences().iter().map(|tokens| naive_logprobs(tokens)).collect();
+        let expected: Vec<Vec<f32>> =
+            sequences().iter().map(|tokens| naive_logprobs(tokens)).collect();
         for decode_batch in [1, 3, 64] {
             for (page_tokens, page_count) in [(1, 32), (4, 8), (4, 11), (16, 40)] {
                 let limits = Limits { decode_batch, context: 33, page_count, page_tokens };
                 let mut machine = Machine::new(&limits);
                 let got = score_decoded(&mut machine, &sequences(), &limits).unwrap();
-                assert_eq!(got, expected, "batch {decode_batch}, {page_count} pages of {page_tokens}");
+                assert_eq!(
+                    got, expected,
+                    "batch {decode_batch}, {page_count} pages of {page_tokens}"
+                );
             }
         }
     }
@@ -121,7 +134,12 @@ mod tests {
             (error.downcast_ref::<Fault>().unwrap().exit_code(), error.to_string())
         };
         let (code, text) = refused(&limits);
-        assert!(code == 2 && text.contains("sequence 3 has 33 tokens") && text.contains("context is 32"), "{text}");
+        assert!(
+            code == 2
+                && text.contains("sequence 3 has 33 tokens")
+                && text.contains("context is 32"),
+            "{text}"
+        );
         let (code, text) = refused(&Limits { context: 33, page_count: 7, ..limits });
         assert!(code == 4 && text.contains("needs 8 cache pages, the cache has 7"), "{text}");
     }

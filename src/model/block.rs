@@ -57,7 +57,11 @@ pub struct BlockPending {
 impl Block {
     /// Packs the weights.
     pub fn pack(
-        packing: &Packing<'_>, params: &Params, config: &ModelConfig, index: &LayerIndex, form: AttentionForm,
+        packing: &Packing<'_>,
+        params: &Params,
+        config: &ModelConfig,
+        index: &LayerIndex,
+        form: AttentionForm,
     ) -> Result<Block, OutOfMemory> {
         let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps };
         let feed_forward = match &index.feed_forward {
@@ -73,7 +77,12 @@ impl Block {
     }
 
     /// From the residual stream x to the next layer's.
-    pub fn forward(&self, pass: &Pass<'_>, params: &Params, x: Buffer) -> Result<(Buffer, BlockSaved), OutOfMemory> {
+    pub fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        x: Buffer,
+    ) -> Result<(Buffer, BlockSaved), OutOfMemory> {
         let kernels = pass.kernels;
         let input = self.input_norm.forward(kernels, params, &x)?;
         let mut h = pass.copy(&x)?;
@@ -81,7 +90,9 @@ impl Block {
         let post = self.post_norm.forward(kernels, params, &h)?;
         let mut y = pass.copy(&h)?;
         let feed_forward = match &self.feed_forward {
-            FeedForward::Dense(mlp) => FeedForwardSaved::Dense(mlp.forward(kernels, &post.y, &mut y)?),
+            FeedForward::Dense(mlp) => {
+                FeedForwardSaved::Dense(mlp.forward(kernels, &post.y, &mut y)?)
+            }
             FeedForward::Moe(moe) => FeedForwardSaved::Moe(moe.forward(kernels, &post.y, &mut y)?),
         };
         Ok((y, BlockSaved { x, input, attention, h, post, feed_forward }))
@@ -89,11 +100,19 @@ impl Block {
 
     /// The same for sampler rows, in place.
     pub fn decode(
-        &self, kernels: &dyn Kernels, params: &Params, x: &mut Buffer, positions: &Buffer, rope: &RopeTable, slots: &Buffer,
-        batch: &DecodeBatch<'_>, cache: &mut Buffer,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        x: &mut Buffer,
+        positions: &Buffer,
+        rope: &RopeTable,
+        slots: &Buffer,
+        batch: &DecodeBatch<'_>,
+        cache: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
         let input = self.input_norm.forward(kernels, params, x)?;
-        self.attention.decode(kernels, params, &input.y, positions, rope, slots, batch, cache, x)?;
+        self.attention
+            .decode(kernels, params, &input.y, positions, rope, slots, batch, cache, x)?;
         let post = self.post_norm.forward(kernels, params, x)?;
         match &self.feed_forward {
             FeedForward::Dense(mlp) => drop(mlp.forward(kernels, &post.y, x)?),
@@ -104,7 +123,11 @@ impl Block {
 
     /// From the gradient of the layer's output to that of its input.
     pub fn backward_input(
-        &self, pass: &Pass<'_>, params: &Params, saved: &BlockSaved, dy: Buffer,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        saved: &BlockSaved,
+        dy: Buffer,
     ) -> Result<(Buffer, BlockPending), OutOfMemory> {
         let kernels = pass.kernels;
         let mut d_post = pass.floats(dy.rows(), dy.cols())?;
@@ -118,37 +141,102 @@ impl Block {
             _ => unreachable!("a layer saves what it computes"),
         };
         let mut dh = pass.copy(&dy)?;
-        self.post_norm.backward_input(kernels, params, &d_post, &saved.h, &saved.post, &mut dh, Store::Add);
+        self.post_norm.backward_input(
+            kernels,
+            params,
+            &d_post,
+            &saved.h,
+            &saved.post,
+            &mut dh,
+            Store::Add,
+        );
         let mut d_input = pass.floats(dy.rows(), dy.cols())?;
-        let attention = self.attention.backward_input(pass, params, &saved.attention, &dh, &mut d_input)?;
+        let attention =
+            self.attention.backward_input(pass, params, &saved.attention, &dh, &mut d_input)?;
         let mut dx = pass.copy(&dh)?;
-        self.input_norm.backward_input(kernels, params, &d_input, &saved.x, &saved.input, &mut dx, Store::Add);
+        self.input_norm.backward_input(
+            kernels,
+            params,
+            &d_input,
+            &saved.x,
+            &saved.input,
+            &mut dx,
+            Store::Add,
+        );
         Ok((dx, BlockPending { dy, dh, d_input, d_post, attention, feed_forward }))
     }
 
     /// Adds the weights' gradients.
-    pub fn backward_weight(&self, pass: &Pass<'_>, saved: &BlockSaved, pending: &BlockPending, gradients: &mut Gradients) {
+    pub fn backward_weight(
+        &self,
+        pass: &Pass<'_>,
+        saved: &BlockSaved,
+        pending: &BlockPending,
+        gradients: &mut Gradients,
+    ) {
         let kernels = pass.kernels;
         match (&self.feed_forward, &saved.feed_forward, &pending.feed_forward) {
-            (FeedForward::Dense(mlp), FeedForwardSaved::Dense(saved_mlp), FeedForwardPending::Dense(pending_mlp)) => {
-                mlp.backward_weight(kernels, saved_mlp, pending_mlp, &saved.post.y, &pending.dy, gradients);
+            (
+                FeedForward::Dense(mlp),
+                FeedForwardSaved::Dense(saved_mlp),
+                FeedForwardPending::Dense(pending_mlp),
+            ) => {
+                mlp.backward_weight(
+                    kernels,
+                    saved_mlp,
+                    pending_mlp,
+                    &saved.post.y,
+                    &pending.dy,
+                    gradients,
+                );
             }
-            (FeedForward::Moe(moe), FeedForwardSaved::Moe(saved_moe), FeedForwardPending::Moe(pending_moe)) => {
-                moe.backward_weight(kernels, saved_moe, pending_moe, &saved.post.y, &pending.dy, gradients);
+            (
+                FeedForward::Moe(moe),
+                FeedForwardSaved::Moe(saved_moe),
+                FeedForwardPending::Moe(pending_moe),
+            ) => {
+                moe.backward_weight(
+                    kernels,
+                    saved_moe,
+                    pending_moe,
+                    &saved.post.y,
+                    &pending.dy,
+                    gradients,
+                );
             }
             _ => unreachable!("a layer saves what it computes"),
         }
         self.post_norm.backward_weight(kernels, &pending.d_post, &saved.h, &saved.post, gradients);
-        self.attention.backward_weight(kernels, &saved.attention, &pending.attention, &saved.input.y, &pending.dh, gradients);
-        self.input_norm.backward_weight(kernels, &pending.d_input, &saved.x, &saved.input, gradients);
+        self.attention.backward_weight(
+            kernels,
+            &saved.attention,
+            &pending.attention,
+            &saved.input.y,
+            &pending.dh,
+            gradients,
+        );
+        self.input_norm.backward_weight(
+            kernels,
+            &pending.d_input,
+            &saved.x,
+            &saved.input,
+            gradients,
+        );
     }
 
     /// What the layer's router did; `None` for a dense layer.
-    pub fn routing(&self, kernels: &dyn Kernels, saved: &BlockSaved, pending: &BlockPending) -> Option<Routing> {
+    pub fn routing(
+        &self,
+        kernels: &dyn Kernels,
+        saved: &BlockSaved,
+        pending: &BlockPending,
+    ) -> Option<Routing> {
         match (&self.feed_forward, &saved.feed_forward, &pending.feed_forward) {
-            (FeedForward::Moe(moe), FeedForwardSaved::Moe(saved), FeedForwardPending::Moe(pending)) => {
-                Some(moe.routing(kernels, saved, pending))
-            }
+            (
+                FeedForward::Moe(moe),
+                FeedForwardSaved::Moe(saved),
+                FeedForwardPending::Moe(pending),
+            ) => Some(moe.routing(kernels, saved, pending)),
             _ => None,
         }
     }

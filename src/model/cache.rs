@@ -77,12 +77,20 @@ pub struct LatentCache {
 impl LatentCache {
     /// Memory for `page_count` pages.
     pub fn new(
-        kernels: &dyn Kernels, config: &ModelConfig, page_count: usize, page_tokens: usize,
+        kernels: &dyn Kernels,
+        config: &ModelConfig,
+        page_count: usize,
+        page_tokens: usize,
     ) -> Result<LatentCache, OutOfMemory> {
         let owner = kernels.arena().owner("policy", Kind::Cache);
-        let buffer = |rows| kernels.arena().buffer(owner, kernels.float(), rows, config.cache_width());
+        let buffer =
+            |rows| kernels.arena().buffer(owner, kernels.float(), rows, config.cache_width());
         let layers = (0..config.num_hidden_layers).map(|_| buffer(page_count * page_tokens));
-        Ok(LatentCache { layers: layers.collect::<Result<_, _>>()?, page_tokens, transit: buffer(page_tokens)? })
+        Ok(LatentCache {
+            layers: layers.collect::<Result<_, _>>()?,
+            page_tokens,
+            transit: buffer(page_tokens)?,
+        })
     }
 
     /// Bytes of one page over all layers.
@@ -104,7 +112,8 @@ impl LatentCache {
     /// Copies the first `tokens` entries of page `from` to page `to`, in every layer.
     pub fn copy_page(&mut self, kernels: &dyn Kernels, from: u32, to: u32, tokens: usize) {
         assert!(tokens <= self.page_tokens, "a page has {} tokens, not {tokens}", self.page_tokens);
-        let rows = |page: u32| page as usize * self.page_tokens..page as usize * self.page_tokens + tokens;
+        let rows =
+            |page: u32| page as usize * self.page_tokens..page as usize * self.page_tokens + tokens;
         for layer in &mut self.layers {
             let mut transit = self.transit.rows_of_mut(0..tokens);
             kernels.copy(&layer.rows_of(rows(from)), &mut transit);
@@ -134,7 +143,10 @@ mod tests {
         let held = |page_count: usize, layers: usize| {
             let cache = LatentCache::new(&kernels, &config(layers), page_count, 16).unwrap();
             assert_eq!(cache.page_count(), page_count);
-            assert_eq!(cache.bytes(), page_count as u64 * LatentCache::page_bytes(&kernels, &config(layers), 16));
+            assert_eq!(
+                cache.bytes(),
+                page_count as u64 * LatentCache::page_bytes(&kernels, &config(layers), 16)
+            );
             kernels.arena().held_by(Kind::Cache)
         };
         // The allocator's own count, in f64: 8 bytes an element; the number of heads plays no part.
@@ -148,8 +160,9 @@ mod tests {
         let kernels = ReferenceKernels::new(Arena::new(None));
         let mut cache = LatentCache::new(&kernels, &config(2), 3, 4).unwrap();
         let (rows, width) = (12, 576);
-        let before: Vec<Vec<f64>> =
-            (0..2).map(|layer| (0..rows * width).map(|i| (layer * 100_000 + i) as f64).collect()).collect();
+        let before: Vec<Vec<f64>> = (0..2)
+            .map(|layer| (0..rows * width).map(|i| (layer * 100_000 + i) as f64).collect())
+            .collect();
         for (layer, values) in cache.layers.iter_mut().zip(&before) {
             kernels.upload_f64(values, layer);
         }
@@ -171,7 +184,10 @@ mod tests {
         rows.begin(&[0]);
         rows.push(60, 1, 4);
         assert_eq!(rows.slots, [31, 8, 1]);
-        assert_eq!((rows.sequence.as_slice(), rows.length.as_slice()), (&[0, 0, 1][..], &[4, 5, 2][..]));
+        assert_eq!(
+            (rows.sequence.as_slice(), rows.length.as_slice()),
+            (&[0, 0, 1][..], &[4, 5, 2][..])
+        );
         assert_eq!((rows.len(), rows.wanted.as_slice()), (3, &[1][..]));
     }
 }

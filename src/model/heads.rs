@@ -44,7 +44,11 @@ pub struct ScalarOutput {
 
 impl Heads {
     /// Packs the weights.
-    pub fn pack(packing: &Packing<'_>, params: &Params, config: &ModelConfig) -> Result<Heads, OutOfMemory> {
+    pub fn pack(
+        packing: &Packing<'_>,
+        params: &Params,
+        config: &ModelConfig,
+    ) -> Result<Heads, OutOfMemory> {
         let layout = params.layout.clone();
         let linear = |index: usize| Linear::pack(packing, params, index..index + 1, 1);
         Ok(Heads {
@@ -56,7 +60,13 @@ impl Heads {
 
     /// Log-probability of `targets[i]` after hidden row `rows[i]`, at `temperature`.
     pub fn logprobs(
-        &self, pass: &Pass<'_>, params: &Params, hidden: &Buffer, rows: &[u32], targets: &[u32], temperature: f64,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        hidden: &Buffer,
+        rows: &[u32],
+        targets: &[u32],
+        temperature: f64,
     ) -> Result<VocabularyOutput, OutOfMemory> {
         let kernels = pass.kernels;
         let gathered = self.gather(kernels, params, hidden, rows)?;
@@ -64,14 +74,28 @@ impl Heads {
         let [mut logprob, mut lse, mut entropy] =
             [pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?];
         let head = self.vocabulary.packed();
-        kernels.head_logprob(&gathered.normed.y, head, &targets, temperature, &mut logprob, &mut lse, &mut entropy)?;
-        let (logprobs, entropies) = (kernels.download_f64(&logprob), kernels.download_f64(&entropy));
+        kernels.head_logprob(
+            &gathered.normed.y,
+            head,
+            &targets,
+            temperature,
+            &mut logprob,
+            &mut lse,
+            &mut entropy,
+        )?;
+        let (logprobs, entropies) =
+            (kernels.download_f64(&logprob), kernels.download_f64(&entropy));
         Ok(VocabularyOutput { gathered, targets, temperature, lse, logprobs, entropies })
     }
 
     /// Adds to d_hidden and to the head's and the final norm's gradients, given d(loss)/d(logprob) per row.
     pub fn backward_logprobs(
-        &self, pass: &Pass<'_>, params: &Params, output: &VocabularyOutput, coefficients: &[f64], d_hidden: &mut Buffer,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        output: &VocabularyOutput,
+        coefficients: &[f64],
+        d_hidden: &mut Buffer,
         gradients: &mut Gradients,
     ) -> Result<(), OutOfMemory> {
         let kernels = pass.kernels;
@@ -80,14 +104,27 @@ impl Heads {
         kernels.upload_f64(coefficients, &mut c);
         let mut dx = pass.floats(x.rows(), x.cols())?;
         kernels.head_logprob_backward(
-            x, self.vocabulary.packed(), self.vocabulary.plain(), &output.targets, output.temperature, &output.lse, &c,
-            &mut dx, &mut gradients.span(self.vocabulary.tensors.clone()),
+            x,
+            self.vocabulary.packed(),
+            self.vocabulary.plain(),
+            &output.targets,
+            output.temperature,
+            &output.lse,
+            &c,
+            &mut dx,
+            &mut gradients.span(self.vocabulary.tensors.clone()),
         )?;
         self.scatter(kernels, params, &output.gathered, &dx, d_hidden, gradients)
     }
 
     /// The scalar head at hidden rows `rows`.
-    pub fn scores(&self, pass: &Pass<'_>, params: &Params, hidden: &Buffer, rows: &[u32]) -> Result<ScalarOutput, OutOfMemory> {
+    pub fn scores(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        hidden: &Buffer,
+        rows: &[u32],
+    ) -> Result<ScalarOutput, OutOfMemory> {
         let gathered = self.gather(pass.kernels, params, hidden, rows)?;
         let mut scores = pass.floats(rows.len(), 1)?;
         self.scalar().forward(pass.kernels, &gathered.normed.y, &mut scores, Store::Set);
@@ -96,7 +133,12 @@ impl Heads {
 
     /// Adds to d_hidden and to the gradients, given d(loss)/d(score) per row.
     pub fn backward_scores(
-        &self, pass: &Pass<'_>, params: &Params, output: &ScalarOutput, coefficients: &[f64], d_hidden: &mut Buffer,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        output: &ScalarOutput,
+        coefficients: &[f64],
+        d_hidden: &mut Buffer,
         gradients: &mut Gradients,
     ) -> Result<(), OutOfMemory> {
         let kernels = pass.kernels;
@@ -110,7 +152,13 @@ impl Heads {
     }
 
     /// Logits of hidden rows `rows`, for the sampler.
-    pub fn logits(&self, kernels: &dyn Kernels, params: &Params, hidden: &Buffer, rows: &[u32]) -> Result<Buffer, OutOfMemory> {
+    pub fn logits(
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        hidden: &Buffer,
+        rows: &[u32],
+    ) -> Result<Buffer, OutOfMemory> {
         let gathered = self.gather(kernels, params, hidden, rows)?;
         let mut logits = floats(kernels, rows.len(), self.vocabulary.outputs())?;
         self.vocabulary.forward(kernels, &gathered.normed.y, &mut logits, Store::Set);
@@ -121,7 +169,13 @@ impl Heads {
         self.scalar.as_ref().expect("a reward model has a scalar head")
     }
 
-    fn gather(&self, kernels: &dyn Kernels, params: &Params, hidden: &Buffer, rows: &[u32]) -> Result<Gathered, OutOfMemory> {
+    fn gather(
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        hidden: &Buffer,
+        rows: &[u32],
+    ) -> Result<Gathered, OutOfMemory> {
         let rows = super::pass::indices(kernels, rows)?;
         let mut x = floats(kernels, rows.rows(), hidden.cols())?;
         kernels.gather_rows(hidden, &rows, &mut x);
@@ -130,11 +184,24 @@ impl Heads {
     }
 
     fn scatter(
-        &self, kernels: &dyn Kernels, params: &Params, gathered: &Gathered, d_normed: &Buffer, d_hidden: &mut Buffer,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        gathered: &Gathered,
+        d_normed: &Buffer,
+        d_hidden: &mut Buffer,
         gradients: &mut Gradients,
     ) -> Result<(), OutOfMemory> {
         let mut dx = floats(kernels, d_normed.rows(), d_normed.cols())?;
-        self.norm.backward_input(kernels, params, d_normed, &gathered.x, &gathered.normed, &mut dx, Store::Set);
+        self.norm.backward_input(
+            kernels,
+            params,
+            d_normed,
+            &gathered.x,
+            &gathered.normed,
+            &mut dx,
+            Store::Set,
+        );
         self.norm.backward_weight(kernels, d_normed, &gathered.x, &gathered.normed, gradients);
         kernels.scatter_add_rows(&dx, &gathered.rows, d_hidden);
         Ok(())

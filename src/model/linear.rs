@@ -2,7 +2,9 @@
 //! the input gradient.
 
 use super::params::{Gradients, Params};
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Owner, Pack, Packed, Product, Routes, Store};
+use rehearsal_kernels::{
+    Buffer, Kernels, OutOfMemory, Owner, Pack, Packed, Product, Routes, Store,
+};
 use std::ops::Range;
 
 /// How a model's weights are packed.
@@ -35,7 +37,12 @@ pub struct Linear {
 
 impl Linear {
     /// Packs the joined rows of `tensors` as `groups` blocks.
-    pub fn pack(packing: &Packing<'_>, params: &Params, tensors: Range<usize>, groups: usize) -> Result<Linear, OutOfMemory> {
+    pub fn pack(
+        packing: &Packing<'_>,
+        params: &Params,
+        tensors: Range<usize>,
+        groups: usize,
+    ) -> Result<Linear, OutOfMemory> {
         let weight = params.slab.span(tensors.clone());
         let forward = packing.pack(&weight, Pack::blocks(Product::Transposed, &weight, groups))?;
         let plain = match packing.training {
@@ -66,29 +73,63 @@ impl Linear {
     }
 
     /// `dx (=|+=) dy W`.
-    pub fn backward_input(&self, kernels: &dyn Kernels, dy: &Buffer, dx: &mut Buffer, store: Store) {
+    pub fn backward_input(
+        &self,
+        kernels: &dyn Kernels,
+        dy: &Buffer,
+        dx: &mut Buffer,
+        store: Store,
+    ) {
         kernels.linear(dy, self.plain(), dx, store);
     }
 
     /// `dW += dyᵀ x`.
-    pub fn backward_weight(&self, kernels: &dyn Kernels, dy: &Buffer, x: &Buffer, gradients: &mut Gradients) {
+    pub fn backward_weight(
+        &self,
+        kernels: &dyn Kernels,
+        dy: &Buffer,
+        x: &Buffer,
+        gradients: &mut Gradients,
+    ) {
         kernels.linear_backward_weight(dy, x, &mut gradients.span(self.tensors.clone()));
     }
 
     /// Each expert's product on its own slots.
-    pub fn forward_experts(&self, kernels: &dyn Kernels, x: &Buffer, routes: &Routes, y: &mut Buffer) {
+    pub fn forward_experts(
+        &self,
+        kernels: &dyn Kernels,
+        x: &Buffer,
+        routes: &Routes,
+        y: &mut Buffer,
+    ) {
         kernels.linear_experts(x, &self.forward, routes, y);
     }
 
     /// Each expert's input gradient on its own slots.
-    pub fn backward_input_experts(&self, kernels: &dyn Kernels, dy: &Buffer, routes: &Routes, dx: &mut Buffer) {
+    pub fn backward_input_experts(
+        &self,
+        kernels: &dyn Kernels,
+        dy: &Buffer,
+        routes: &Routes,
+        dx: &mut Buffer,
+    ) {
         kernels.linear_experts(dy, self.plain(), routes, dx);
     }
 
     /// Each expert's weight gradient from its own slots.
     pub fn backward_weight_experts(
-        &self, kernels: &dyn Kernels, dy: &Buffer, x: &Buffer, routes: &Routes, gradients: &mut Gradients,
+        &self,
+        kernels: &dyn Kernels,
+        dy: &Buffer,
+        x: &Buffer,
+        routes: &Routes,
+        gradients: &mut Gradients,
     ) {
-        kernels.linear_experts_backward_weight(dy, x, routes, &mut gradients.span(self.tensors.clone()));
+        kernels.linear_experts_backward_weight(
+            dy,
+            x,
+            routes,
+            &mut gradients.span(self.tensors.clone()),
+        );
     }
 }

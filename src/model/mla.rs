@@ -20,7 +20,8 @@ use super::rope::softmax_scale;
 use crate::config::ModelConfig;
 use crate::config::engine::AttentionForm;
 use rehearsal_kernels::{
-    AttentionShape, Buffer, DecodeBatch, HeadColumns, Kernels, OutOfMemory, Pack, Packed, Product, RopeTable, Store,
+    AttentionShape, Buffer, DecodeBatch, HeadColumns, Kernels, OutOfMemory, Pack, Packed, Product,
+    RopeTable, Store,
 };
 
 /// A packed attention layer.
@@ -140,12 +141,22 @@ impl Dims {
 
     /// From queries to absorbed queries.
     fn key_columns(&self) -> HeadColumns {
-        HeadColumns { input_first: 0, input_stride: self.query(), output_first: 0, output_stride: self.latent + self.rope }
+        HeadColumns {
+            input_first: 0,
+            input_stride: self.query(),
+            output_first: 0,
+            output_stride: self.latent + self.rope,
+        }
     }
 
     /// From sums over the latent to values.
     fn value_columns(&self) -> HeadColumns {
-        HeadColumns { input_first: 0, input_stride: self.latent, output_first: 0, output_stride: self.value }
+        HeadColumns {
+            input_first: 0,
+            input_stride: self.latent,
+            output_first: 0,
+            output_stride: self.value,
+        }
     }
 }
 
@@ -180,25 +191,41 @@ impl PerHead {
 impl Mla {
     /// Packs the weights for one form of attention.
     pub fn pack(
-        packing: &Packing<'_>, params: &Params, config: &ModelConfig, index: &AttentionIndex, form: AttentionForm,
+        packing: &Packing<'_>,
+        params: &Params,
+        config: &ModelConfig,
+        index: &AttentionIndex,
+        form: AttentionForm,
     ) -> Result<Mla, OutOfMemory> {
         let dims = Dims::new(config);
         let norm = |weight| Norm { weight, epsilon: dims.epsilon };
         let query = match index.query {
-            Some((weight, q_b)) => Some((norm(weight), Linear::pack(packing, params, q_b..q_b + 1, 1)?)),
+            Some((weight, q_b)) => {
+                Some((norm(weight), Linear::pack(packing, params, q_b..q_b + 1, 1)?))
+            }
             None => None,
         };
         let core = match form {
-            AttentionForm::Expanded => Core::Expanded { kv_b: Linear::pack(packing, params, index.kv_b..index.kv_b + 1, 1)? },
+            AttentionForm::Expanded => Core::Expanded {
+                kv_b: Linear::pack(packing, params, index.kv_b..index.kv_b + 1, 1)?,
+            },
             AttentionForm::Absorbed => {
                 let rows = |product, first_row, rows| Pack {
-                    product, groups: dims.heads, group_stride: dims.nope + dims.value, first_row, rows,
+                    product,
+                    groups: dims.heads,
+                    group_stride: dims.nope + dims.value,
+                    first_row,
+                    rows,
                 };
                 let weight = params.slab.tensor(index.kv_b);
                 Core::Absorbed {
                     kv_b: index.kv_b,
                     key: PerHead::pack(packing, &weight, rows(Product::Plain, 0, dims.nope))?,
-                    value: PerHead::pack(packing, &weight, rows(Product::Transposed, dims.nope, dims.value))?,
+                    value: PerHead::pack(
+                        packing,
+                        &weight,
+                        rows(Product::Transposed, dims.nope, dims.value),
+                    )?,
                 }
             }
         };
@@ -213,7 +240,13 @@ impl Mla {
     }
 
     /// `y += MLA(x)` over packed documents.
-    pub fn forward(&self, pass: &Pass<'_>, params: &Params, x: &Buffer, y: &mut Buffer) -> Result<MlaSaved, OutOfMemory> {
+    pub fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        x: &Buffer,
+        y: &mut Buffer,
+    ) -> Result<MlaSaved, OutOfMemory> {
         let (kernels, dims) = (pass.kernels, &self.dims);
         let projected = self.project(kernels, params, x, &pass.documents.positions, pass.rope)?;
         let mut lse = pass.floats(x.rows(), dims.heads)?;
@@ -223,7 +256,15 @@ impl Mla {
                 let mut kv = pass.floats(x.rows(), kv_b.outputs())?;
                 kv_b.forward(kernels, &projected.latent.y, &mut kv, Store::Set);
                 let mut o = pass.floats(x.rows(), dims.heads * dims.value)?;
-                kernels.mla_train(&dims.expanded(), &projected.q, &kv, &projected.k_rope, start, &mut o, &mut lse)?;
+                kernels.mla_train(
+                    &dims.expanded(),
+                    &projected.q,
+                    &kv,
+                    &projected.k_rope,
+                    start,
+                    &mut o,
+                    &mut lse,
+                )?;
                 self.output.forward(kernels, &o, y, Store::Add);
                 Ok(MlaSaved { projected, expanded: kv, attended: o, lse, values: None })
             }
@@ -231,7 +272,15 @@ impl Mla {
                 let q = self.absorb(kernels, &projected.q)?;
                 let mut z = pass.floats(x.rows(), dims.heads * dims.latent)?;
                 let latent = &projected.latent.y;
-                kernels.mla_train(&dims.absorbed(), &q, latent, &projected.k_rope, start, &mut z, &mut lse)?;
+                kernels.mla_train(
+                    &dims.absorbed(),
+                    &q,
+                    latent,
+                    &projected.k_rope,
+                    start,
+                    &mut z,
+                    &mut lse,
+                )?;
                 let o = self.values(kernels, value, &z)?;
                 self.output.forward(kernels, &o, y, Store::Add);
                 Ok(MlaSaved { projected, expanded: q, attended: z, lse, values: Some(o) })
@@ -241,14 +290,28 @@ impl Mla {
 
     /// `y += MLA(x)` for sampler rows: writes their entries to `cache` and attends to it. Absorbed form only.
     pub fn decode(
-        &self, kernels: &dyn Kernels, params: &Params, x: &Buffer, positions: &Buffer, rope: &RopeTable, slots: &Buffer,
-        batch: &DecodeBatch<'_>, cache: &mut Buffer, y: &mut Buffer,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        x: &Buffer,
+        positions: &Buffer,
+        rope: &RopeTable,
+        slots: &Buffer,
+        batch: &DecodeBatch<'_>,
+        cache: &mut Buffer,
+        y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
-        let Core::Absorbed { value, .. } = &self.core else { panic!("the sampler packs the absorbed form") };
+        let Core::Absorbed { value, .. } = &self.core else {
+            panic!("the sampler packs the absorbed form")
+        };
         let projected = self.project(kernels, params, x, positions, rope)?;
         let latent = self.dims.latent;
         kernels.scatter_rows(&projected.latent.y, slots, &mut cache.cols_of_mut(0..latent));
-        kernels.scatter_rows(&projected.k_rope, slots, &mut cache.cols_of_mut(latent..latent + self.dims.rope));
+        kernels.scatter_rows(
+            &projected.k_rope,
+            slots,
+            &mut cache.cols_of_mut(latent..latent + self.dims.rope),
+        );
         let q = self.absorb(kernels, &projected.q)?;
         let mut z = floats(kernels, x.rows(), self.dims.heads * latent)?;
         kernels.mla_decode(&self.dims.absorbed(), &q, cache, batch, &mut z)?;
@@ -259,7 +322,12 @@ impl Mla {
 
     /// Sets dx, given the gradient dy of the output.
     pub fn backward_input(
-        &self, pass: &Pass<'_>, params: &Params, saved: &MlaSaved, dy: &Buffer, dx: &mut Buffer,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        saved: &MlaSaved,
+        dy: &Buffer,
+        dx: &mut Buffer,
     ) -> Result<MlaPending, OutOfMemory> {
         let (kernels, dims, rows) = (pass.kernels, &self.dims, dy.rows());
         let projected = &saved.projected;
@@ -274,20 +342,50 @@ impl Mla {
         let d_values = match &self.core {
             Core::Expanded { kv_b } => {
                 kernels.mla_train_backward_input(
-                    &dims.expanded(), &projected.q, &saved.expanded, &projected.k_rope, start, &saved.attended, &saved.lse,
-                    &d_values, &mut dq, &mut d_expanded, &mut dk_rope,
+                    &dims.expanded(),
+                    &projected.q,
+                    &saved.expanded,
+                    &projected.k_rope,
+                    start,
+                    &saved.attended,
+                    &saved.lse,
+                    &d_values,
+                    &mut dq,
+                    &mut d_expanded,
+                    &mut dk_rope,
                 )?;
                 kv_b.backward_input(kernels, &d_expanded, &mut d_latent, Store::Set);
                 None
             }
             Core::Absorbed { key, value, .. } => {
                 let mut dz = pass.floats(rows, dims.heads * dims.latent)?;
-                kernels.linear_heads(&d_values, value.backward(), reversed(dims.value_columns()), &mut dz, Store::Set);
+                kernels.linear_heads(
+                    &d_values,
+                    value.backward(),
+                    reversed(dims.value_columns()),
+                    &mut dz,
+                    Store::Set,
+                );
                 kernels.mla_train_backward_input(
-                    &dims.absorbed(), &saved.expanded, &projected.latent.y, &projected.k_rope, start, &saved.attended,
-                    &saved.lse, &dz, &mut d_expanded, &mut d_latent, &mut dk_rope,
+                    &dims.absorbed(),
+                    &saved.expanded,
+                    &projected.latent.y,
+                    &projected.k_rope,
+                    start,
+                    &saved.attended,
+                    &saved.lse,
+                    &dz,
+                    &mut d_expanded,
+                    &mut d_latent,
+                    &mut dk_rope,
                 )?;
-                kernels.linear_heads(&d_expanded, key.backward(), reversed(dims.key_columns()), &mut dq, Store::Set);
+                kernels.linear_heads(
+                    &d_expanded,
+                    key.backward(),
+                    reversed(dims.key_columns()),
+                    &mut dq,
+                    Store::Set,
+                );
                 self.copy_rope(kernels, &d_expanded, dims.latent, &mut dq, dims.nope);
                 Some(d_values)
             }
@@ -299,8 +397,13 @@ impl Mla {
         let d_query_normed = self.backward_query(pass, params, projected, &dq, &mut d_down)?;
         let columns = dims.query_a..dims.query_a + dims.latent;
         self.latent_norm.backward_input(
-            kernels, params, &d_latent, &projected.down.cols_of(columns.clone()), &projected.latent,
-            &mut d_down.cols_of_mut(columns.clone()), Store::Set,
+            kernels,
+            params,
+            &d_latent,
+            &projected.down.cols_of(columns.clone()),
+            &projected.latent,
+            &mut d_down.cols_of_mut(columns.clone()),
+            Store::Set,
         );
         kernels.copy(&dk_rope, &mut d_down.cols_of_mut(columns.end..columns.end + dims.rope));
         // 1: the joined product.
@@ -310,7 +413,13 @@ impl Mla {
 
     /// Adds the weights' gradients; x and dy are the forward's input and the output's gradient.
     pub fn backward_weight(
-        &self, kernels: &dyn Kernels, saved: &MlaSaved, pending: &MlaPending, x: &Buffer, dy: &Buffer, gradients: &mut Gradients,
+        &self,
+        kernels: &dyn Kernels,
+        saved: &MlaSaved,
+        pending: &MlaPending,
+        x: &Buffer,
+        dy: &Buffer,
+        gradients: &mut Gradients,
     ) {
         let (dims, projected) = (&self.dims, &saved.projected);
         match &self.core {
@@ -319,25 +428,57 @@ impl Mla {
                 kv_b.backward_weight(kernels, &pending.d_expanded, &projected.latent.y, gradients);
             }
             Core::Absorbed { kv_b, key, value } => {
-                let (values, d_values) = saved.values.as_ref().zip(pending.d_values.as_ref()).expect("absorbed form");
+                let (values, d_values) =
+                    saved.values.as_ref().zip(pending.d_values.as_ref()).expect("absorbed form");
                 self.output.backward_weight(kernels, dy, values, gradients);
                 let mut dw = gradients.tensor(*kv_b);
-                kernels.linear_heads_backward_weight(d_values, &saved.attended, dims.value_columns(), value.rows, &mut dw);
-                kernels.linear_heads_backward_weight(&pending.d_expanded, &projected.q, dims.key_columns(), key.rows, &mut dw);
+                kernels.linear_heads_backward_weight(
+                    d_values,
+                    &saved.attended,
+                    dims.value_columns(),
+                    value.rows,
+                    &mut dw,
+                );
+                kernels.linear_heads_backward_weight(
+                    &pending.d_expanded,
+                    &projected.q,
+                    dims.key_columns(),
+                    key.rows,
+                    &mut dw,
+                );
             }
         }
-        if let (Some((norm, q_b)), Some(normed), Some(d_normed)) = (&self.query, &projected.query_normed, &pending.d_query_normed) {
+        if let (Some((norm, q_b)), Some(normed), Some(d_normed)) =
+            (&self.query, &projected.query_normed, &pending.d_query_normed)
+        {
             q_b.backward_weight(kernels, &pending.dq, &normed.y, gradients);
-            norm.backward_weight(kernels, d_normed, &projected.down.cols_of(0..dims.query_a), normed, gradients);
+            norm.backward_weight(
+                kernels,
+                d_normed,
+                &projected.down.cols_of(0..dims.query_a),
+                normed,
+                gradients,
+            );
         }
         let latent = projected.down.cols_of(dims.query_a..dims.query_a + dims.latent);
-        self.latent_norm.backward_weight(kernels, &pending.d_latent, &latent, &projected.latent, gradients);
+        self.latent_norm.backward_weight(
+            kernels,
+            &pending.d_latent,
+            &latent,
+            &projected.latent,
+            gradients,
+        );
         self.down.backward_weight(kernels, &pending.d_down, x, gradients);
     }
 
     /// Steps 1 to 3.
     fn project(
-        &self, kernels: &dyn Kernels, params: &Params, x: &Buffer, positions: &Buffer, rope: &RopeTable,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        x: &Buffer,
+        positions: &Buffer,
+        rope: &RopeTable,
     ) -> Result<Projected, OutOfMemory> {
         let dims = &self.dims;
         let mut down = floats(kernels, x.rows(), self.down.outputs())?;
@@ -374,29 +515,64 @@ impl Mla {
     }
 
     /// Per head W_UV z.
-    fn values(&self, kernels: &dyn Kernels, value: &PerHead, z: &Buffer) -> Result<Buffer, OutOfMemory> {
+    fn values(
+        &self,
+        kernels: &dyn Kernels,
+        value: &PerHead,
+        z: &Buffer,
+    ) -> Result<Buffer, OutOfMemory> {
         let mut o = floats(kernels, z.rows(), self.dims.heads * self.dims.value)?;
         kernels.linear_heads(z, &value.forward, self.dims.value_columns(), &mut o, Store::Set);
         Ok(o)
     }
 
     /// Copies each head's rope part, which follows its key part of `from_key` or `to_key` columns.
-    fn copy_rope(&self, kernels: &dyn Kernels, from: &Buffer, from_key: usize, to: &mut Buffer, to_key: usize) {
+    fn copy_rope(
+        &self,
+        kernels: &dyn Kernels,
+        from: &Buffer,
+        from_key: usize,
+        to: &mut Buffer,
+        to_key: usize,
+    ) {
         let rope = self.dims.rope;
         for head in 0..self.dims.heads {
             let source = head * (from_key + rope) + from_key;
             let target = head * (to_key + rope) + to_key;
-            kernels.copy(&from.cols_of(source..source + rope), &mut to.cols_of_mut(target..target + rope));
+            kernels.copy(
+                &from.cols_of(source..source + rope),
+                &mut to.cols_of_mut(target..target + rope),
+            );
         }
     }
 
-    fn rotate(&self, kernels: &dyn Kernels, q: &mut Buffer, positions: &Buffer, rope: &RopeTable, inverse: bool) {
-        kernels.rope(q, positions, rope, self.dims.heads, self.dims.nope, self.dims.query(), inverse);
+    fn rotate(
+        &self,
+        kernels: &dyn Kernels,
+        q: &mut Buffer,
+        positions: &Buffer,
+        rope: &RopeTable,
+        inverse: bool,
+    ) {
+        kernels.rope(
+            q,
+            positions,
+            rope,
+            self.dims.heads,
+            self.dims.nope,
+            self.dims.query(),
+            inverse,
+        );
     }
 
     /// Writes the query part of d_down; returns the gradient of the normed queries if they are compressed.
     fn backward_query(
-        &self, pass: &Pass<'_>, params: &Params, projected: &Projected, dq: &Buffer, d_down: &mut Buffer,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        projected: &Projected,
+        dq: &Buffer,
+        d_down: &mut Buffer,
     ) -> Result<Option<Buffer>, OutOfMemory> {
         let columns = 0..self.dims.query_a;
         let (Some((norm, q_b)), Some(normed)) = (&self.query, &projected.query_normed) else {
@@ -406,8 +582,13 @@ impl Mla {
         let mut d_normed = pass.floats(dq.rows(), self.dims.query_a)?;
         q_b.backward_input(pass.kernels, dq, &mut d_normed, Store::Set);
         norm.backward_input(
-            pass.kernels, params, &d_normed, &projected.down.cols_of(columns.clone()), normed,
-            &mut d_down.cols_of_mut(columns), Store::Set,
+            pass.kernels,
+            params,
+            &d_normed,
+            &projected.down.cols_of(columns.clone()),
+            normed,
+            &mut d_down.cols_of_mut(columns),
+            Store::Set,
         );
         Ok(Some(d_normed))
     }

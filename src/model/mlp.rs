@@ -24,7 +24,11 @@ pub struct MlpPending {
 
 impl Mlp {
     /// Packs the weights.
-    pub fn pack(packing: &Packing<'_>, params: &Params, index: &MlpIndex) -> Result<Mlp, OutOfMemory> {
+    pub fn pack(
+        packing: &Packing<'_>,
+        params: &Params,
+        index: &MlpIndex,
+    ) -> Result<Mlp, OutOfMemory> {
         Ok(Mlp {
             gate_up: Linear::pack(packing, params, index.gate_up.clone(), 1)?,
             down: Linear::pack(packing, params, index.down..index.down + 1, 1)?,
@@ -32,7 +36,12 @@ impl Mlp {
     }
 
     /// `y += FFN(x)`.
-    pub fn forward(&self, kernels: &dyn Kernels, x: &Buffer, y: &mut Buffer) -> Result<MlpSaved, OutOfMemory> {
+    pub fn forward(
+        &self,
+        kernels: &dyn Kernels,
+        x: &Buffer,
+        y: &mut Buffer,
+    ) -> Result<MlpSaved, OutOfMemory> {
         let mut gate_up = super::pass::floats(kernels, x.rows(), self.gate_up.outputs())?;
         self.gate_up.forward(kernels, x, &mut gate_up, Store::Set);
         let mut activated = super::pass::floats(kernels, x.rows(), self.gate_up.outputs() / 2)?;
@@ -42,7 +51,13 @@ impl Mlp {
     }
 
     /// Sets dx.
-    pub fn backward_input(&self, pass: &Pass<'_>, saved: &MlpSaved, dy: &Buffer, dx: &mut Buffer) -> Result<MlpPending, OutOfMemory> {
+    pub fn backward_input(
+        &self,
+        pass: &Pass<'_>,
+        saved: &MlpSaved,
+        dy: &Buffer,
+        dx: &mut Buffer,
+    ) -> Result<MlpPending, OutOfMemory> {
         let mut d_activated = pass.floats(dy.rows(), saved.activated.cols())?;
         self.down.backward_input(pass.kernels, dy, &mut d_activated, Store::Set);
         let mut d_gate_up = pass.floats(dy.rows(), saved.gate_up.cols())?;
@@ -53,7 +68,13 @@ impl Mlp {
 
     /// Adds the weights' gradients; x and dy are the forward's input and the output's gradient.
     pub fn backward_weight(
-        &self, kernels: &dyn Kernels, saved: &MlpSaved, pending: &MlpPending, x: &Buffer, dy: &Buffer, gradients: &mut Gradients,
+        &self,
+        kernels: &dyn Kernels,
+        saved: &MlpSaved,
+        pending: &MlpPending,
+        x: &Buffer,
+        dy: &Buffer,
+        gradients: &mut Gradients,
     ) {
         self.down.backward_weight(kernels, dy, &saved.activated, gradients);
         self.gate_up.backward_weight(kernels, &pending.d_gate_up, x, gradients);

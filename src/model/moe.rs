@@ -67,7 +67,12 @@ pub fn router_spec(config: &ModelConfig) -> RouterSpec {
 
 impl Moe {
     /// Packs the weights.
-    pub fn pack(packing: &Packing<'_>, params: &Params, config: &ModelConfig, index: &FeedForwardIndex) -> Result<Moe, OutOfMemory> {
+    pub fn pack(
+        packing: &Packing<'_>,
+        params: &Params,
+        config: &ModelConfig,
+        index: &FeedForwardIndex,
+    ) -> Result<Moe, OutOfMemory> {
         let FeedForwardIndex::Moe { router, gate_up, down, shared } = index else {
             panic!("a dense layer has no experts");
         };
@@ -84,7 +89,12 @@ impl Moe {
     }
 
     /// `y += MoE(u)`.
-    pub fn forward(&self, kernels: &dyn Kernels, u: &Buffer, y: &mut Buffer) -> Result<MoeSaved, OutOfMemory> {
+    pub fn forward(
+        &self,
+        kernels: &dyn Kernels,
+        u: &Buffer,
+        y: &mut Buffer,
+    ) -> Result<MoeSaved, OutOfMemory> {
         let (rows, slots) = (u.rows(), u.rows() * self.spec.top_k);
         let mut logits = floats(kernels, rows, self.experts)?;
         self.router.forward(kernels, u, &mut logits, Store::Set);
@@ -107,7 +117,13 @@ impl Moe {
     }
 
     /// Sets dx; the balance loss of the pass is added to the gradient and returned.
-    pub fn backward_input(&self, pass: &Pass<'_>, saved: &MoeSaved, dy: &Buffer, dx: &mut Buffer) -> Result<MoePending, OutOfMemory> {
+    pub fn backward_input(
+        &self,
+        pass: &Pass<'_>,
+        saved: &MoeSaved,
+        dy: &Buffer,
+        dx: &mut Buffer,
+    ) -> Result<MoePending, OutOfMemory> {
         let kernels = pass.kernels;
         let shared = match (&self.shared, &saved.shared) {
             (Some(mlp), Some(saved)) => Some(mlp.backward_input(pass, saved, dy, dx)?),
@@ -118,7 +134,14 @@ impl Moe {
         };
         let mut d_y = pass.floats(saved.y.rows(), saved.y.cols())?;
         let mut d_weights = pass.floats(saved.weights.rows(), saved.weights.cols())?;
-        kernels.combine_backward(dy, &saved.y, &saved.routes, &saved.weights, &mut d_y, &mut d_weights);
+        kernels.combine_backward(
+            dy,
+            &saved.y,
+            &saved.routes,
+            &saved.weights,
+            &mut d_y,
+            &mut d_weights,
+        );
         let mut d_activated = pass.floats(d_y.rows(), saved.activated.cols())?;
         self.down.backward_input_experts(kernels, &d_y, &saved.routes, &mut d_activated);
         let mut d_gate_up = pass.floats(d_y.rows(), saved.gate_up.cols())?;
@@ -131,28 +154,61 @@ impl Moe {
         kernels.fill(&mut d_scores, 0.0);
         let balance_loss = self.balance(pass, saved, &mut d_scores);
         let mut d_logits = pass.floats(saved.scores.rows(), self.experts)?;
-        kernels.router_backward(&self.spec, &saved.scores, &saved.chosen, &d_weights, &d_scores, &mut d_logits);
+        kernels.router_backward(
+            &self.spec,
+            &saved.scores,
+            &saved.chosen,
+            &d_weights,
+            &d_scores,
+            &mut d_logits,
+        );
         self.router.backward_input(kernels, &d_logits, dx, Store::Add);
         Ok(MoePending { d_y, d_gate_up, d_logits, shared, balance_loss })
     }
 
     /// Adds the weights' gradients; u and dy are the forward's input and the output's gradient.
     pub fn backward_weight(
-        &self, kernels: &dyn Kernels, saved: &MoeSaved, pending: &MoePending, u: &Buffer, dy: &Buffer, gradients: &mut Gradients,
+        &self,
+        kernels: &dyn Kernels,
+        saved: &MoeSaved,
+        pending: &MoePending,
+        u: &Buffer,
+        dy: &Buffer,
+        gradients: &mut Gradients,
     ) {
         self.router.backward_weight(kernels, &pending.d_logits, u, gradients);
-        self.down.backward_weight_experts(kernels, &pending.d_y, &saved.activated, &saved.routes, gradients);
-        self.gate_up.backward_weight_experts(kernels, &pending.d_gate_up, &saved.x, &saved.routes, gradients);
-        if let (Some(mlp), Some(saved), Some(pending)) = (&self.shared, &saved.shared, &pending.shared) {
+        self.down.backward_weight_experts(
+            kernels,
+            &pending.d_y,
+            &saved.activated,
+            &saved.routes,
+            gradients,
+        );
+        self.gate_up.backward_weight_experts(
+            kernels,
+            &pending.d_gate_up,
+            &saved.x,
+            &saved.routes,
+            gradients,
+        );
+        if let (Some(mlp), Some(saved), Some(pending)) =
+            (&self.shared, &saved.shared, &pending.shared)
+        {
             mlp.backward_weight(kernels, saved, pending, u, dy, gradients);
         }
     }
 
     /// Load and balance loss of a pass.
-    pub fn routing(&self, kernels: &dyn Kernels, saved: &MoeSaved, pending: &MoePending) -> Routing {
+    pub fn routing(
+        &self,
+        kernels: &dyn Kernels,
+        saved: &MoeSaved,
+        pending: &MoePending,
+    ) -> Routing {
         let offsets = kernels.download_indices(&saved.routes.offsets);
         let slots = f64::from(offsets[self.experts]).max(1.0);
-        let load = offsets.windows(2).map(|pair| (f64::from(pair[1] - pair[0]) / slots) as f32).collect();
+        let load =
+            offsets.windows(2).map(|pair| (f64::from(pair[1] - pair[0]) / slots) as f32).collect();
         Routing { load, balance_loss: pending.balance_loss }
     }
 
@@ -161,6 +217,14 @@ impl Moe {
             return 0.0;
         }
         let segment = &pass.documents.segment;
-        pass.share * pass.kernels.balance_loss(&saved.scores, &saved.chosen, segment, pass.balance, pass.share, d_scores)
+        pass.share
+            * pass.kernels.balance_loss(
+                &saved.scores,
+                &saved.chosen,
+                segment,
+                pass.balance,
+                pass.share,
+                d_scores,
+            )
     }
 }

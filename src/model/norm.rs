@@ -23,23 +23,53 @@ pub struct Normed {
 
 impl Norm {
     /// Norms the rows of `x`.
-    pub fn forward(&self, kernels: &dyn Kernels, params: &Params, x: &Buffer) -> Result<Normed, OutOfMemory> {
+    pub fn forward(
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        x: &Buffer,
+    ) -> Result<Normed, OutOfMemory> {
         let mut y = floats(kernels, x.rows(), x.cols())?;
         let mut inverse_rms = floats(kernels, x.rows(), 1)?;
-        kernels.rms_norm(x, &params.slab.tensor(self.weight), self.epsilon, &mut y, &mut inverse_rms);
+        kernels.rms_norm(
+            x,
+            &params.slab.tensor(self.weight),
+            self.epsilon,
+            &mut y,
+            &mut inverse_rms,
+        );
         Ok(Normed { y, inverse_rms })
     }
 
     /// `dx (=|+=)` the input gradient; x is the forward's input.
     pub fn backward_input(
-        &self, kernels: &dyn Kernels, params: &Params, dy: &Buffer, x: &Buffer, normed: &Normed, dx: &mut Buffer, store: Store,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        dy: &Buffer,
+        x: &Buffer,
+        normed: &Normed,
+        dx: &mut Buffer,
+        store: Store,
     ) {
         let weight = params.slab.tensor(self.weight);
         kernels.rms_norm_backward_input(dy, x, &weight, &normed.inverse_rms, dx, store);
     }
 
     /// Adds the weight's gradient.
-    pub fn backward_weight(&self, kernels: &dyn Kernels, dy: &Buffer, x: &Buffer, normed: &Normed, gradients: &mut Gradients) {
-        kernels.rms_norm_backward_weight(dy, x, &normed.inverse_rms, &mut gradients.tensor(self.weight));
+    pub fn backward_weight(
+        &self,
+        kernels: &dyn Kernels,
+        dy: &Buffer,
+        x: &Buffer,
+        normed: &Normed,
+        gradients: &mut Gradients,
+    ) {
+        kernels.rms_norm_backward_weight(
+            dy,
+            x,
+            &normed.inverse_rms,
+            &mut gradients.tensor(self.weight),
+        );
     }
 }

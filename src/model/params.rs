@@ -131,7 +131,11 @@ impl Layout {
     /// Tensors that a next-token (`scalar_head` false) or preference loss trains: a reward model has no use for its
     /// vocabulary head.
     pub fn is_trained(&self, index: usize, scalar_head: bool) -> bool {
-        if scalar_head { index != self.head || self.head == self.embed } else { Some(index) != self.score }
+        if scalar_head {
+            index != self.head || self.head == self.embed
+        } else {
+            Some(index) != self.score
+        }
     }
 
     fn shapes(&self) -> Vec<(usize, usize)> {
@@ -159,11 +163,16 @@ impl Builder {
         LayerIndex {
             input_norm: self.norm(format!("{prefix}.input_layernorm.weight"), config.hidden_size),
             attention: self.attention(config, &format!("{prefix}.self_attn")),
-            post_norm: self.norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size),
+            post_norm: self
+                .norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size),
             feed_forward: if config.is_moe(index) {
                 self.moe(config, &format!("{prefix}.mlp"))
             } else {
-                FeedForwardIndex::Dense(self.mlp(config.hidden_size, config.intermediate_size, &format!("{prefix}.mlp")))
+                FeedForwardIndex::Dense(self.mlp(
+                    config.hidden_size,
+                    config.intermediate_size,
+                    &format!("{prefix}.mlp"),
+                ))
             },
         }
     }
@@ -195,7 +204,8 @@ impl Builder {
     }
 
     fn moe(&mut self, config: &ModelConfig, prefix: &str) -> FeedForwardIndex {
-        let (d, width, count) = (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts);
+        let (d, width, count) =
+            (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts);
         let router = self.matrix(format!("{prefix}.gate.weight"), count, d);
         let first = self.specs.len();
         for expert in 0..count {
@@ -223,7 +233,11 @@ pub struct Params {
 
 impl Params {
     /// Zeroed weights that `role` owns.
-    pub fn new(kernels: &dyn Kernels, layout: Arc<Layout>, role: &str) -> Result<Params, OutOfMemory> {
+    pub fn new(
+        kernels: &dyn Kernels,
+        layout: Arc<Layout>,
+        role: &str,
+    ) -> Result<Params, OutOfMemory> {
         let owner = kernels.arena().owner(role, Kind::Weights);
         let slab = kernels.arena().slab(owner, kernels.float(), &layout.shapes())?;
         Ok(Params { layout, slab })
@@ -246,12 +260,19 @@ impl Params {
     }
 
     /// Fills every tensor from `read(name)`, which returns the values in row order.
-    pub fn load(&mut self, kernels: &dyn Kernels, mut read: impl FnMut(&ParamSpec) -> Result<Vec<f32>>) -> Result<()> {
+    pub fn load(
+        &mut self,
+        kernels: &dyn Kernels,
+        mut read: impl FnMut(&ParamSpec) -> Result<Vec<f32>>,
+    ) -> Result<()> {
         for (index, spec) in self.layout.specs.iter().enumerate() {
             let values = read(spec)?;
             ensure!(
                 values.len() == spec.rows * spec.cols,
-                "tensor {} has {} elements, the config wants {:?}", spec.name, values.len(), spec.shape()
+                "tensor {} has {} elements, the config wants {:?}",
+                spec.name,
+                values.len(),
+                spec.shape()
             );
             kernels.upload(&values, &mut self.slab.tensor_mut(index));
         }
@@ -268,7 +289,11 @@ pub struct Gradients {
 
 impl Gradients {
     /// Zero gradients.
-    pub fn new(kernels: &dyn Kernels, layout: &Layout, role: &str) -> Result<Gradients, OutOfMemory> {
+    pub fn new(
+        kernels: &dyn Kernels,
+        layout: &Layout,
+        role: &str,
+    ) -> Result<Gradients, OutOfMemory> {
         let owner = kernels.arena().owner(role, Kind::Gradients);
         let slab = kernels.arena().slab(owner, kernels.float(), &layout.shapes())?;
         Ok(Gradients { slab, written: vec![false; layout.specs.len()] })

@@ -93,6 +93,10 @@ pub fn floats(kernels: &dyn Kernels, rows: usize, cols: usize) -> Result<Buffer,
 }
 
 /// Scratch indices; contents are not defined.
-pub fn index_buffer(kernels: &dyn Kernels, rows: usize, cols: usize) -> Result<Buffer, OutOfMemory> {
+pub fn index_buffer(
+    kernels: &dyn Kernels,
+    rows: usize,
+    cols: usize,
+) -> Result<Buffer, OutOfMemory> {
     kernels.arena().buffer(kernels.scratch(), DType::U32, rows, cols)
 }

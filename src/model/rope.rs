@@ -14,7 +14,9 @@ pub fn frequencies(config: &ModelConfig) -> Vec<f64> {
         return (0..half).map(plain).collect();
     };
     let turns = |rotations: f64| {
-        width * (yarn.original_max_position_embeddings as f64 / (rotations * std::f64::consts::TAU)).ln()
+        width
+            * (yarn.original_max_position_embeddings as f64 / (rotations * std::f64::consts::TAU))
+                .ln()
             / (2.0 * config.rope_theta.ln())
     };
     let low = turns(yarn.beta_fast).floor().max(0.0);
@@ -47,14 +49,19 @@ pub fn softmax_scale(config: &ModelConfig) -> f64 {
 }
 
 /// cos and sin of positions `0 .. positions`.
-pub fn table(kernels: &dyn Kernels, config: &ModelConfig, positions: usize) -> Result<RopeTable, OutOfMemory> {
+pub fn table(
+    kernels: &dyn Kernels,
+    config: &ModelConfig,
+    positions: usize,
+) -> Result<RopeTable, OutOfMemory> {
     let frequencies = frequencies(config);
     let factor = config.rope_scaling.as_ref().map_or(1.0, table_multiplier);
     let owner = kernels.arena().owner("rope", rehearsal_kernels::Kind::Weights);
     let angles: Vec<f64> =
         (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
     let column = |function: fn(f64) -> f64| {
-        let mut buffer = kernels.arena().buffer(owner, kernels.float(), positions, frequencies.len())?;
+        let mut buffer =
+            kernels.arena().buffer(owner, kernels.float(), positions, frequencies.len())?;
         let values: Vec<f64> = angles.iter().map(|angle| function(*angle) * factor).collect();
         kernels.upload_f64(&values, &mut buffer);
         Ok(buffer)
@@ -80,11 +87,20 @@ mod tests {
     fn yarn_frequencies_match_the_golden_values() {
         let theta = frequencies(&published());
         let golden = [
-            (0, 1.0), (10, 5.623413252e-2), (11, 3.900692657e-2), (16, 5.5e-3), (22, 1.778279410e-4),
-            (23, 3.333803580e-5), (31, 3.333803580e-6),
+            (0, 1.0),
+            (10, 5.623413252e-2),
+            (11, 3.900692657e-2),
+            (16, 5.5e-3),
+            (22, 1.778279410e-4),
+            (23, 3.333803580e-5),
+            (31, 3.333803580e-6),
         ];
         for (k, want) in golden {
-            assert!((theta[k] / want - 1.0).abs() < 1e-7, "theta[{k}] = {:e}, want {want:e}", theta[k]);
+            assert!(
+                (theta[k] / want - 1.0).abs() < 1e-7,
+                "theta[{k}] = {:e}, want {want:e}",
+                theta[k]
+            );
         }
     }
 

@@ -57,7 +57,11 @@ pub struct Saved {
 
 impl Transformer {
     /// A model for `config`, with a scalar head if `value_head`.
-    pub fn new(kernels: &dyn Kernels, config: &ModelConfig, value_head: bool) -> Result<Transformer, OutOfMemory> {
+    pub fn new(
+        kernels: &dyn Kernels,
+        config: &ModelConfig,
+        value_head: bool,
+    ) -> Result<Transformer, OutOfMemory> {
         Ok(Transformer {
             config: config.clone(),
             layout: Arc::new(Layout::new(config, value_head)),
@@ -67,7 +71,12 @@ impl Transformer {
 
     /// Packs `params` for `role`.
     pub fn pack(
-        &self, kernels: &dyn Kernels, params: &Params, role: &str, version: u64, pack: PackFor,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        role: &str,
+        version: u64,
+        pack: PackFor,
     ) -> Result<PackedModel, OutOfMemory> {
         let owner = kernels.arena().owner(role, Kind::Packed);
         let packing = Packing { kernels, owner, version, training: pack.training };
@@ -81,12 +90,22 @@ impl Transformer {
     }
 
     /// A pass over packed documents.
-    pub fn pass<'a>(&'a self, kernels: &'a dyn Kernels, documents: &'a Documents, packed: &PackedModel) -> Pass<'a> {
+    pub fn pass<'a>(
+        &'a self,
+        kernels: &'a dyn Kernels,
+        documents: &'a Documents,
+        packed: &PackedModel,
+    ) -> Pass<'a> {
         Pass { kernels, documents, rope: &self.rope, form: packed.form, balance: 0.0, share: 1.0 }
     }
 
     /// The residual stream after the last block, `[T, d]`, before the final norm.
-    pub fn forward(&self, pass: &Pass<'_>, params: &Params, packed: &PackedModel) -> Result<(Buffer, Saved), OutOfMemory> {
+    pub fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        packed: &PackedModel,
+    ) -> Result<(Buffer, Saved), OutOfMemory> {
         let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
         let mut blocks = Vec::with_capacity(packed.blocks.len());
         for block in &packed.blocks {
@@ -98,7 +117,12 @@ impl Transformer {
     }
 
     /// The same without keeping anything for a backward pass.
-    pub fn forward_only(&self, pass: &Pass<'_>, params: &Params, packed: &PackedModel) -> Result<Buffer, OutOfMemory> {
+    pub fn forward_only(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        packed: &PackedModel,
+    ) -> Result<Buffer, OutOfMemory> {
         let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
         for block in &packed.blocks {
             x = block.forward(pass, params, x)?.0;
@@ -108,7 +132,12 @@ impl Transformer {
 
     /// Adds the gradients of all blocks and of the embedding; returns what the routers did, by MoE layer.
     pub fn backward(
-        &self, pass: &Pass<'_>, params: &Params, packed: &PackedModel, mut saved: Saved, d_hidden: Buffer,
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        packed: &PackedModel,
+        mut saved: Saved,
+        d_hidden: Buffer,
         gradients: &mut Gradients,
     ) -> Result<Vec<Routing>, OutOfMemory> {
         let mut dx = d_hidden;
@@ -128,13 +157,24 @@ impl Transformer {
 
     /// One step of the sampler: writes the rows' cache entries and returns the logits of the wanted rows.
     pub fn decode(
-        &self, kernels: &dyn Kernels, params: &Params, packed: &PackedModel, cache: &mut LatentCache, rows: &DecodeRows,
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        packed: &PackedModel,
+        cache: &mut LatentCache,
+        rows: &DecodeRows,
     ) -> Result<Buffer, OutOfMemory> {
         let [tokens, positions, slots, sequence, length] =
-            [&rows.tokens, &rows.positions, &rows.slots, &rows.sequence, &rows.length].map(|v| indices(kernels, v));
+            [&rows.tokens, &rows.positions, &rows.slots, &rows.sequence, &rows.length]
+                .map(|v| indices(kernels, v));
         let (positions, slots, sequence, length) = (positions?, slots?, sequence?, length?);
         let tables = page_tables(kernels, rows)?;
-        let batch = DecodeBatch { tables: &tables, sequence: &sequence, length: &length, page_tokens: cache.page_tokens };
+        let batch = DecodeBatch {
+            tables: &tables,
+            sequence: &sequence,
+            length: &length,
+            page_tokens: cache.page_tokens,
+        };
         let mut x = self.embed(kernels, params, &tokens?)?;
         for (block, layer) in packed.blocks.iter().zip(&mut cache.layers) {
             block.decode(kernels, params, &mut x, &positions, &self.rope, &slots, &batch, layer)?;
@@ -142,7 +182,12 @@ impl Transformer {
         packed.heads.logits(kernels, params, &x, &rows.wanted)
     }
 
-    fn embed(&self, kernels: &dyn Kernels, params: &Params, tokens: &Buffer) -> Result<Buffer, OutOfMemory> {
+    fn embed(
+        &self,
+        kernels: &dyn Kernels,
+        params: &Params,
+        tokens: &Buffer,
+    ) -> Result<Buffer, OutOfMemory> {
         let mut x = floats(kernels, tokens.rows(), self.config.hidden_size)?;
         kernels.gather_rows(&params.slab.tensor(self.layout.embed), tokens, &mut x);
         Ok(x)

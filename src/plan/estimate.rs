@@ -56,7 +56,8 @@ pub struct Estimate {
 pub fn estimate(config: &RunConfig, counted: &Lines, threads: usize) -> Estimate {
     let mut lines = generated_lines(config);
     lines.extend(counted.iter().map(|(name, count)| (name.clone(), *count)));
-    let stages: Vec<StageEstimate> = (0..config.stages.len()).map(|index| stage(config, index, &lines, threads)).collect();
+    let stages: Vec<StageEstimate> =
+        (0..config.stages.len()).map(|index| stage(config, index, &lines, threads)).collect();
     Estimate {
         tokens: stages.iter().filter_map(|stage| stage.trained_tokens).sum(),
         seconds: stages.iter().map(|stage| stage.seconds).sum(),
@@ -121,7 +122,9 @@ fn generated_lines(config: &RunConfig) -> Lines {
     };
     let sets = config.data.sets.iter().filter_map(|(name, set)| {
         let lines = set.file.strip_prefix("run:").and_then(count)? as u64;
-        let kept = set.split.map_or(lines, |split| lines * (split.to - split.from) as u64 / split.of as u64);
+        let kept = set
+            .split
+            .map_or(lines, |split| lines * (split.to - split.from) as u64 / split.of as u64);
         Some((name.clone(), kept))
     });
     sets.collect()
@@ -132,12 +135,16 @@ fn stage(config: &RunConfig, index: usize, lines: &Lines, threads: usize) -> Sta
     let example = example_tokens(config) as u64;
     let passes = |set: &str, epochs: u64, batch: usize, tokens: u64| {
         let examples = lines.get(set).map(|lines| lines * epochs);
-        (examples.map(|examples| examples.div_ceil(batch as u64)), examples.map(|examples| examples * tokens))
+        (
+            examples.map(|examples| examples.div_ceil(batch as u64)),
+            examples.map(|examples| examples * tokens),
+        )
     };
     let (mut sampled_tokens, mut scored_tokens) = (0, 0);
     let (steps, trained_tokens) = match &stage.kind {
         StageKind::Pretrain(stage) => {
-            let ramp = stage.batch_ramp * stage.steps as f64 * f64::from(u8::from(stage.batch_start > 0));
+            let ramp =
+                stage.batch_ramp * stage.steps as f64 * f64::from(u8::from(stage.batch_start > 0));
             let missing = ramp * (stage.batch - stage.batch_start.min(stage.batch)) as f64 / 2.0;
             let rows = stage.steps as f64 * stage.batch as f64 - missing;
             (Some(stage.steps), Some(rows as u64 * stage.sequence as u64))
@@ -146,12 +153,15 @@ fn stage(config: &RunConfig, index: usize, lines: &Lines, threads: usize) -> Sta
             (Some(stage.steps), Some(stage.steps * (stage.batch * stage.sequence) as u64))
         }
         StageKind::Sft(stage) => passes(&stage.data, stage.epochs, stage.batch, example),
-        StageKind::RewardModel(stage) => passes(&stage.data, stage.epochs, stage.batch, 2 * example),
+        StageKind::RewardModel(stage) => {
+            passes(&stage.data, stage.epochs, stage.batch, 2 * example)
+        }
         StageKind::Grpo(stage) => {
             let each = reply_tokens(stage) + prompt_tokens(config, stage);
             sampled_tokens = rollouts(stage) * reply_tokens(stage);
             let models = stage.reward.iter().filter(|entry| entry.model.is_some()).count();
-            scored_tokens = rollouts(stage) * each * (models as u64 + u64::from(stage.kl_weight > 0.0));
+            scored_tokens =
+                rollouts(stage) * each * (models as u64 + u64::from(stage.kl_weight > 0.0));
             (Some(stage.steps * stage.updates), Some(rollouts(stage) * each * stage.updates))
         }
     };
@@ -202,11 +212,13 @@ fn disk_bytes(config: &RunConfig, stages: &[StageEstimate]) -> u64 {
     let others = config.stages.iter().map(|stage| match &stage.kind {
         StageKind::Grpo(stage) => {
             let models = stage.reward.iter().filter(|entry| entry.model.is_some()).count() as u64;
-            u64::from(offloads(Offload::Reference)) + models * u64::from(offloads(Offload::RewardModels))
+            u64::from(offloads(Offload::Reference))
+                + models * u64::from(offloads(Offload::RewardModels))
         }
         _ => 0,
     });
-    let spilled = weights * (others.max().unwrap_or(0) + 2 * u64::from(offloads(Offload::Optimizer)));
+    let spilled =
+        weights * (others.max().unwrap_or(0) + 2 * u64::from(offloads(Offload::Optimizer)));
     let kept_rollouts: u64 = config
         .stages
         .iter()
@@ -238,7 +250,8 @@ pub(super) mod tests {
     fn tokens_of_pretraining_are_steps_times_rows_times_length() {
         let run = estimate(&quickstart(&["stage.base.steps=1600"]), &Lines::new(), 2);
         assert_eq!(of(&run, "base").trained_tokens, Some(1600 * 8 * 64));
-        let ramp = ["stage.base.steps=1600", "stage.base.batch_start=4", "stage.base.batch_ramp=0.5"];
+        let ramp =
+            ["stage.base.steps=1600", "stage.base.batch_start=4", "stage.base.batch_ramp=0.5"];
         let run = estimate(&quickstart(&ramp), &Lines::new(), 2);
         assert_eq!(of(&run, "base").trained_tokens, Some((1600 * 8 - 800 * 4 / 2) * 64));
     }
@@ -263,10 +276,16 @@ pub(super) mod tests {
     fn a_long_context_stage_lengthens_the_model_of_the_stages_after_it() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
         let config = RunConfig::load(&folder.join("configs/smoke.toml"), &[]).unwrap().config;
-        let long = config.stages.iter().position(|stage| stage.kind.name() == "long-context").unwrap();
-        let StageKind::LongContext(stage) = &config.stages[long].kind else { panic!("it is that kind") };
+        let long =
+            config.stages.iter().position(|stage| stage.kind.name() == "long-context").unwrap();
+        let StageKind::LongContext(stage) = &config.stages[long].kind else {
+            panic!("it is that kind")
+        };
         let longer = (config.model.max_position_embeddings as f64 * stage.factor) as usize;
         assert_eq!(model_at(&config, long + 1).max_position_embeddings, longer);
-        assert_eq!(model_at(&config, 0).max_position_embeddings, config.model.max_position_embeddings);
+        assert_eq!(
+            model_at(&config, 0).max_position_embeddings,
+            config.model.max_position_embeddings
+        );
     }
 }

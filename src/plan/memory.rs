@@ -61,10 +61,17 @@ impl Memory {
     /// The most that is held at once without activations: less than this no run can do with.
     pub fn least(&self) -> Option<(&str, &'static str, u64)> {
         let certain = |owners: &Owners| {
-            owners.iter().filter(|(owner, _)| !owner.ends_with("/activations")).map(|(_, bytes)| bytes).sum::<u64>()
+            owners
+                .iter()
+                .filter(|(owner, _)| !owner.ends_with("/activations"))
+                .map(|(_, bytes)| bytes)
+                .sum::<u64>()
         };
         let each = self.stages.iter().flat_map(|stage| {
-            stage.phases.iter().map(move |(phase, owners)| (stage.stage.as_str(), *phase, certain(owners)))
+            stage
+                .phases
+                .iter()
+                .map(move |(phase, owners)| (stage.stage.as_str(), *phase, certain(owners)))
         });
         each.max_by_key(|(_, _, bytes)| *bytes)
     }
@@ -92,9 +99,19 @@ pub fn memory(config: &RunConfig) -> Memory {
 /// What a model alone holds, by phase: without a cache and activations, whose size depends on the run.
 pub fn model_memory(model: &ModelConfig) -> BTreeMap<&'static str, Owners> {
     let (weights, packed) = (4 * parameters(model).total, 4 * multiplied(model));
-    let owned = |kinds: &[(&str, u64)]| kinds.iter().map(|(kind, bytes)| (format!("policy/{kind}"), *bytes)).collect();
+    let owned = |kinds: &[(&str, u64)]| {
+        kinds.iter().map(|(kind, bytes)| (format!("policy/{kind}"), *bytes)).collect()
+    };
     BTreeMap::from([
-        ("train", owned(&[("weights", weights), ("packed", 2 * packed), ("gradients", weights), ("moments", 2 * weights)])),
+        (
+            "train",
+            owned(&[
+                ("weights", weights),
+                ("packed", 2 * packed),
+                ("gradients", weights),
+                ("moments", 2 * weights),
+            ]),
+        ),
         ("generate", owned(&[("weights", weights), ("packed", packed)])),
     ])
 }
@@ -134,8 +151,10 @@ impl Sizes<'_> {
         let kind = StageKind::Grpo(stage.clone());
         let mut owners = self.parked(&kind, None);
         let rows = self.config.engine.decode_batch.min(stage.prompts * stage.group_size) as u64;
-        let tokens = (example_tokens(self.config) + stage.max_new_tokens).min(self.model.max_position_embeddings);
-        let pages = tokens.div_ceil(self.config.engine.page_tokens) * self.config.engine.page_tokens;
+        let tokens = (example_tokens(self.config) + stage.max_new_tokens)
+            .min(self.model.max_position_embeddings);
+        let pages =
+            tokens.div_ceil(self.config.engine.page_tokens) * self.config.engine.page_tokens;
         owners.extend(self.owned([
             ("weights", self.weights()),
             ("packed", self.packed()),
@@ -162,7 +181,10 @@ impl Sizes<'_> {
         owners
     }
 
-    fn owned<const N: usize>(&self, kinds: [(&str, u64); N]) -> impl Iterator<Item = (String, u64)> {
+    fn owned<const N: usize>(
+        &self,
+        kinds: [(&str, u64); N],
+    ) -> impl Iterator<Item = (String, u64)> {
         kinds.map(|(kind, bytes)| (format!("policy/{kind}"), bytes)).into_iter()
     }
 
@@ -176,10 +198,15 @@ impl Sizes<'_> {
     fn parked(&self, kind: &StageKind, scored: Option<&str>) -> Owners {
         let StageKind::Grpo(stage) = kind else { return Owners::new() };
         let stays = |role: &&String| {
-            let what = if *role == "reference" { Offload::Reference } else { Offload::RewardModels };
+            let what =
+                if *role == "reference" { Offload::Reference } else { Offload::RewardModels };
             scored != Some(role.as_str()) && !self.offloads(what)
         };
-        others(stage).iter().filter(stays).map(|role| (format!("{role}/weights"), self.weights())).collect()
+        others(stage)
+            .iter()
+            .filter(stays)
+            .map(|role| (format!("{role}/weights"), self.weights()))
+            .collect()
     }
 
     /// Tokens that go through the model at once in training.
@@ -190,7 +217,9 @@ impl Sizes<'_> {
             StageKind::LongContext(stage) => (stage.batch, stage.micro_batch, stage.sequence),
             StageKind::Sft(stage) => (stage.batch, stage.micro_batch, example),
             StageKind::RewardModel(stage) => (stage.batch, stage.micro_batch, 2 * example),
-            StageKind::Grpo(stage) => (stage.prompts * stage.group_size, stage.micro_batch, example),
+            StageKind::Grpo(stage) => {
+                (stage.prompts * stage.group_size, stage.micro_batch, example)
+            }
         };
         let rows = if micro == 0 { all } else { micro.min(all) };
         (rows * tokens) as u64
@@ -200,7 +229,11 @@ impl Sizes<'_> {
 /// The models beside the policy that a GRPO stage needs, by their role's name.
 fn others(stage: &GrpoStage) -> Vec<String> {
     let reference = (stage.kl_weight > 0.0).then(|| "reference".to_string());
-    let rewards = stage.reward.iter().filter_map(|entry| entry.model.as_ref()).map(|name| format!("reward {name}"));
+    let rewards = stage
+        .reward
+        .iter()
+        .filter_map(|entry| entry.model.as_ref())
+        .map(|name| format!("reward {name}"));
     reference.into_iter().chain(rewards).collect()
 }
 

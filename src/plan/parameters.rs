@@ -21,45 +21,59 @@ pub fn parameters(model: &ModelConfig) -> Parameters {
     let (hidden, layers) = (model.hidden_size as u64, model.num_hidden_layers as u64);
     let embedding = model.vocab_size as u64 * hidden;
     let expert = 3 * hidden * model.moe_intermediate_size as u64;
-    let moe_layers = (0..model.num_hidden_layers).filter(|index| model.is_moe(*index)).count() as u64;
+    let moe_layers =
+        (0..model.num_hidden_layers).filter(|index| model.is_moe(*index)).count() as u64;
     let dense_layers = layers - moe_layers;
 
     // Everything but the routed experts: the same in both counts.
     let always = hidden
         + layers * (attention(model) + 2 * hidden)
         + dense_layers * 3 * hidden * model.intermediate_size as u64
-        + moe_layers * (model.n_shared_experts as u64 * expert + model.n_routed_experts as u64 * hidden);
+        + moe_layers
+            * (model.n_shared_experts as u64 * expert + model.n_routed_experts as u64 * hidden);
     let experts = |count: usize| moe_layers * count as u64 * expert;
     // A tied matrix is one tensor, and a token passes it as the head.
     let (matrices, looked_up) = if model.tie_word_embeddings { (1, 0) } else { (2, embedding) };
     let active = matrices * embedding + always + experts(model.num_experts_per_tok);
 
     let attention_tensors = if model.q_lora_rank.is_some() { 7 } else { 5 };
-    let moe_tensors = 1 + 3 * model.n_routed_experts as u64 + if model.n_shared_experts > 0 { 3 } else { 0 };
+    let moe_tensors =
+        1 + 3 * model.n_routed_experts as u64 + if model.n_shared_experts > 0 { 3 } else { 0 };
     Parameters {
         total: matrices * embedding + always + experts(model.n_routed_experts),
         active,
         active_without_input_embedding: active - looked_up,
-        tensors: matrices + 1 + layers * (2 + attention_tensors) + dense_layers * 3 + moe_layers * moe_tensors,
+        tensors: matrices
+            + 1
+            + layers * (2 + attention_tensors)
+            + dense_layers * 3
+            + moe_layers * moe_tensors,
     }
 }
 
 /// Parameters of MLA in one layer.
 fn attention(model: &ModelConfig) -> u64 {
-    let (hidden, heads, latent) = (model.hidden_size, model.num_attention_heads, model.kv_lora_rank);
+    let (hidden, heads, latent) =
+        (model.hidden_size, model.num_attention_heads, model.kv_lora_rank);
     let queries = heads * model.query_width();
     let query = match model.q_lora_rank {
         Some(rank) => hidden * rank + rank + rank * queries,
         None => hidden * queries,
     };
     let keys_and_values = latent * heads * (model.qk_nope_head_dim + model.v_head_dim);
-    (query + hidden * model.cache_width() + latent + keys_and_values + heads * model.v_head_dim * hidden) as u64
+    (query
+        + hidden * model.cache_width()
+        + latent
+        + keys_and_values
+        + heads * model.v_head_dim * hidden) as u64
 }
 
 /// Parameters of the matrices that are multiplied with, and so are packed: all but norms and the input embedding.
 pub fn multiplied(model: &ModelConfig) -> u64 {
-    let norms = model.num_hidden_layers * (2 * model.hidden_size + model.q_lora_rank.unwrap_or(0) + model.kv_lora_rank);
-    let embedding = if model.tie_word_embeddings { 0 } else { model.vocab_size * model.hidden_size };
+    let norms = model.num_hidden_layers
+        * (2 * model.hidden_size + model.q_lora_rank.unwrap_or(0) + model.kv_lora_rank);
+    let embedding =
+        if model.tie_word_embeddings { 0 } else { model.vocab_size * model.hidden_size };
     parameters(model).total - (norms + model.hidden_size + embedding) as u64
 }
 

@@ -49,7 +49,10 @@ pub struct StepReward {
 /// Advantages per token of one group: `steps[i]` are the step rewards of rollout i, which has
 /// `lengths[i]` tokens.
 pub fn process_advantages(
-    steps: &[Vec<StepReward>], lengths: &[usize], deviation: Deviation, epsilon: f64,
+    steps: &[Vec<StepReward>],
+    lengths: &[usize],
+    deviation: Deviation,
+    epsilon: f64,
 ) -> Vec<Vec<f64>> {
     let rewards: Vec<f64> = steps.iter().flatten().map(|step| step.reward).collect();
     let mut normalised = group_advantages(&rewards, deviation, epsilon).into_iter();
@@ -116,7 +119,8 @@ mod tests {
     #[test]
     fn process_advantages_are_suffix_sums_of_jointly_normalised_step_rewards() {
         let step = |end, reward| StepReward { end, reward };
-        let steps = [vec![step(1, 1.0), step(3, 0.0)], vec![step(0, 0.0), step(2, 1.0), step(3, 1.0)]];
+        let steps =
+            [vec![step(1, 1.0), step(3, 0.0)], vec![step(0, 0.0), step(2, 1.0), step(3, 1.0)]];
         let (high, low) = (0.816_496_580_927_726, -1.224_744_871_391_589);
         let advantages = process_advantages(&steps, &[5, 4], Deviation::Population, 0.0);
         assert_near(&advantages[0], &[high + low, high + low, low, low, 0.0], 1e-12);
@@ -125,8 +129,11 @@ mod tests {
 
     #[test]
     fn one_step_at_the_end_of_each_reply_is_outcome_supervision() {
-        let steps: Vec<_> =
-            GOLDEN.iter().enumerate().map(|(i, reward)| vec![StepReward { end: i, reward: *reward }]).collect();
+        let steps: Vec<_> = GOLDEN
+            .iter()
+            .enumerate()
+            .map(|(i, reward)| vec![StepReward { end: i, reward: *reward }])
+            .collect();
         let by_token = process_advantages(&steps, &[1, 2, 3, 4, 5], Deviation::Sample, 1e-4);
         let outcome = group_advantages(&GOLDEN, Deviation::Sample, 1e-4);
         for (tokens, advantage) in by_token.iter().zip(outcome) {

@@ -57,16 +57,25 @@ pub struct TokenLoss {
 /// sampler's, `reference` the reference model's (needed if the KL weight is not 0); `scale` is 1 /
 /// (groups * G).
 pub fn rollout_loss(
-    settings: &GrpoSettings, advantage: f64, scale: f64, new: &[f64], old: &[f32], reference: Option<&[f32]>,
+    settings: &GrpoSettings,
+    advantage: f64,
+    scale: f64,
+    new: &[f64],
+    old: &[f32],
+    reference: Option<&[f32]>,
 ) -> TokenLoss {
     assert_eq!(new.len(), old.len(), "trainer and sampler speak of the same tokens");
-    assert!(reference.is_none_or(|r| r.len() == new.len()), "the reference speaks of the same tokens");
+    assert!(
+        reference.is_none_or(|r| r.len() == new.len()),
+        "the reference speaks of the same tokens"
+    );
     assert!(reference.is_some() || settings.kl_weight == 0.0, "a KL weight needs a reference");
     let gaps: Vec<f64> = match reference {
         Some(reference) => new.iter().zip(reference).map(|(new, r)| f64::from(*r) - new).collect(),
         None => Vec::new(),
     };
-    let log_ratios: Vec<f64> = new.iter().zip(old).map(|(new, old)| new - f64::from(*old)).collect();
+    let log_ratios: Vec<f64> =
+        new.iter().zip(old).map(|(new, old)| new - f64::from(*old)).collect();
     let factor = scale * length_weight(settings, new.len());
     let mut total = match settings.ratio_level {
         RatioLevel::Token => per_token(settings, advantage, factor, &log_ratios, &gaps),
@@ -76,7 +85,13 @@ pub fn rollout_loss(
     total
 }
 
-fn per_token(settings: &GrpoSettings, advantage: f64, factor: f64, log_ratios: &[f64], gaps: &[f64]) -> TokenLoss {
+fn per_token(
+    settings: &GrpoSettings,
+    advantage: f64,
+    factor: f64,
+    log_ratios: &[f64],
+    gaps: &[f64],
+) -> TokenLoss {
     let mut total = TokenLoss::default();
     for (index, log_ratio) in log_ratios.iter().enumerate() {
         let policy = surrogate(advantage, *log_ratio, settings.clip);
@@ -88,7 +103,13 @@ fn per_token(settings: &GrpoSettings, advantage: f64, factor: f64, log_ratios: &
     total
 }
 
-fn per_sequence(settings: &GrpoSettings, advantage: f64, factor: f64, log_ratios: &[f64], gaps: &[f64]) -> TokenLoss {
+fn per_sequence(
+    settings: &GrpoSettings,
+    advantage: f64,
+    factor: f64,
+    log_ratios: &[f64],
+    gaps: &[f64],
+) -> TokenLoss {
     let policy = surrogate(advantage, log_ratios.iter().sum(), settings.clip);
     let kl = k3(gaps.iter().sum());
     // Each token's log-probability is one summand of the sequence's: they share one slope.
@@ -124,7 +145,8 @@ fn surrogate(advantage: f64, log_ratio: f64, clip: f64) -> Term {
     if advantage == 0.0 && !ratio.is_nan() {
         return Term::default();
     }
-    let clipped = (advantage > 0.0 && ratio > 1.0 + clip) || (advantage < 0.0 && ratio < 1.0 - clip);
+    let clipped =
+        (advantage > 0.0 && ratio > 1.0 + clip) || (advantage < 0.0 && ratio < 1.0 - clip);
     if clipped {
         let bound = if advantage > 0.0 { 1.0 + clip } else { 1.0 - clip };
         return Term { value: bound * advantage, slope: 0.0, clipped: true };
@@ -160,7 +182,14 @@ mod tests {
     }
 
     /// The loss as a plain reading of 4.3, sharing no code with the product.
-    fn naive(settings: &GrpoSettings, advantage: f64, scale: f64, new: &[f64], old: &[f32], reference: &[f32]) -> f64 {
+    fn naive(
+        settings: &GrpoSettings,
+        advantage: f64,
+        scale: f64,
+        new: &[f64],
+        old: &[f32],
+        reference: &[f32],
+    ) -> f64 {
         let weight = match settings.length_norm {
             LengthNorm::PerOutput => 1.0 / new.len() as f64,
             LengthNorm::None => 1.0,
@@ -199,24 +228,36 @@ mod tests {
     fn loss_and_slopes_agree_with_the_formula_and_its_finite_differences() {
         let mut state = 5u64;
         let mut uniform = move || {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 11) as f64 / (1u64 << 53) as f64
         };
         for case in 0..400 {
             let count = 1 + (6.0 * uniform()) as usize;
-            let mut column = |spread: f64| -> Vec<f64> { (0..count).map(|_| -2.0 + spread * uniform()).collect() };
+            let mut column = |spread: f64| -> Vec<f64> {
+                (0..count).map(|_| -2.0 + spread * uniform()).collect()
+            };
             let (new, old, reference) = (column(0.6), narrow(&column(0.6)), narrow(&column(1.5)));
             let settings = GrpoSettings {
                 kl_weight: 0.3,
                 ratio_level: if case % 2 == 0 { RatioLevel::Token } else { RatioLevel::Sequence },
-                length_norm: [LengthNorm::PerOutput, LengthNorm::None, LengthNorm::Constant][case % 3],
+                length_norm: [LengthNorm::PerOutput, LengthNorm::None, LengthNorm::Constant]
+                    [case % 3],
                 ..settings()
             };
             let advantage = if case % 5 == 0 { 0.0 } else { 3.0 * uniform() - 1.5 };
             let got = rollout_loss(&settings, advantage, 0.125, &new, &old, Some(&reference));
             let at = |new: &[f64]| naive(&settings, advantage, 0.125, new, &old, &reference);
-            assert!((got.loss - at(&new)).abs() < 1e-12, "case {case}: {} is not {}", got.loss, at(&new));
-            let near_a_kink = |log_ratio: f64| [0.8, 1.2].iter().any(|edge| (log_ratio.exp() - edge).abs() < 1e-4);
+            assert!(
+                (got.loss - at(&new)).abs() < 1e-12,
+                "case {case}: {} is not {}",
+                got.loss,
+                at(&new)
+            );
+            let near_a_kink = |log_ratio: f64| {
+                [0.8, 1.2].iter().any(|edge| (log_ratio.exp() - edge).abs() < 1e-4)
+            };
             let gaps = new.iter().zip(&old).map(|(new, old)| new - f64::from(*old));
             if gaps.clone().any(near_a_kink) || near_a_kink(gaps.sum()) {
                 continue;
@@ -227,14 +268,18 @@ mod tests {
                 down[token] -= 1e-6;
                 let numeric = (at(&up) - at(&down)) / 2e-6;
                 let slope = got.coefficients[token];
-                assert!((slope - numeric).abs() < 1e-8, "case {case}, token {token}: {slope} is not {numeric}");
+                assert!(
+                    (slope - numeric).abs() < 1e-8,
+                    "case {case}, token {token}: {slope} is not {numeric}"
+                );
             }
         }
     }
 
     #[test]
     fn k3_matches_its_goldens_and_is_never_negative() {
-        let goldens = [(1.0, 0.718_282), (-1.0, 0.367_879), (0.1, 0.005_170_918), (-0.1, 0.004_837_418)];
+        let goldens =
+            [(1.0, 0.718_282), (-1.0, 0.367_879), (0.1, 0.005_170_918), (-0.1, 0.004_837_418)];
         for (gap, golden) in goldens {
             assert!((k3(gap).value - golden).abs() < 5e-7, "{gap}: {}", k3(gap).value);
         }
@@ -254,9 +299,15 @@ mod tests {
         let old = narrow(&new);
         let (group_size, advantage) = (8.0, 1.5);
         let got = rollout_loss(&settings(), advantage, 1.0 / group_size, &new, &old, None);
-        assert!(got.coefficients.iter().all(|c| (c + advantage / (group_size * 4.0)).abs() < 1e-15));
+        assert!(
+            got.coefficients.iter().all(|c| (c + advantage / (group_size * 4.0)).abs() < 1e-15)
+        );
         // DeepSeek-V2 as printed: no division by the length.
-        let printed = GrpoSettings { ratio_level: RatioLevel::Sequence, length_norm: LengthNorm::None, ..settings() };
+        let printed = GrpoSettings {
+            ratio_level: RatioLevel::Sequence,
+            length_norm: LengthNorm::None,
+            ..settings()
+        };
         let got = rollout_loss(&printed, advantage, 1.0 / group_size, &new, &old, None);
         assert!(got.coefficients.iter().all(|c| (c + advantage / group_size).abs() < 1e-15));
         // With a reference, each token adds β (π_ref / π - 1).
@@ -276,7 +327,8 @@ mod tests {
         let logits = [0.3, -0.8, 1.1];
         let log_policy = |z: &[f64], a: usize| z[a] - z.iter().map(|z| z.exp()).sum::<f64>().ln();
         let actions = [2, 0, 2, 1, 2];
-        let log_all = |z: &[f64]| -> Vec<f64> { actions.iter().map(|a| log_policy(z, *a)).collect() };
+        let log_all =
+            |z: &[f64]| -> Vec<f64> { actions.iter().map(|a| log_policy(z, *a)).collect() };
         let old = narrow(&log_all(&logits));
         let loss = |z: &[f64]| rollout_loss(&settings(), -0.7, 0.25, &log_all(z), &old, None).loss;
         for (k, (logit, share)) in logits.iter().zip([1.0, 1.0, 3.0]).enumerate() {
@@ -301,7 +353,10 @@ mod tests {
         assert!((loss - 1.6).abs() < 1e-12 && slope == 0.0 && clipped == 1);
         for (r, advantage) in [(0.7, 2.0), (1.3, -2.0), (1.1, 2.0), (0.9, -2.0)] {
             let (_, slope, clipped) = ratio(r, advantage);
-            assert!((slope + r * advantage).abs() < 1e-12 && clipped == 0, "ratio {r}, advantage {advantage}");
+            assert!(
+                (slope + r * advantage).abs() < 1e-12 && clipped == 0,
+                "ratio {r}, advantage {advantage}"
+            );
         }
         let whole = GrpoSettings { ratio_level: RatioLevel::Sequence, ..settings() };
         let got = rollout_loss(&whole, 1.0, 1.0, &[-0.9, -0.85, -1.0], &[-1.0; 3], None);
@@ -329,11 +384,18 @@ mod tests {
     fn length_norm_sets_how_much_a_token_of_a_long_reply_counts() {
         let slope = |length_norm, count: usize| {
             let settings = GrpoSettings { length_norm, ..settings() };
-            rollout_loss(&settings, 1.0, 1.0, &vec![-1.0; count], &vec![-1.0; count], None).coefficients[0]
+            rollout_loss(&settings, 1.0, 1.0, &vec![-1.0; count], &vec![-1.0; count], None)
+                .coefficients[0]
         };
-        assert!((slope(LengthNorm::PerOutput, 1) / slope(LengthNorm::PerOutput, 10) - 10.0).abs() < 1e-12);
+        assert!(
+            (slope(LengthNorm::PerOutput, 1) / slope(LengthNorm::PerOutput, 10) - 10.0).abs()
+                < 1e-12
+        );
         assert_eq!((slope(LengthNorm::None, 1), slope(LengthNorm::None, 10)), (-1.0, -1.0));
-        assert_eq!((slope(LengthNorm::Constant, 1), slope(LengthNorm::Constant, 10)), (-0.05, -0.05));
+        assert_eq!(
+            (slope(LengthNorm::Constant, 1), slope(LengthNorm::Constant, 10)),
+            (-0.05, -0.05)
+        );
     }
 
     #[test]

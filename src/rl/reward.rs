@@ -39,7 +39,11 @@ pub fn combine(weights: &[f64], components: &[f64]) -> f64 {
 /// log-probabilities per rollout, empty if the KL weight is 0. A component that no model scored
 /// counts as 0 and must have weight 0.
 pub fn finish_group(
-    judged: JudgedGroup, weights: &[f64], deviation: Deviation, epsilon: f64, reference: Vec<Vec<f32>>,
+    judged: JudgedGroup,
+    weights: &[f64],
+    deviation: Deviation,
+    epsilon: f64,
+    reference: Vec<Vec<f32>>,
 ) -> ScoredGroup {
     let slot = judged.group.slot;
     let fill = |row: &Vec<Option<f64>>| -> Vec<f64> {
@@ -47,7 +51,9 @@ pub fn finish_group(
         each.map(|(index, (component, weight))| match component {
             Some(value) => *value,
             None if *weight == 0.0 => 0.0,
-            None => panic!("component {index} of group {slot} has weight {weight} and was never scored"),
+            None => {
+                panic!("component {index} of group {slot} has weight {weight} and was never scored")
+            }
         })
         .collect()
     };
@@ -96,7 +102,8 @@ mod tests {
     #[test]
     fn a_finished_group_has_rewards_and_advantages_of_its_weighted_components() {
         let rows = vec![vec![Some(1.0), Some(2.0), None], vec![Some(0.0), Some(2.0), None]];
-        let scored = finish_group(judged(rows), &[1.0, 0.5, 0.0], Deviation::Population, 0.0, Vec::new());
+        let scored =
+            finish_group(judged(rows), &[1.0, 0.5, 0.0], Deviation::Population, 0.0, Vec::new());
         assert_eq!(scored.components, [[1.0, 2.0, 0.0], [0.0, 2.0, 0.0]]);
         assert_eq!((scored.rewards, scored.advantages), (vec![2.0, 1.0], vec![1.0, -1.0]));
     }
@@ -104,6 +111,12 @@ mod tests {
     #[test]
     #[should_panic(expected = "component 1 of group 4 has weight 0.5 and was never scored")]
     fn a_missing_component_that_counts_is_our_own_mistake() {
-        finish_group(judged(vec![vec![Some(1.0), None]]), &[1.0, 0.5], Deviation::Population, 0.0, Vec::new());
+        finish_group(
+            judged(vec![vec![Some(1.0), None]]),
+            &[1.0, 0.5],
+            Deviation::Population,
+            0.0,
+            Vec::new(),
+        );
     }
 }

@@ -49,8 +49,15 @@ pub fn step_statistics(names: &[String], groups: &[ScoredGroup]) -> StepStatisti
     StepStatistics {
         reward_mean,
         reward_deviation,
-        components: names.iter().enumerate().map(|(i, name)| (name.clone(), component(groups, i))).collect(),
-        zero_variance_groups: groups.iter().filter(|scored| has_zero_variance(&scored.rewards)).count() as u64,
+        components: names
+            .iter()
+            .enumerate()
+            .map(|(i, name)| (name.clone(), component(groups, i)))
+            .collect(),
+        zero_variance_groups: groups
+            .iter()
+            .filter(|scored| has_zero_variance(&scored.rewards))
+            .count() as u64,
         groups: groups.len() as u64,
         rollouts: rollouts().count() as u64,
         new_tokens: new_tokens as u64,
@@ -60,7 +67,8 @@ pub fn step_statistics(names: &[String], groups: &[ScoredGroup]) -> StepStatisti
 }
 
 fn component(groups: &[ScoredGroup], index: usize) -> ComponentStatistics {
-    let values: Vec<f64> = groups.iter().flat_map(|scored| &scored.components).map(|row| row[index]).collect();
+    let values: Vec<f64> =
+        groups.iter().flat_map(|scored| &scored.components).map(|row| row[index]).collect();
     let (mean, deviation) = mean_and_deviation(&values, Deviation::Population);
     ComponentStatistics { mean, deviation }
 }
@@ -114,6 +122,9 @@ mod tests {
     fn a_step_without_rollouts_has_zeros() {
         let names = ["exact".to_string()];
         let components = BTreeMap::from([("exact".to_string(), ComponentStatistics::default())]);
-        assert_eq!(step_statistics(&names, &[]), StepStatistics { components, ..StepStatistics::default() });
+        assert_eq!(
+            step_statistics(&names, &[]),
+            StepStatistics { components, ..StepStatistics::default() }
+        );
     }
 }

@@ -30,7 +30,12 @@ mod tests {
     use super::*;
 
     fn config(schedule: Schedule) -> OptimizerConfig {
-        OptimizerConfig { learning_rate: 2.4e-4, warmup_steps: 2000, schedule, ..OptimizerConfig::default() }
+        OptimizerConfig {
+            learning_rate: 2.4e-4,
+            warmup_steps: 2000,
+            schedule,
+            ..OptimizerConfig::default()
+        }
     }
 
     #[test]
@@ -47,9 +52,13 @@ mod tests {
     #[test]
     fn lites_thresholds_are_eighty_and_ninety_percent() {
         let config = OptimizerConfig {
-            learning_rate: 4.2e-4, decay_at: vec![0.8, 0.9], schedule: Schedule::StepDecay, ..OptimizerConfig::default()
+            learning_rate: 4.2e-4,
+            decay_at: vec![0.8, 0.9],
+            schedule: Schedule::StepDecay,
+            ..OptimizerConfig::default()
         };
-        let shares: Vec<f64> = [799, 800, 900].map(|step| learning_rate(&config, step, 1000) / 4.2e-4).to_vec();
+        let shares: Vec<f64> =
+            [799, 800, 900].map(|step| learning_rate(&config, step, 1000) / 4.2e-4).to_vec();
         assert!((shares[0] - 1.0).abs() < 1e-12 && (shares[1] - 0.316).abs() < 1e-12);
         assert!((shares[2] - 0.316 * 0.316).abs() < 1e-12);
     }

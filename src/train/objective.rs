@@ -110,16 +110,24 @@ impl<'a> Items<'a> {
     /// The token sequences of some examples, in the order in which they are packed.
     pub fn sequences(&self, range: Range<usize>) -> Vec<&[u32]> {
         match self {
-            Items::Documents(documents) => documents[range].iter().map(|d| d.tokens.as_slice()).collect(),
-            Items::Pairs(pairs) => {
-                pairs[range].iter().flat_map(|p| [p.chosen.as_slice(), p.rejected.as_slice()]).collect()
+            Items::Documents(documents) => {
+                documents[range].iter().map(|d| d.tokens.as_slice()).collect()
             }
+            Items::Pairs(pairs) => pairs[range]
+                .iter()
+                .flat_map(|p| [p.chosen.as_slice(), p.rejected.as_slice()])
+                .collect(),
             Items::Rollouts(items, _) => items[range].iter().map(|i| i.tokens.as_slice()).collect(),
         }
     }
 
     /// Adds the loss and the gradients of some examples.
-    pub fn evaluate(&self, range: Range<usize>, micro: &mut Micro<'_>, tally: &mut Tally) -> Result<(), OutOfMemory> {
+    pub fn evaluate(
+        &self,
+        range: Range<usize>,
+        micro: &mut Micro<'_>,
+        tally: &mut Tally,
+    ) -> Result<(), OutOfMemory> {
         match self {
             Items::Documents(documents) => next_token(documents, range, micro, tally),
             Items::Pairs(pairs) => preference(pairs, range, micro, tally),
@@ -142,7 +150,12 @@ impl Tally {
     }
 }
 
-fn next_token(documents: &[Sequence], range: Range<usize>, micro: &mut Micro<'_>, tally: &mut Tally) -> Result<(), OutOfMemory> {
+fn next_token(
+    documents: &[Sequence],
+    range: Range<usize>,
+    micro: &mut Micro<'_>,
+    tally: &mut Tally,
+) -> Result<(), OutOfMemory> {
     let total: usize = documents.iter().map(Sequence::targets).sum();
     let (mut rows, mut targets, mut first) = (Vec::new(), Vec::new(), 0);
     for document in &documents[range] {
@@ -160,7 +173,12 @@ fn next_token(documents: &[Sequence], range: Range<usize>, micro: &mut Micro<'_>
     micro.backward_logprobs(&output, &vec![-1.0 / total as f64; rows.len()])
 }
 
-fn preference(pairs: &[Pair], range: Range<usize>, micro: &mut Micro<'_>, tally: &mut Tally) -> Result<(), OutOfMemory> {
+fn preference(
+    pairs: &[Pair],
+    range: Range<usize>,
+    micro: &mut Micro<'_>,
+    tally: &mut Tally,
+) -> Result<(), OutOfMemory> {
     let (mut rows, mut end) = (Vec::new(), 0);
     for pair in &pairs[range] {
         for tokens in [&pair.chosen, &pair.rejected] {
@@ -177,7 +195,14 @@ fn preference(pairs: &[Pair], range: Range<usize>, micro: &mut Micro<'_>, tally:
         tally.ordered += usize::from(scores[0] > scores[1]);
         coefficients.extend([scale * slope, -scale * slope]);
     }
-    micro.heads.backward_scores(micro.pass, micro.params, &output, &coefficients, micro.d_hidden, micro.gradients)
+    micro.heads.backward_scores(
+        micro.pass,
+        micro.params,
+        &output,
+        &coefficients,
+        micro.d_hidden,
+        micro.gradients,
+    )
 }
 
 /// -log σ(margin) and its derivative; neither overflows.
@@ -193,7 +218,11 @@ pub fn preference_loss(margin: f64) -> (f64, f64) {
 }
 
 fn grpo(
-    items: &[Item<'_>], settings: &GrpoSettings, range: Range<usize>, micro: &mut Micro<'_>, tally: &mut Tally,
+    items: &[Item<'_>],
+    settings: &GrpoSettings,
+    range: Range<usize>,
+    micro: &mut Micro<'_>,
+    tally: &mut Tally,
 ) -> Result<(), OutOfMemory> {
     let (mut rows, mut targets, mut first) = (Vec::new(), Vec::new(), 0);
     for item in &items[range.clone()] {
@@ -209,7 +238,14 @@ fn grpo(
         let own = next..next + item.rollout.tokens.len();
         next = own.end;
         let new = &output.logprobs[own.clone()];
-        let token_loss = rollout_loss(settings, item.advantage, scale, new, &item.rollout.logprobs, item.reference);
+        let token_loss = rollout_loss(
+            settings,
+            item.advantage,
+            scale,
+            new,
+            &item.rollout.logprobs,
+            item.reference,
+        );
         tally.loss += token_loss.loss;
         tally.kl += token_loss.kl_sum;
         tally.clipped += token_loss.clipped;
@@ -226,12 +262,28 @@ fn grpo(
 }
 
 impl Micro<'_> {
-    fn logprobs(&self, rows: &[u32], targets: &[u32], temperature: f64) -> Result<VocabularyOutput, OutOfMemory> {
+    fn logprobs(
+        &self,
+        rows: &[u32],
+        targets: &[u32],
+        temperature: f64,
+    ) -> Result<VocabularyOutput, OutOfMemory> {
         self.heads.logprobs(self.pass, self.params, self.hidden, rows, targets, temperature)
     }
 
-    fn backward_logprobs(&mut self, output: &VocabularyOutput, coefficients: &[f64]) -> Result<(), OutOfMemory> {
-        self.heads.backward_logprobs(self.pass, self.params, output, coefficients, self.d_hidden, self.gradients)
+    fn backward_logprobs(
+        &mut self,
+        output: &VocabularyOutput,
+        coefficients: &[f64],
+    ) -> Result<(), OutOfMemory> {
+        self.heads.backward_logprobs(
+            self.pass,
+            self.params,
+            output,
+            coefficients,
+            self.d_hidden,
+            self.gradients,
+        )
     }
 }
 
@@ -249,7 +301,8 @@ mod tests {
             assert!((forward.1 + backward.1 + 1.0).abs() < 1e-12);
             if margin.abs() < 10.0 {
                 let step = 1e-6;
-                let numeric = (preference_loss(margin + step).0 - preference_loss(margin - step).0) / (2.0 * step);
+                let numeric = (preference_loss(margin + step).0 - preference_loss(margin - step).0)
+                    / (2.0 * step);
                 assert!((numeric - forward.1).abs() < 1e-8);
             }
         }

@@ -18,7 +18,11 @@ pub struct Optimizer {
 
 impl Optimizer {
     /// Zero moments that `role` owns.
-    pub fn new(kernels: &dyn Kernels, layout: &Layout, role: &str) -> Result<Optimizer, OutOfMemory> {
+    pub fn new(
+        kernels: &dyn Kernels,
+        layout: &Layout,
+        role: &str,
+    ) -> Result<Optimizer, OutOfMemory> {
         let owner = kernels.arena().owner(role, Kind::Moments);
         let shapes: Vec<_> = layout.specs.iter().map(|s| (s.rows, s.cols)).collect();
         let slab = || kernels.arena().slab(owner, kernels.float(), &shapes);
@@ -27,13 +31,21 @@ impl Optimizer {
 
     /// Updates every trained tensor; gradients are clipped to the global norm `config.clip`.
     pub fn update(
-        &mut self, kernels: &dyn Kernels, config: &OptimizerConfig, learning_rate: f64, gradient_norm: f64, params: &mut Params,
-        gradients: &Gradients, scalar_head: bool,
+        &mut self,
+        kernels: &dyn Kernels,
+        config: &OptimizerConfig,
+        learning_rate: f64,
+        gradient_norm: f64,
+        params: &mut Params,
+        gradients: &Gradients,
+        scalar_head: bool,
     ) {
         self.step += 1;
         let clipped = config.clip > 0.0 && gradient_norm > config.clip;
         let layout = params.layout.clone();
-        for (index, spec) in layout.specs.iter().enumerate().filter(|(i, _)| layout.is_trained(*i, scalar_head)) {
+        for (index, spec) in
+            layout.specs.iter().enumerate().filter(|(i, _)| layout.is_trained(*i, scalar_head))
+        {
             let update = AdamW {
                 learning_rate,
                 beta1: config.beta1,
@@ -44,7 +56,10 @@ impl Optimizer {
                 step: self.step,
             };
             kernels.adamw(
-                &update, &gradients.slab.tensor(index), &mut params.slab.tensor_mut(index), &mut self.first.tensor_mut(index),
+                &update,
+                &gradients.slab.tensor(index),
+                &mut params.slab.tensor_mut(index),
+                &mut self.first.tensor_mut(index),
                 &mut self.second.tensor_mut(index),
             );
         }

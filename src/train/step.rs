@@ -48,7 +48,11 @@ pub struct StepSettings<'a> {
 }
 
 /// Runs one step. The caller repacks the weights if `!report.skipped`.
-pub fn train_step(trainee: &mut Trainee<'_>, settings: &StepSettings<'_>, items: &Items<'_>) -> Result<StepReport, OutOfMemory> {
+pub fn train_step(
+    trainee: &mut Trainee<'_>,
+    settings: &StepSettings<'_>,
+    items: &Items<'_>,
+) -> Result<StepReport, OutOfMemory> {
     let began = Instant::now();
     trainee.gradients.clear(trainee.kernels);
     let mut tally = Tally::default();
@@ -58,7 +62,14 @@ pub fn train_step(trainee: &mut Trainee<'_>, settings: &StepSettings<'_>, items:
     let mut tokens = 0;
     for first in (0..items.len()).step_by(micro_batch.max(1)) {
         let range = first..items.len().min(first + micro_batch);
-        routings.push(backpropagate(trainee, settings.balance, documents, items, range.clone(), &mut tally)?);
+        routings.push(backpropagate(
+            trainee,
+            settings.balance,
+            documents,
+            items,
+            range.clone(),
+            &mut tally,
+        )?);
         tokens += items.sequences(range).iter().map(|s| s.len() as u64).sum::<u64>();
         failpoint("mid-gradient");
     }
@@ -69,10 +80,17 @@ pub fn train_step(trainee: &mut Trainee<'_>, settings: &StepSettings<'_>, items:
     let gradient_norm = trainee.kernels.squared_sum(&trainee.gradients.slab.whole()).sqrt();
     let rate = learning_rate(settings.optimizer, settings.step, settings.steps);
     let balance_loss = routings.iter().flatten().map(|r| r.balance_loss).sum::<f64>();
-    let skipped = !(tally.loss.is_finite() && balance_loss.is_finite() && gradient_norm.is_finite());
+    let skipped =
+        !(tally.loss.is_finite() && balance_loss.is_finite() && gradient_norm.is_finite());
     if !skipped {
         trainee.optimizer.update(
-            trainee.kernels, settings.optimizer, rate, gradient_norm, trainee.params, trainee.gradients, scalar_head,
+            trainee.kernels,
+            settings.optimizer,
+            rate,
+            gradient_norm,
+            trainee.params,
+            trainee.gradients,
+            scalar_head,
         );
     }
     Ok(StepReport {
@@ -92,7 +110,12 @@ pub fn train_step(trainee: &mut Trainee<'_>, settings: &StepSettings<'_>, items:
 
 /// Forward and backward of one micro-batch.
 fn backpropagate(
-    trainee: &mut Trainee<'_>, balance: f64, documents_in_step: usize, items: &Items<'_>, range: Range<usize>, tally: &mut Tally,
+    trainee: &mut Trainee<'_>,
+    balance: f64,
+    documents_in_step: usize,
+    items: &Items<'_>,
+    range: Range<usize>,
+    tally: &mut Tally,
 ) -> Result<Vec<Routing>, OutOfMemory> {
     let (kernels, model, packed) = (trainee.kernels, trainee.model, trainee.packed);
     let documents = Documents::pack(kernels, &items.sequences(range.clone()))?;
@@ -119,7 +142,9 @@ fn mean_load(routings: &[Vec<Routing>]) -> Vec<Vec<f32>> {
     let Some(first) = routings.first() else { return Vec::new() };
     let layer_mean = |layer: usize| {
         let experts = first[layer].load.len();
-        let mean = |e: usize| routings.iter().map(|r| r[layer].load[e]).sum::<f32>() / routings.len() as f32;
+        let mean = |e: usize| {
+            routings.iter().map(|r| r[layer].load[e]).sum::<f32>() / routings.len() as f32
+        };
         (0..experts).map(mean).collect()
     };
     (0..first.len()).map(layer_mean).collect()

@@ -2,5 +2,7 @@
 
 mod tiny;
 
+mod engine;
 mod model;
+mod oracle;
 mod tidy;

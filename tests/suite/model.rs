@@ -10,7 +10,13 @@ use rehearsal_kernels::Kernels;
 use rehearsal_kernels::random::{Draws, Stream};
 
 /// Compares every tensor's gradient with central differences at a few random elements.
-fn check_gradients(config: &ModelConfig, value_head: bool, items: &Items<'_>, form: AttentionForm, balance: f64) {
+fn check_gradients(
+    config: &ModelConfig,
+    value_head: bool,
+    items: &Items<'_>,
+    form: AttentionForm,
+    balance: f64,
+) {
     let kernels = reference();
     let mut tiny = Tiny::new(&kernels, config, value_head);
     let (_, gradients) = tiny.loss_and_gradients(items, form, balance);
@@ -18,7 +24,9 @@ fn check_gradients(config: &ModelConfig, value_head: bool, items: &Items<'_>, fo
     assert!(gradients.missing(&layout, value_head).is_empty());
     let mut draws = Draws::new(1, Stream::Data, [7, 7, 7]);
     let mut worst = (0.0, String::new());
-    for (index, spec) in layout.specs.iter().enumerate().filter(|(i, _)| layout.is_trained(*i, value_head)) {
+    for (index, spec) in
+        layout.specs.iter().enumerate().filter(|(i, _)| layout.is_trained(*i, value_head))
+    {
         let analytic = kernels.download_f64(&gradients.slab.tensor(index));
         let original = kernels.download_f64(&tiny.params.slab.tensor(index));
         let scale = analytic.iter().fold(0.0f64, |m, g| m.max(g.abs())).max(1e-4);
@@ -35,7 +43,13 @@ fn check_gradients(config: &ModelConfig, value_head: bool, items: &Items<'_>, fo
             kernels.upload_f64(&original, &mut tiny.params.slab.tensor_mut(index));
             let error = (numeric - analytic[element]).abs() / scale;
             if error > worst.0 {
-                worst = (error, format!("{}[{element}]: {numeric:e} against {:e}", spec.name, analytic[element]));
+                worst = (
+                    error,
+                    format!(
+                        "{}[{element}]: {numeric:e} against {:e}",
+                        spec.name, analytic[element]
+                    ),
+                );
             }
         }
     }
@@ -45,7 +59,12 @@ fn check_gradients(config: &ModelConfig, value_head: bool, items: &Items<'_>, fo
 
 #[test]
 fn every_gradient_equals_its_finite_difference() {
-    for (config, form) in [(config(), Expanded), (config(), Absorbed), (config_lite(), Expanded), (config_lite(), Absorbed)] {
+    for (config, form) in [
+        (config(), Expanded),
+        (config(), Absorbed),
+        (config_lite(), Expanded),
+        (config_lite(), Absorbed),
+    ] {
         let documents = documents(&config, &[7, 4, 9]);
         // The balance loss is only piecewise smooth: choices of experts must not flip within a step of 1e-5.
         check_gradients(&config, false, &Items::Documents(&documents), form, 0.01);
@@ -77,7 +96,10 @@ fn the_absorbed_form_equals_the_expanded_one() {
         let kernels = reference();
         let tiny = Tiny::new(&kernels, &config, false);
         let items = Items::Documents(&documents);
-        let (expanded, absorbed) = (tiny.loss_and_gradients(&items, Expanded, 0.0), tiny.loss_and_gradients(&items, Absorbed, 0.0));
+        let (expanded, absorbed) = (
+            tiny.loss_and_gradients(&items, Expanded, 0.0),
+            tiny.loss_and_gradients(&items, Absorbed, 0.0),
+        );
         assert!((expanded.0 - absorbed.0).abs() < 1e-10, "{} {}", expanded.0, absorbed.0);
         let whole = |g: &rehearsal::model::Gradients| kernels.download_f64(&g.slab.whole());
         let (index, error) = worst(&whole(&absorbed.1), &whole(&expanded.1), 1e-3);
@@ -92,7 +114,10 @@ fn f32_gradients_follow_the_f64_reference() {
         let items = Items::Documents(&documents);
         let (fast, exact) = (cpu(2), reference());
         let (ours, wanted) = (Tiny::new(&fast, &config, false), Tiny::new(&exact, &config, false));
-        let (got, want) = (ours.loss_and_gradients(&items, form, 0.01), wanted.loss_and_gradients(&items, form, 0.01));
+        let (got, want) = (
+            ours.loss_and_gradients(&items, form, 0.01),
+            wanted.loss_and_gradients(&items, form, 0.01),
+        );
         assert!((got.0 - want.0).abs() < 1e-5, "loss {} against {}", got.0, want.0);
         for (index, spec) in ours.model.layout.specs.iter().enumerate() {
             let error = relative_l2(
@@ -112,7 +137,8 @@ fn thread_count_changes_no_bit_of_a_gradient() {
         .map(|threads| {
             let kernels = cpu(threads);
             let tiny = Tiny::new(&kernels, &config, false);
-            let (_, gradients) = tiny.loss_and_gradients(&Items::Documents(&documents), Expanded, 0.01);
+            let (_, gradients) =
+                tiny.loss_and_gradients(&Items::Documents(&documents), Expanded, 0.01);
             kernels.download(&gradients.slab.whole()).iter().map(|g| g.to_bits()).collect()
         })
         .to_vec();
@@ -127,7 +153,11 @@ fn logprobs(tiny: &Tiny<'_>, form: AttentionForm, documents: &[&[u32]], which: u
     let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
     let base: usize = documents[..which].iter().map(|d| d.len()).sum();
     let rows: Vec<u32> = (0..documents[which].len() as u32 - 1).map(|i| base as u32 + i).collect();
-    packed.heads.logprobs(&pass, &tiny.params, &hidden, &rows, &documents[which][1..], 1.0).unwrap().logprobs
+    packed
+        .heads
+        .logprobs(&pass, &tiny.params, &hidden, &rows, &documents[which][1..], 1.0)
+        .unwrap()
+        .logprobs
 }
 
 #[test]
@@ -169,7 +199,8 @@ fn decoding_from_the_cache_equals_the_training_forward_at_every_position() {
                 tables: vec![table.clone()],
                 wanted: (0..chunk.len() as u32).collect(),
             };
-            let logits = tiny.model.decode(&kernels, &tiny.params, &packed, &mut cache, &rows).unwrap();
+            let logits =
+                tiny.model.decode(&kernels, &tiny.params, &packed, &mut cache, &rows).unwrap();
             let flat = kernels.download_f64(&logits);
             for (row, position) in flat.chunks(config.vocab_size).zip(chunk) {
                 let Some(next) = document.get(position + 1) else { continue };

@@ -54,7 +54,10 @@ fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
 }
 
 fn sources() -> Vec<PathBuf> {
-    ["src", "kernels/src", "tests", "kernels/tests"].iter().flat_map(|folder| files(folder, "rs")).collect()
+    ["src", "kernels/src", "tests", "kernels/tests"]
+        .iter()
+        .flat_map(|folder| files(folder, "rs"))
+        .collect()
 }
 
 fn relative(path: &Path) -> String {
@@ -75,12 +78,16 @@ fn imports_go_down_only() {
     for path in files("src", "rs") {
         let name = relative(&path);
         let folder = name.trim_start_matches("src/").split('/').next().unwrap();
-        let Some((_, allowed)) = MAY_IMPORT.iter().find(|(from, _)| *from == folder) else { continue };
+        let Some((_, allowed)) = MAY_IMPORT.iter().find(|(from, _)| *from == folder) else {
+            continue;
+        };
         for (number, line) in read(&path).lines().enumerate() {
             let code = line.split("//").next().unwrap();
             for piece in code.split("crate::").skip(1) {
-                let target: String = piece.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
-                let known = MAY_IMPORT.iter().any(|(folder, _)| *folder == target) || target == "cli";
+                let target: String =
+                    piece.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+                let known =
+                    MAY_IMPORT.iter().any(|(folder, _)| *folder == target) || target == "cli";
                 if known && target != folder && !allowed.contains(&target.as_str()) {
                     faults.push(format!("{name}:{}: {folder} may not import {target}", number + 1));
                 }
@@ -96,12 +103,17 @@ fn outside_crates_stay_in_their_homes() {
     for path in sources().into_iter().filter(|p| !relative(p).contains("tests/")) {
         let name = relative(&path);
         for (crate_name, homes) in HOMES {
-            let uses = |line: &str| line.split("//").next().unwrap().contains(&format!("{crate_name}::"));
+            let uses =
+                |line: &str| line.split("//").next().unwrap().contains(&format!("{crate_name}::"));
             if read(&path).lines().any(uses) && !homes.iter().any(|home| name.starts_with(home)) {
                 faults.push(format!("{name}: uses {crate_name}, whose home is {homes:?}"));
             }
         }
-        if name.starts_with("src/") && read(&path).lines().any(|l| l.trim_start().starts_with("unsafe ") || l.contains("unsafe {")) {
+        if name.starts_with("src/")
+            && read(&path)
+                .lines()
+                .any(|l| l.trim_start().starts_with("unsafe ") || l.contains("unsafe {"))
+        {
             faults.push(format!("{name}: unsafe lives in kernels/"));
         }
     }
@@ -131,7 +143,9 @@ fn every_file_has_a_head_doc_and_at_most_500_lines() {
 
 #[test]
 fn no_file_has_a_name_that_says_nothing() {
-    let faults = sources().iter().filter(|p| BANNED_NAMES.contains(&p.file_stem().unwrap().to_str().unwrap()));
+    let faults = sources()
+        .iter()
+        .filter(|p| BANNED_NAMES.contains(&p.file_stem().unwrap().to_str().unwrap()));
     assert_none(faults.map(|p| relative(p)).collect());
 }
 
@@ -146,11 +160,17 @@ fn door_plates_are_short_and_every_file_is_mounted() {
         let folder = path.parent().unwrap();
         let (plates, name) = if stem == "mod" {
             let above = folder.parent().unwrap();
-            (vec![above.join("mod.rs"), above.join("lib.rs")], folder.file_name().unwrap().to_str().unwrap().to_string())
+            (
+                vec![above.join("mod.rs"), above.join("lib.rs")],
+                folder.file_name().unwrap().to_str().unwrap().to_string(),
+            )
         } else {
             (vec![folder.join("mod.rs"), folder.join("lib.rs"), folder.with_extension("rs")], stem)
         };
-        let mounted = plates.iter().filter(|p| p.exists()).any(|plate| read(plate).contains(&format!("mod {name};")));
+        let mounted = plates
+            .iter()
+            .filter(|p| p.exists())
+            .any(|plate| read(plate).contains(&format!("mod {name};")));
         if !mounted {
             faults.push(format!("{}: no door plate mounts it", relative(&path)));
         }
@@ -164,7 +184,9 @@ fn every_cuda_kernel_has_its_operation() {
         let stem = path.file_stem().unwrap().to_str().unwrap();
         !root().join(format!("kernels/src/ops/{stem}.rs")).exists()
     });
-    assert_none(faults.map(|p| format!("{}: no kernels/src/ops file of that stem", relative(&p))).collect());
+    assert_none(
+        faults.map(|p| format!("{}: no kernels/src/ops file of that stem", relative(&p))).collect(),
+    );
 }
 
 #[test]
@@ -172,9 +194,18 @@ fn every_config_passes_the_plan_check() {
     let mut faults = Vec::new();
     for extension in ["toml", "json"] {
         for path in files("configs", extension) {
-            let output = Command::new(env!("CARGO_BIN_EXE_rehearsal")).arg("check").arg(&path).arg("--plan-only").output().unwrap();
+            let output = Command::new(env!("CARGO_BIN_EXE_rehearsal"))
+                .arg("check")
+                .arg(&path)
+                .arg("--plan-only")
+                .output()
+                .unwrap();
             if !output.status.success() {
-                faults.push(format!("{}: {}", relative(&path), String::from_utf8_lossy(&output.stderr)));
+                faults.push(format!(
+                    "{}: {}",
+                    relative(&path),
+                    String::from_utf8_lossy(&output.stderr)
+                ));
             }
         }
     }
@@ -184,19 +215,34 @@ fn every_config_passes_the_plan_check() {
 #[test]
 fn the_readmes_tree_is_the_tree() {
     let readme = read(&root().join("README.md"));
-    let tree = readme.split("<!-- tree -->").nth(1).expect("README has its tree between two <!-- tree --> marks");
+    let tree = readme
+        .split("<!-- tree -->")
+        .nth(1)
+        .expect("README has its tree between two <!-- tree --> marks");
     let listed: BTreeSet<String> = listed_paths(tree);
-    let tracked = Command::new("git").args(["ls-files", "--cached", "--others", "--exclude-standard"]).current_dir(root()).output();
+    let tracked = Command::new("git")
+        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
+        .current_dir(root())
+        .output();
     let Ok(tracked) = tracked else { return };
     let wanted: BTreeSet<String> = String::from_utf8(tracked.stdout)
         .unwrap()
         .lines()
-        .filter(|p| p.ends_with(".rs") || p.ends_with(".cu") || p.ends_with(".toml") && p.starts_with("configs/"))
+        .filter(|p| {
+            p.ends_with(".rs")
+                || p.ends_with(".cu")
+                || p.ends_with(".toml") && p.starts_with("configs/")
+        })
         .filter(|p| root().join(p).exists())
         .map(str::to_string)
         .collect();
-    let missing: Vec<_> = wanted.difference(&listed).map(|p| format!("{p} is not in the README's tree")).collect();
-    let dead: Vec<_> = listed.iter().filter(|p| !root().join(p).exists()).map(|p| format!("{p} is in the README's tree only")).collect();
+    let missing: Vec<_> =
+        wanted.difference(&listed).map(|p| format!("{p} is not in the README's tree")).collect();
+    let dead: Vec<_> = listed
+        .iter()
+        .filter(|p| !root().join(p).exists())
+        .map(|p| format!("{p} is in the README's tree only"))
+        .collect();
     assert_none(missing.into_iter().chain(dead).collect());
 }
 

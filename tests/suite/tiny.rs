@@ -48,7 +48,9 @@ pub fn cpu(threads: usize) -> CpuKernels {
 
 /// Documents of given lengths with random tokens; some tokens are no targets.
 pub fn documents(config: &ModelConfig, lengths: &[usize]) -> Vec<Sequence> {
-    let token = |d: usize, i: usize| random::below(5, Stream::Data, [d as u64, i as u64, 0, 0], config.vocab_size as u64) as u32;
+    let token = |d: usize, i: usize| {
+        random::below(5, Stream::Data, [d as u64, i as u64, 0, 0], config.vocab_size as u64) as u32
+    };
     let document = |(d, length): (usize, &usize)| Sequence {
         tokens: (0..*length).map(|i| token(d, i)).collect(),
         target: (0..*length).map(|i| i > 0 && (i + d) % 5 != 1).collect(),
@@ -72,7 +74,10 @@ impl<'a> Tiny<'a> {
         for (index, spec) in model.layout.specs.iter().enumerate() {
             if spec.is_norm || model.layout.score == Some(index) {
                 let base = if spec.is_norm { 1.0 } else { 0.0 };
-                let value = |i: usize| base + 0.3 * random::normal(9, Stream::Init, [index as u64, i as u64, 1, 0]) as f32;
+                let value = |i: usize| {
+                    base + 0.3
+                        * random::normal(9, Stream::Init, [index as u64, i as u64, 1, 0]) as f32
+                };
                 let values: Vec<f32> = (0..spec.rows * spec.cols).map(value).collect();
                 kernels.upload(&values, &mut params.slab.tensor_mut(index));
             }
@@ -81,11 +86,18 @@ impl<'a> Tiny<'a> {
     }
 
     pub fn pack(&self, form: AttentionForm, training: bool) -> PackedModel {
-        self.model.pack(self.kernels, &self.params, "policy", 1, PackFor { form, training }).unwrap()
+        self.model
+            .pack(self.kernels, &self.params, "policy", 1, PackFor { form, training })
+            .unwrap()
     }
 
     /// Loss (balance loss included) and gradients of one micro-batch.
-    pub fn loss_and_gradients(&self, items: &Items<'_>, form: AttentionForm, balance: f64) -> (f64, Gradients) {
+    pub fn loss_and_gradients(
+        &self,
+        items: &Items<'_>,
+        form: AttentionForm,
+        balance: f64,
+    ) -> (f64, Gradients) {
         let packed = self.pack(form, true);
         let mut gradients = Gradients::new(self.kernels, &self.model.layout, "policy").unwrap();
         let sequences = items.sequences(0..items.len());
@@ -105,7 +117,10 @@ impl<'a> Tiny<'a> {
             gradients: &mut gradients,
         };
         items.evaluate(0..items.len(), &mut micro, &mut tally).unwrap();
-        let routings = self.model.backward(&pass, &self.params, &packed, saved, d_hidden, &mut gradients).unwrap();
+        let routings = self
+            .model
+            .backward(&pass, &self.params, &packed, saved, d_hidden, &mut gradients)
+            .unwrap();
         (tally.loss + routings.iter().map(|r| r.balance_loss).sum::<f64>(), gradients)
     }
 }

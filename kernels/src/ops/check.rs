@@ -17,17 +17,23 @@ pub(crate) fn floats(cx: &Cx, rows: usize, cols: usize, values: &[f32]) -> Buffe
     assert_eq!(values.len(), rows * cols);
     let mut b = cx.arena.buffer(cx.scratch, DType::F32, rows, cols).unwrap();
     let mut m = b.host_mut::<f32>();
-    for i in 0..rows { m.row_mut(i).copy_from_slice(&values[i * cols..][..cols]); }
+    for i in 0..rows {
+        m.row_mut(i).copy_from_slice(&values[i * cols..][..cols]);
+    }
     b
 }
 pub(crate) fn indices(cx: &Cx, rows: usize, cols: usize, values: &[u32]) -> Buffer {
     let mut b = cx.arena.buffer(cx.scratch, DType::U32, rows, cols).unwrap();
     let mut m = b.host_mut::<u32>();
-    for i in 0..rows { m.row_mut(i).copy_from_slice(&values[i * cols..][..cols]); }
+    for i in 0..rows {
+        m.row_mut(i).copy_from_slice(&values[i * cols..][..cols]);
+    }
     b
 }
 pub(crate) fn normal(cx: &Cx, rows: usize, cols: usize, seed: u64) -> Buffer {
-    let v: Vec<f32> = (0..rows * cols).map(|i| random::normal(seed, Stream::Data, [i as u64, 0, 0, 0]) as f32).collect();
+    let v: Vec<f32> = (0..rows * cols)
+        .map(|i| random::normal(seed, Stream::Data, [i as u64, 0, 0, 0]) as f32)
+        .collect();
     floats(cx, rows, cols, &v)
 }
 pub(crate) fn read(b: &Buffer) -> Vec<f32> {

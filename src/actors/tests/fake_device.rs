@@ -1,4 +1,5 @@
-//! A stand-in for the engine: its weights are a hash of what it was trained on, and it can be told to misbehave.
+//! A stand-in for the engine: its weights are a hash of what it was trained on, and it can be told
+//! to misbehave.
 //!
 //! It writes down every call in words that do not depend on the place of the run.
 
@@ -8,7 +9,9 @@ use crate::checkpoint::tensors::TensorEntry;
 use crate::checkpoint::{TensorFolder, write_model_config, write_tensors};
 use crate::config::{ModelConfig, RunConfig};
 use crate::engine::hybrid::SavedState;
-use crate::engine::phase::{ModelSource, Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
+use crate::engine::phase::{
+    ModelSource, Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore,
+};
 use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
 use crate::rl::rollout::{Rollout, Stop};
 use crate::train::job::{GrpoReport, StepReport, TrainJob};
@@ -67,7 +70,12 @@ impl Script {
     fn stick(&self) {
         self.shared.reached.notify_one();
         let released = self.shared.released.lock().unwrap();
-        drop(self.shared.release.wait_timeout_while(released, PATIENCE, |released| !*released).unwrap());
+        drop(
+            self.shared
+                .release
+                .wait_timeout_while(released, PATIENCE, |released| !*released)
+                .unwrap(),
+        );
     }
 
     /// Messages that the watched desk has handled.
@@ -156,8 +164,12 @@ impl Device for FakeDevice {
     fn prepare(&mut self, stage: &PrepareStage) -> Result<()> {
         let reference = stage.reference.as_ref().map(source_name).unwrap_or_default();
         let rewards: Vec<&String> = stage.rewards.keys().collect();
-        self.call(format!("prepare {} reference={reference} rewards={rewards:?}", source_name(&stage.policy)));
-        (self.weights, self.state, self.value_head) = ([1.0, 2.0], SavedState::default(), stage.value_head);
+        self.call(format!(
+            "prepare {} reference={reference} rewards={rewards:?}",
+            source_name(&stage.policy)
+        ));
+        (self.weights, self.state, self.value_head) =
+            ([1.0, 2.0], SavedState::default(), stage.value_head);
         match &stage.policy {
             ModelSource::Fresh => Ok(()),
             ModelSource::Folder(folder) => self.load(folder),
@@ -170,8 +182,15 @@ impl Device for FakeDevice {
         Ok(PhaseReport { held, high_water: 8, ..PhaseReport::default() })
     }
 
-    fn generate(&mut self, job: &GenerateJob, on_group: &mut dyn FnMut(TokenGroup)) -> Result<GenerateReport> {
-        assert_eq!(job.policy_version, self.state.policy_version, "the sampler refuses another version");
+    fn generate(
+        &mut self,
+        job: &GenerateJob,
+        on_group: &mut dyn FnMut(TokenGroup),
+    ) -> Result<GenerateReport> {
+        assert_eq!(
+            job.policy_version, self.state.policy_version,
+            "the sampler refuses another version"
+        );
         self.call(format!("generate {} prompts at {}", job.requests.len(), job.step));
         let began = Instant::now();
         let mut new_tokens = 0;
@@ -185,7 +204,13 @@ impl Device for FakeDevice {
                 let mut tokens = vec![token];
                 tokens.extend(job.stop_tokens.first());
                 let stop = if job.stop_tokens.is_empty() { Stop::Length } else { Stop::Eos };
-                Rollout { sample, logprobs: vec![-1.0; tokens.len()], tokens, stop, text: String::new() }
+                Rollout {
+                    sample,
+                    logprobs: vec![-1.0; tokens.len()],
+                    tokens,
+                    stop,
+                    text: String::new(),
+                }
             };
             let rollouts: Vec<Rollout> = (0..request.samples).map(rollout).collect();
             new_tokens += rollouts.iter().map(|r| r.tokens.len() as u64).sum::<u64>();
@@ -208,7 +233,9 @@ impl Device for FakeDevice {
             let bits = hash(&self.weights, &format!("{tokens:?}"))[0];
             match is_reward {
                 true => SequenceScore::Reward(f64::from(bits) / 64.0),
-                false => SequenceScore::Logprobs(vec![-f32::from(bits) / 64.0; tokens.len() - first]),
+                false => {
+                    SequenceScore::Logprobs(vec![-f32::from(bits) / 64.0; tokens.len() - first])
+                }
             }
         };
         Ok(job.sequences.iter().zip(&job.first).map(score).collect())
@@ -230,13 +257,25 @@ impl Device for FakeDevice {
         let grpo = matches!(job, TrainJob::Grpo { .. }).then(GrpoReport::default);
         if self.script.not_finite_from.is_some_and(|from| number >= from) {
             let policy_version = self.state.policy_version;
-            return Ok(StepReport { loss: f64::NAN, skipped: true, policy_version, grpo, ..StepReport::default() });
+            return Ok(StepReport {
+                loss: f64::NAN,
+                skipped: true,
+                policy_version,
+                grpo,
+                ..StepReport::default()
+            });
         }
         let bits = |at: usize| f32::from(digest[at]) * 65_536.0 + f32::from(digest[at + 1]);
         self.weights = [bits(0), bits(2)];
         self.state.policy_version += 1;
         self.state.optimizer_step += 1;
-        Ok(StepReport { loss: 1.0, tokens: 10, policy_version: self.state.policy_version, grpo, ..StepReport::default() })
+        Ok(StepReport {
+            loss: 1.0,
+            tokens: 10,
+            policy_version: self.state.policy_version,
+            grpo,
+            ..StepReport::default()
+        })
     }
 
     fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
@@ -244,10 +283,14 @@ impl Device for FakeDevice {
         write_model_config(folder, &self.model)?;
         let entry = |name: &str| TensorEntry { name: name.to_string(), shape: vec![1, 2] };
         let weights = self.weights.to_vec();
-        write_tensors(&folder.join("model.safetensors"), &[entry(HEAD)], &mut |_| Ok(weights.clone()))?;
+        write_tensors(&folder.join("model.safetensors"), &[entry(HEAD)], &mut |_| {
+            Ok(weights.clone())
+        })?;
         if with_optimizer {
             let moments = [entry(&format!("m.{HEAD}"))];
-            write_tensors(&folder.join("optimizer.safetensors"), &moments, &mut |_| Ok(vec![0.0; 2]))?;
+            write_tensors(&folder.join("optimizer.safetensors"), &moments, &mut |_| {
+                Ok(vec![0.0; 2])
+            })?;
         }
         Ok(self.state)
     }

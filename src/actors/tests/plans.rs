@@ -27,7 +27,10 @@ fn a_stage_starts_from_the_last_policy_or_from_what_it_names() {
     config.stages[3].start_from = Some("base".to_string());
     assert_eq!(plan(&config, 3).policy, folder("01-base"));
     config.stages[3].start_from = Some("../models/v2".to_string());
-    assert_eq!(plan(&config, 3).policy, ModelSource::Folder(PathBuf::from("/configs/../models/v2")));
+    assert_eq!(
+        plan(&config, 3).policy,
+        ModelSource::Folder(PathBuf::from("/configs/../models/v2"))
+    );
 }
 
 #[test]
@@ -61,9 +64,11 @@ fn a_reward_model_gets_a_head_and_no_balance_loss() {
 #[test]
 fn a_long_context_stage_stretches_what_follows_it() {
     let long = "name = \"long\"\nkind = \"long-context\"\nfactor = 2.5";
-    let text = super::CONFIG.replacen("name = \"talk\"\nkind = \"sft\"\ndata = \"talks\"\nbatch = 2", &format!(
-        "{long}\ndata = [{{ set = \"texts\" }}]\nsteps = 1\nbatch = 1\nsequence = 96"
-    ), 1);
+    let text = super::CONFIG.replacen(
+        "name = \"talk\"\nkind = \"sft\"\ndata = \"talks\"\nbatch = 2",
+        &format!("{long}\ndata = [{{ set = \"texts\" }}]\nsteps = 1\nbatch = 1\nsequence = 96"),
+        1,
+    );
     let config = Place::with(&text).config(&[]);
     let contexts: Vec<usize> = (0..4).map(|index| context_of(&config, index)).collect();
     assert_eq!(contexts, [64, 160, 160, 160]);

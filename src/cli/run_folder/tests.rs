@@ -27,7 +27,8 @@ fn refusal(path: &Path, assignments: &[&str], wish: Wish) -> String {
 
 fn names(path: &Path) -> Vec<String> {
     let Ok(entries) = std::fs::read_dir(path) else { return Vec::new() };
-    let mut names: Vec<String> = entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    let mut names: Vec<String> =
+        entries.map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned()).collect();
     names.sort();
     names
 }
@@ -79,7 +80,8 @@ fn a_run_of_another_config_is_refused_with_what_differs() {
             "OUT holds a run of another config (seed differs); use --fresh to move it aside and start anew, or choose another --out"
         );
     }
-    let many = ["seed=4", "stage.sft.batch=2", "stage.align.reward.1.weight=0", "checkpoint.keep=5"];
+    let many =
+        ["seed=4", "stage.sft.batch=2", "stage.align.reward.1.weight=0", "checkpoint.keep=5"];
     let text = refusal(&out, &many, Wish::Plain);
     assert!(text.contains(" more differ)") && text.contains("seed"), "{text}");
 }
@@ -94,7 +96,10 @@ fn fresh_moves_the_old_run_aside_and_loses_nothing_of_it() {
         let folder = ready(&out, &["seed=9"], Wish::Fresh);
         let aside = place.path().join(format!("run.old-{number}"));
         assert_eq!(folder.moved.as_deref(), Some(aside.as_path()));
-        assert_eq!(std::fs::read_to_string(aside.join("journal.jsonl")).unwrap(), format!("{number}"));
+        assert_eq!(
+            std::fs::read_to_string(aside.join("journal.jsonl")).unwrap(),
+            format!("{number}")
+        );
         assert_eq!(names(&out), ["config.toml", "lock", "run.json"]);
         drop(folder);
         std::fs::remove_dir_all(&out).unwrap();
@@ -127,7 +132,8 @@ fn a_folder_that_is_no_run_is_never_touched() {
 #[test]
 fn a_start_that_was_killed_before_its_record_counts_as_empty() {
     let place = tempfile::tempdir().unwrap();
-    for left in [&["lock"][..], &["lock", "config.toml"], &["lock", "config.toml", "run.json.tmp"]] {
+    for left in [&["lock"][..], &["lock", "config.toml"], &["lock", "config.toml", "run.json.tmp"]]
+    {
         let out = place.path().join(left.len().to_string());
         std::fs::create_dir(&out).unwrap();
         for name in left {
@@ -146,7 +152,9 @@ fn two_runs_in_one_folder_are_refused_until_the_first_ends() {
     for wish in [Wish::Plain, Wish::Resume, Wish::Fresh] {
         assert_eq!(
             refusal(&out, &[], wish),
-            format!("another run works in OUT (process {me}); wait for it, stop it, or choose another --out")
+            format!(
+                "another run works in OUT (process {me}); wait for it, stop it, or choose another --out"
+            )
         );
     }
     drop(first);

@@ -105,7 +105,8 @@ fn load(text: &str, model: &str, assignments: &[&str]) -> Result<RunConfig, Conf
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("model.json"), model).unwrap();
     let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
-    RunConfig::parse(&Source::new("run.toml", text.to_string()), folder.path(), &assignments).map(|(config, _)| config)
+    RunConfig::parse(&Source::new("run.toml", text.to_string()), folder.path(), &assignments)
+        .map(|(config, _)| config)
 }
 
 /// Replaces `old` in the run by `new` and expects the fault at the line of `old`, or at line `at` where it says so.
@@ -123,14 +124,20 @@ fn the_run_itself_is_right_and_every_default_is_filled_in() {
     assert_eq!(config.engine.budget.unwrap().0, 1_610_612_736);
     assert_eq!(config.model.hidden_size, 32);
     let StageKind::Grpo(align) = &config.stages[4].kind else { panic!("the fifth stage is grpo") };
-    assert_eq!((align.kl_weight, align.optimizer.learning_rate, align.optimizer.beta2), (0.04, 2e-4, 0.95));
+    assert_eq!(
+        (align.kl_weight, align.optimizer.learning_rate, align.optimizer.beta2),
+        (0.04, 2e-4, 0.95)
+    );
 }
 
 #[test]
 fn what_is_written_back_is_read_back_equal() {
     let config = load(RUN, MODEL, &[]).unwrap();
     let written = config.to_toml();
-    assert!(written.contains("deadline_seconds = 600") && written.contains("hidden_size = 32"), "{written}");
+    assert!(
+        written.contains("deadline_seconds = 600") && written.contains("hidden_size = 32"),
+        "{written}"
+    );
     assert_eq!(load(&written, MODEL, &[]).unwrap(), config);
 }
 
@@ -139,7 +146,13 @@ fn threads_and_console_change_no_identity_and_everything_else_does() {
     let identity = |assignments: &[&str]| load(RUN, MODEL, assignments).unwrap().identity();
     let first = identity(&[]);
     assert_eq!(identity(&["engine.threads=7", "console.mode=plain"]), first);
-    for other in ["seed=2", "model.rope_theta=100", "stage.align.reward.1.weight=0", "checkpoint.keep=3", "stage.sft.epochs=2"] {
+    for other in [
+        "seed=2",
+        "model.rope_theta=100",
+        "stage.align.reward.1.weight=0",
+        "checkpoint.keep=3",
+        "stage.sft.epochs=2",
+    ] {
         assert_ne!(identity(&[other]), first, "{other}");
     }
     let moved = RUN.replace("seed = 1\n", "# A remark.\nseed   =   1\n");
@@ -159,13 +172,22 @@ fn yarn_is_read_under_its_old_and_new_names() {
         let model = MODEL.replace("\"torch_dtype\"", &format!("{text}, \"torch_dtype\""));
         load(RUN, &model, &[]).unwrap().model
     };
-    let old = yarn("\"rope_theta\": 500.0, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 16, \"mscale\": 0.707}");
-    let new = yarn("\"rope_parameters\": {\"rope_theta\": 500.0, \"rope_type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 16, \"mscale\": 0.707}");
+    let old = yarn(
+        "\"rope_theta\": 500.0, \"rope_scaling\": {\"type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 16, \"mscale\": 0.707}",
+    );
+    let new = yarn(
+        "\"rope_parameters\": {\"rope_theta\": 500.0, \"rope_type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 16, \"mscale\": 0.707}",
+    );
     assert_eq!(old, new);
     assert_eq!(old.rope_scaling.unwrap().mscale, 0.707);
-    let plain = yarn("\"rope_parameters\": {\"rope_theta\": 500.0, \"rope_type\": \"default\"}, \"rope_scaling\": null");
+    let plain = yarn(
+        "\"rope_parameters\": {\"rope_theta\": 500.0, \"rope_type\": \"default\"}, \"rope_scaling\": null",
+    );
     assert_eq!((plain.rope_theta, plain.rope_scaling), (500.0, None));
-    assert_eq!(load(RUN, MODEL, &["model.topk_method=gready"]).unwrap().model, load(RUN, MODEL, &[]).unwrap().model);
+    assert_eq!(
+        load(RUN, MODEL, &["model.topk_method=gready"]).unwrap().model,
+        load(RUN, MODEL, &[]).unwrap().model
+    );
 }
 
 #[test]
@@ -174,7 +196,11 @@ fn the_resolved_config_has_absolute_paths_and_runs_from_anywhere() {
     std::fs::create_dir(folder.path().join("start")).unwrap();
     std::fs::write(folder.path().join("model.json"), MODEL).unwrap();
     // The folder's own config says how long its model's sequences may be.
-    std::fs::write(folder.path().join("start/config.json"), MODEL.replace("64,\n  \"torch", "128,\n  \"torch")).unwrap();
+    std::fs::write(
+        folder.path().join("start/config.json"),
+        MODEL.replace("64,\n  \"torch", "128,\n  \"torch"),
+    )
+    .unwrap();
     let text = RUN.replace("kind = \"sft\"", "kind = \"sft\"\nstart_from = \"start\"");
     std::fs::write(folder.path().join("run.toml"), text).unwrap();
     let loaded = RunConfig::load(&folder.path().join("run.toml"), &[]).unwrap();

@@ -4,51 +4,226 @@ use super::*;
 
 #[test]
 fn numbers_and_sets_keep_their_rules() {
-    check_fault("keep = 2", "keep = 0", "34:1", "checkpoint.keep = 0 would keep nothing to resume from; use at least 1");
-    check_fault("train_on = [\"pages\"]", "train_on = [\"pagse\"]", "8:13", "tokenizer.train_on.0 = \"pagse\" is no data set; did you mean `pages`?");
-    check_fault("vocab_size = 300", "vocab_size = 400", "7:1", "tokenizer.vocab_size = 400 exceeds model.vocab_size = 320; lower it or raise the model's");
-    check_fault("vocab_size = 300", "vocab_size = 200", "7:1", "tokenizer.vocab_size = 200 must be at least 261: 5 special tokens and 256 bytes");
-    check_fault("vocab_size = 300\n", "", "6:2", "[tokenizer] takes exactly one of `file` (an existing tokenizer.json) and `vocab_size` (train one)");
-    check_fault("file = \"run:pages.jsonl\"", "file = \"run:page.jsonl\"", "15:1", "data.sets.pages.file = \"run:page.jsonl\" is no file of the word machine; did you mean `pages.jsonl`?");
-    check_fault("[data.word_machine]\nwords = \"words.txt\"\n", "", "16:1", "data.sets.chats.file = \"run:conversations.jsonl\" is written by [data.word_machine], which is missing; add it");
-    check_fault("held_out = [\"held-out\"]", "held_out = [\"prompts\"]", "11:13", "data.held_out.0 = \"prompts\" is trained on by stage \"align\"; take it out of one of them");
-    check_fault("schema = \"messages\"", "schema = \"messages\"\nfields = { prompt = \"q\" }", "20:12", "data.sets.chats.fields.prompt maps a field that schema \"messages\" does not have; it has `messages`");
-    check_fault("schema = \"messages\"", "schema = \"messages\"\nsplit = { of = 4, from = 4, to = 4 }", "20:1", "data.sets.chats.split takes lines with from <= index % of < to; from = 4, to = 4 and of = 4 take none");
+    check_fault(
+        "keep = 2",
+        "keep = 0",
+        "34:1",
+        "checkpoint.keep = 0 would keep nothing to resume from; use at least 1",
+    );
+    check_fault(
+        "train_on = [\"pages\"]",
+        "train_on = [\"pagse\"]",
+        "8:13",
+        "tokenizer.train_on.0 = \"pagse\" is no data set; did you mean `pages`?",
+    );
+    check_fault(
+        "vocab_size = 300",
+        "vocab_size = 400",
+        "7:1",
+        "tokenizer.vocab_size = 400 exceeds model.vocab_size = 320; lower it or raise the model's",
+    );
+    check_fault(
+        "vocab_size = 300",
+        "vocab_size = 200",
+        "7:1",
+        "tokenizer.vocab_size = 200 must be at least 261: 5 special tokens and 256 bytes",
+    );
+    check_fault(
+        "vocab_size = 300\n",
+        "",
+        "6:2",
+        "[tokenizer] takes exactly one of `file` (an existing tokenizer.json) and `vocab_size` (train one)",
+    );
+    check_fault(
+        "file = \"run:pages.jsonl\"",
+        "file = \"run:page.jsonl\"",
+        "15:1",
+        "data.sets.pages.file = \"run:page.jsonl\" is no file of the word machine; did you mean `pages.jsonl`?",
+    );
+    check_fault(
+        "[data.word_machine]\nwords = \"words.txt\"\n",
+        "",
+        "16:1",
+        "data.sets.chats.file = \"run:conversations.jsonl\" is written by [data.word_machine], which is missing; add it",
+    );
+    check_fault(
+        "held_out = [\"held-out\"]",
+        "held_out = [\"prompts\"]",
+        "11:13",
+        "data.held_out.0 = \"prompts\" is trained on by stage \"align\"; take it out of one of them",
+    );
+    check_fault(
+        "schema = \"messages\"",
+        "schema = \"messages\"\nfields = { prompt = \"q\" }",
+        "20:12",
+        "data.sets.chats.fields.prompt maps a field that schema \"messages\" does not have; it has `messages`",
+    );
+    check_fault(
+        "schema = \"messages\"",
+        "schema = \"messages\"\nsplit = { of = 4, from = 4, to = 4 }",
+        "20:1",
+        "data.sets.chats.split takes lines with from <= index % of < to; from = 4, to = 4 and of = 4 take none",
+    );
 }
 
 #[test]
 fn stages_keep_their_rules() {
-    check_fault("data = \"chats\"", "data = \"pages\"", "56:1", "stage.sft.data = \"pages\" is a set with schema \"text\", and this needs `messages` and `prompts`; name another set");
-    check_fault("data = \"pairs\"", "data = \"pair\"", "69:1", "stage.helpful.data = \"pair\" is no data set; did you mean `pairs`?");
-    check_fault("sequence = 64", "sequence = 65", "42:1", "stage.base.sequence = 65 exceeds the model's 64 positions; lower it or raise model.max_position_embeddings");
-    check_fault("sequence = 128", "sequence = 129", "50:1", "stage.long.sequence = 129 exceeds 128, 64 positions times factor = 2; raise factor");
-    check_fault("factor = 2", "factor = 0.5", "51:1", "stage.long.factor = 0.5 must be at least 1: YaRN only lengthens");
+    check_fault(
+        "data = \"chats\"",
+        "data = \"pages\"",
+        "56:1",
+        "stage.sft.data = \"pages\" is a set with schema \"text\", and this needs `messages` and `prompts`; name another set",
+    );
+    check_fault(
+        "data = \"pairs\"",
+        "data = \"pair\"",
+        "69:1",
+        "stage.helpful.data = \"pair\" is no data set; did you mean `pairs`?",
+    );
+    check_fault(
+        "sequence = 64",
+        "sequence = 65",
+        "42:1",
+        "stage.base.sequence = 65 exceeds the model's 64 positions; lower it or raise model.max_position_embeddings",
+    );
+    check_fault(
+        "sequence = 128",
+        "sequence = 129",
+        "50:1",
+        "stage.long.sequence = 129 exceeds 128, 64 positions times factor = 2; raise factor",
+    );
+    check_fault(
+        "factor = 2",
+        "factor = 0.5",
+        "51:1",
+        "stage.long.factor = 0.5 must be at least 1: YaRN only lengthens",
+    );
     check_fault("steps = 3", "steps = 0", "76:1", "stage.align.steps = 0 must be at least 1");
-    check_fault("group_size = 4", "group_size = 1", "78:1", "stage.align.group_size = 1 must be at least 2: an advantage compares the rollouts of a group");
-    check_fault("max_new_tokens = 32", "max_new_tokens = 128", "79:1", "stage.align.max_new_tokens = 128 leaves no room for a prompt in the model's 128 positions; lower it");
-    check_fault("steps = 3", "steps = 3\ntop_p = 0.9", "77:1", "stage.align.top_p = 0.9 is refused: truncated sampling biases the ratio; use 1");
-    check_fault("steps = 3", "steps = 3\ntop_k = 5", "77:1", "stage.align.top_k = 5 is refused: truncated sampling biases the ratio; use 0");
-    check_fault("steps = 3", "steps = 3\ntemperature = 0", "77:1", "stage.align.temperature = 0 must be above 0: greedy rollouts of a group are all equal");
-    check_fault("steps = 3", "steps = 3\nafter = \"later\"", "77:1", "stage.align.after = \"later\" is no policy stage that runs before this one; put it first or leave `after` out");
-    check_fault("model = \"helpful\"", "model = \"sft\"", "80:37", "stage.align.reward.1.model = \"sft\" is no earlier reward-model stage; known are `helpful`");
-    check_fault("{ verifier = \"exact\" }", "{ weight = 1 }", "80:11", "stage.align.reward.0 takes exactly one of `verifier` (a program) and `model` (a reward-model stage)");
-    check_fault("{ verifier = \"exact\" }", "{ verifier = \"exact\", partial = 2 }", "80:33", "stage.align.reward.0.partial = 2 is a share; it must lie between 0 and 1");
-    check_fault("learning_rate = 2e-4", "warmup_steps = 4", "82:1", "stage.align.optimizer.warmup_steps = 4 exceeds the stage's 3 updates; lower it");
-    check_fault("learning_rate = 2e-4", "beta2 = 1", "82:1", "stage.align.optimizer.beta2 = 1 must be at least 0 and below 1");
-    check_fault("eval = \"solved\"", "eval = \"slved\"", "63:1", "stage.sft.gate.eval = \"slved\" is no eval of the stage; it has `solved`");
-    check_fault("minimum = 0.1\n", "", "62:8", "stage.sft.gate has neither `minimum` nor `maximum`, so it stops nothing; add one");
-    check_fault("verifier = \"answer-line\"", "metric = \"accuracy\"", "58:1", "stage.sft.eval.0 measures accuracy, which only a reward-model stage has; use a verifier or perplexity");
-    check_fault("name = \"helpful\"", "name = \"sft\"", "67:1", "two stages are named \"sft\"; names must differ");
-    check_fault("name = \"helpful\"", "name = \"a/b\"", "67:1", "stage 3 has the name \"a/b\", which is no file name everywhere; use up to 64 letters, digits, `-`, `_` and `.`, the first a letter or digit");
-    check_fault("data = [{ set = \"pages\" }]\nsteps = 10", "data = [{ set = \"pages\", share = 0 }]\nsteps = 10", "39:26", "stage.base.data.0.share = 0 must be above 0; to leave a set out, remove its entry");
+    check_fault(
+        "group_size = 4",
+        "group_size = 1",
+        "78:1",
+        "stage.align.group_size = 1 must be at least 2: an advantage compares the rollouts of a group",
+    );
+    check_fault(
+        "max_new_tokens = 32",
+        "max_new_tokens = 128",
+        "79:1",
+        "stage.align.max_new_tokens = 128 leaves no room for a prompt in the model's 128 positions; lower it",
+    );
+    check_fault(
+        "steps = 3",
+        "steps = 3\ntop_p = 0.9",
+        "77:1",
+        "stage.align.top_p = 0.9 is refused: truncated sampling biases the ratio; use 1",
+    );
+    check_fault(
+        "steps = 3",
+        "steps = 3\ntop_k = 5",
+        "77:1",
+        "stage.align.top_k = 5 is refused: truncated sampling biases the ratio; use 0",
+    );
+    check_fault(
+        "steps = 3",
+        "steps = 3\ntemperature = 0",
+        "77:1",
+        "stage.align.temperature = 0 must be above 0: greedy rollouts of a group are all equal",
+    );
+    check_fault(
+        "steps = 3",
+        "steps = 3\nafter = \"later\"",
+        "77:1",
+        "stage.align.after = \"later\" is no policy stage that runs before this one; put it first or leave `after` out",
+    );
+    check_fault(
+        "model = \"helpful\"",
+        "model = \"sft\"",
+        "80:37",
+        "stage.align.reward.1.model = \"sft\" is no earlier reward-model stage; known are `helpful`",
+    );
+    check_fault(
+        "{ verifier = \"exact\" }",
+        "{ weight = 1 }",
+        "80:11",
+        "stage.align.reward.0 takes exactly one of `verifier` (a program) and `model` (a reward-model stage)",
+    );
+    check_fault(
+        "{ verifier = \"exact\" }",
+        "{ verifier = \"exact\", partial = 2 }",
+        "80:33",
+        "stage.align.reward.0.partial = 2 is a share; it must lie between 0 and 1",
+    );
+    check_fault(
+        "learning_rate = 2e-4",
+        "warmup_steps = 4",
+        "82:1",
+        "stage.align.optimizer.warmup_steps = 4 exceeds the stage's 3 updates; lower it",
+    );
+    check_fault(
+        "learning_rate = 2e-4",
+        "beta2 = 1",
+        "82:1",
+        "stage.align.optimizer.beta2 = 1 must be at least 0 and below 1",
+    );
+    check_fault(
+        "eval = \"solved\"",
+        "eval = \"slved\"",
+        "63:1",
+        "stage.sft.gate.eval = \"slved\" is no eval of the stage; it has `solved`",
+    );
+    check_fault(
+        "minimum = 0.1\n",
+        "",
+        "62:8",
+        "stage.sft.gate has neither `minimum` nor `maximum`, so it stops nothing; add one",
+    );
+    check_fault(
+        "verifier = \"answer-line\"",
+        "metric = \"accuracy\"",
+        "58:1",
+        "stage.sft.eval.0 measures accuracy, which only a reward-model stage has; use a verifier or perplexity",
+    );
+    check_fault(
+        "name = \"helpful\"",
+        "name = \"sft\"",
+        "67:1",
+        "two stages are named \"sft\"; names must differ",
+    );
+    check_fault(
+        "name = \"helpful\"",
+        "name = \"a/b\"",
+        "67:1",
+        "stage 3 has the name \"a/b\", which is no file name everywhere; use up to 64 letters, digits, `-`, `_` and `.`, the first a letter or digit",
+    );
+    check_fault(
+        "data = [{ set = \"pages\" }]\nsteps = 10",
+        "data = [{ set = \"pages\", share = 0 }]\nsteps = 10",
+        "39:26",
+        "stage.base.data.0.share = 0 must be above 0; to leave a set out, remove its entry",
+    );
 }
 
 #[test]
 fn a_stage_starts_from_what_exists() {
     let kind = "kind = \"sft\"";
-    check_fault(kind, "kind = \"sft\"\nstart_from = \"y\"", "56:1", "stage sft starts from \"y\", which is neither an earlier stage nor a folder");
-    check_fault(kind, "kind = \"sft\"\nstart_from = \"align\"", "56:1", "stage sft starts from \"align\", which does not run before it; put that stage first");
-    check_fault("kind = \"grpo\"", "kind = \"grpo\"\nstart_from = \"helpful\"", "75:1", "stage align starts from \"helpful\", which is a reward model and no policy; name another stage");
+    check_fault(
+        kind,
+        "kind = \"sft\"\nstart_from = \"y\"",
+        "56:1",
+        "stage sft starts from \"y\", which is neither an earlier stage nor a folder",
+    );
+    check_fault(
+        kind,
+        "kind = \"sft\"\nstart_from = \"align\"",
+        "56:1",
+        "stage sft starts from \"align\", which does not run before it; put that stage first",
+    );
+    check_fault(
+        "kind = \"grpo\"",
+        "kind = \"grpo\"\nstart_from = \"helpful\"",
+        "75:1",
+        "stage align starts from \"helpful\", which is a reward model and no policy; name another stage",
+    );
     let base = RUN.find("[[stage]]\nname = \"base\"").unwrap();
     let fault = load(&RUN[..base], MODEL, &[]).unwrap_err();
     assert_eq!(fault.to_string(), "run.toml:1:1: the run has no [[stage]]; add at least one");
@@ -56,7 +231,9 @@ fn a_stage_starts_from_what_exists() {
 
 #[test]
 fn a_stage_may_start_from_the_base_and_loses_the_longer_context_with_it() {
-    let text = RUN.replace("kind = \"grpo\"", "kind = \"grpo\"\nstart_from = \"base\"").replace("max_new_tokens = 32", "max_new_tokens = 64");
+    let text = RUN
+        .replace("kind = \"grpo\"", "kind = \"grpo\"\nstart_from = \"base\"")
+        .replace("max_new_tokens = 32", "max_new_tokens = 64");
     let fault = load(&text, MODEL, &[]).unwrap_err().to_string();
     assert!(fault.contains("the model's 64 positions"), "{fault}");
 }

@@ -1,0 +1,134 @@
+//! Runs in which an actor or the device dies, hangs, is stopped, or computes nonsense.
+
+use super::fake_device::Script;
+use super::{Disturbance, Place, all_steps, rollout_keys};
+use crate::actors::messages::*;
+use std::time::Duration;
+
+#[test]
+fn an_actor_that_panics_loses_and_duplicates_nothing() {
+    let undisturbed = Place::new();
+    let expected = undisturbed.run(&Disturbance::default());
+    for inject in [
+        "panic:reward-scorer:3",
+        "panic:rollout-generator:5",
+        "panic:rollout-generator:6",
+        "panic:policy-updater:2",
+        "panic:worker:9",
+        "panic:worker:40",
+        "panic:pretrainer:4",
+        "panic:fine-tuner:3",
+        "panic:monitor:7",
+    ] {
+        let place = Place::new();
+        let done = place.run(&Disturbance { inject, ..Disturbance::default() });
+        assert_eq!(done.outcome, Outcome::Done, "{inject}");
+        let actor = inject.split(':').nth(1).unwrap();
+        let restarts = done.named("restart");
+        assert_eq!(restarts.len(), 1, "{inject}");
+        assert_eq!(
+            (restarts[0].text("actor"), restarts[0].whole("count")),
+            (Some(actor), Some(1)),
+            "{inject}"
+        );
+        assert!(
+            restarts[0].text("reason").unwrap().contains("injected fault"),
+            "{:?}",
+            restarts[0]
+        );
+        let witnesses = done.named("inject").len();
+        assert_eq!(witnesses, usize::from(actor != "monitor"), "{inject}");
+        assert_eq!(done.steps(), all_steps(), "{inject}");
+        assert_eq!(done.calls, expected.calls, "{inject}");
+        assert_eq!(place.weights(), undisturbed.weights(), "{inject}");
+        assert!(rollout_keys(&place.run_folder()).values().all(|count| *count == 1), "{inject}");
+    }
+}
+
+#[test]
+fn a_director_checkpointer_or_device_that_panics_goes_on_from_the_last_commit() {
+    let undisturbed = Place::new();
+    undisturbed.run(&Disturbance::default());
+    let panicking = Script { panic_in_train: Some(8), ..Script::default() };
+    for (inject, script) in [
+        ("panic:checkpointer:4", Script::default()),
+        ("panic:director:1", Script::default()),
+        ("", panicking),
+    ] {
+        let place = Place::new();
+        let done = place.run(&Disturbance { inject, script, ..Disturbance::default() });
+        assert_eq!(done.outcome, Outcome::Done, "{inject}");
+        assert_eq!(done.named("restart").len(), 1, "{inject}");
+        assert_eq!(done.steps(), all_steps(), "{inject}");
+        assert_eq!(place.weights(), undisturbed.weights(), "{inject}");
+    }
+}
+
+#[test]
+fn who_waits_for_whom_is_named_when_a_deadline_passes() {
+    let place = Place::new();
+    let script = Script { stuck_in_train: Some(11), ..Script::default() };
+    let release = script.clone();
+    let deadline = Some(Duration::from_millis(400));
+    let failed = place.run(&Disturbance { script, deadline, ..Disturbance::default() });
+    release.release();
+    let text = &failed.failure().text;
+    assert!(text.contains("waited 0.4 s for") && text.contains("worker"), "{text}");
+    assert!(text.contains("policy-updater") && text.contains("engine.deadline_seconds"), "{text}");
+}
+
+#[test]
+fn an_actor_that_is_stopped_by_name_is_named_and_a_busy_one_answers() {
+    let place = Place::new();
+    let script = Script { stuck_in_generate: true, ..Script::default() };
+    let (release, reached) = (script.clone(), script.clone());
+    let failed = place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
+        let (stop, status) = (seats.port_to_stop(), seats.port_to_ask_worker());
+        actix::spawn(async move {
+            reached.reached().await;
+            let pulse = status.ask(AskStatus {}).await.unwrap();
+            assert_eq!(
+                (pulse.state, pulse.last_message.as_deref()),
+                (ActorState::Busy, Some("Generate"))
+            );
+            stop.ask(StopActor { name: "reward-scorer".to_string() }).await.unwrap();
+            release.release();
+        });
+    });
+    let text = &failed.failure().text;
+    assert_eq!(text, "reward-scorer was stopped by name");
+    assert!(failed.named("restart").is_empty());
+}
+
+#[test]
+fn an_actor_that_dies_again_and_again_ends_the_run_with_its_name() {
+    let place = Place::new();
+    let script = Script { wrong_slot: true, ..Script::default() };
+    let failed = place.run(&Disturbance { script, ..Disturbance::default() });
+    let text = &failed.failure().text;
+    assert!(
+        text.contains("rollout-generator died") && text.contains("index out of bounds"),
+        "{text}"
+    );
+    assert_eq!(failed.named("restart").len(), 2, "engine.restarts = 2");
+}
+
+#[test]
+fn three_steps_without_a_finite_loss_roll_back_once_and_then_stop_with_advice() {
+    let place = Place::new();
+    let script = Script { not_finite_from: Some(4), ..Script::default() };
+    let failed = place.run(&Disturbance {
+        script,
+        set: &["checkpoint.every_steps=1"],
+        ..Disturbance::default()
+    });
+    assert_eq!(failed.failure().kind, FailureKind::NotFinite);
+    assert!(
+        failed.failure().text.contains("lower the stage's optimizer.learning_rate"),
+        "{:?}",
+        failed.outcome
+    );
+    assert_eq!(failed.named("rollback").len(), 1);
+    assert!(failed.failure().text.contains("stage \"talk\": steps 1 to 3"), "{:?}", failed.outcome);
+    assert_eq!(failed.named("skipped").len(), 6, "no commit was made in the midst of them");
+}

@@ -351,22 +351,22 @@ impl Slab {
 
     /// Neighbouring tensors of one width as one matrix (gate over up, all experts of a layer).
     pub fn span(&self, range: Range<usize>) -> View<'_> {
-        self.joined(range).as_view()
+        self.joined(range).into_view()
     }
 
     /// Neighbouring tensors of one width as one matrix, to write to.
     pub fn span_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
-        self.joined(range).as_view_mut()
+        self.joined(range).into_view_mut()
     }
 
     /// All elements as one row.
     pub fn whole(&self) -> View<'_> {
-        Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).as_view()
+        Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).into_view()
     }
 
     /// All elements as one row, to write to.
     pub fn whole_mut(&mut self) -> ViewMut<'_> {
-        Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).as_view_mut()
+        Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).into_view_mut()
     }
 
     /// Moves the slab to a file and gives its memory back.

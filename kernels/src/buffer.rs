@@ -147,11 +147,11 @@ impl Buffer {
         ViewMut(self.reshape(rows, cols), PhantomData)
     }
 
-    pub(crate) fn as_view<'a>(self) -> View<'a> {
+    pub(crate) fn into_view<'a>(self) -> View<'a> {
         View(self, PhantomData)
     }
 
-    pub(crate) fn as_view_mut<'a>(self) -> ViewMut<'a> {
+    pub(crate) fn into_view_mut<'a>(self) -> ViewMut<'a> {
         ViewMut(self, PhantomData)
     }
 

@@ -7,7 +7,8 @@
 //!
 //! Knows what a step reports and nothing of how a reward is made.
 
-use super::director::{Direction, step_event};
+use super::director::Direction;
+use super::journal_lines::step_event;
 use super::messages::*;
 use super::post::seconds_now;
 use crate::config::Stage;

@@ -135,6 +135,7 @@ impl Direction {
             steps: (bench.steps + 1) * settings.updates,
             value_head: false,
             yarn: None,
+            form: crate::config::engine::AttentionForm::Absorbed,
             balance: 0.0,
         };
         self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage }).await?;

@@ -203,6 +203,7 @@ impl Seats {
         })
     }
 
+    #[allow(clippy::too_many_lines, reason = "the one list of who works for whom")]
     fn staff(
         &self,
         setup: &Setup,

@@ -13,14 +13,15 @@
 
 use super::director_ports::DirectorPorts;
 use super::evals::Moment;
+use super::journal_lines::{describe, step_event};
 use super::messages::*;
 use super::port::Desk;
 use super::post::{Post, answers_for_itself};
 use super::stage_plan::{Folders, INITIAL, artefact_name, prepare_stage, source};
 use crate::checkpoint::Commit;
+use crate::config::RunConfig;
 use crate::config::failpoint::failpoint;
 use crate::config::stage::StageKind;
-use crate::config::{RunConfig, Stage};
 use crate::console::Event;
 use crate::engine::phase::{ModelSource, Phase, PhaseReport};
 use crate::train::job::StepReport;
@@ -405,39 +406,6 @@ pub(super) struct Position {
     pub(super) step: u64,
     pub(super) steps: u64,
     pub(super) version: u64,
-}
-
-/// The keys that every step's line has.
-pub(super) fn step_event(
-    stage: &Stage,
-    step: u64,
-    report: &StepReport,
-    seconds: f64,
-    entered: &PhaseReport,
-) -> Event {
-    Event::step(&stage.name, stage.kind.name(), step)
-        .with("loss", report.loss)
-        .with("balance_loss", report.balance_loss)
-        .with("accuracy", report.accuracy)
-        .with("learning_rate", report.learning_rate)
-        .with("gradient_norm", report.gradient_norm)
-        .with("skipped", report.skipped)
-        .with("tokens", report.tokens)
-        .with("tokens_per_second", report.tokens as f64 / seconds.max(1e-9))
-        .with("seconds", seconds)
-        .with("memory", &entered.held)
-        .with("memory_high_water", entered.high_water)
-        .with("expert_load", &report.expert_load)
-}
-
-fn describe(stage: &Stage) -> serde_json::Value {
-    let steps = match &stage.kind {
-        StageKind::Pretrain(s) => Some(s.steps),
-        StageKind::LongContext(s) => Some(s.steps),
-        StageKind::Grpo(s) => Some(s.steps),
-        StageKind::Sft(_) | StageKind::RewardModel(_) => None,
-    };
-    serde_json::json!({"name": stage.name, "kind": stage.kind.name(), "steps": steps})
 }
 
 fn not_finite_again(failure: &Failure) -> Failure {

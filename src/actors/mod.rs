@@ -1,5 +1,4 @@
 //! Who acts: thin, asynchronous actors that hold no tensor.
-//!
 //! A run is made by [`start`]; `bench grpo` drives the same actors through [`bench_grpo`]. Read
 //! `director` for the loop and `messages` for everything that is said; actors reach each other
 //! through ports only.
@@ -15,9 +14,13 @@ mod bench;
 pub mod director;
 pub mod director_ports;
 mod evals;
+mod journal_lines;
 pub mod stage_plan;
 // Who works.
+#[cfg(test)]
+mod arbitrary;
 mod checkpointer;
+pub mod company;
 mod fine_tuner;
 mod monitor;
 mod policy_updater;
@@ -26,16 +29,11 @@ mod reader;
 mod reward_scorer;
 mod rollout_file;
 mod rollout_generator;
-pub mod worker;
-// Who sets up and watches.
-pub mod company;
 mod staff;
 pub mod supervisor;
-
-#[cfg(test)]
-mod arbitrary;
 #[cfg(test)]
 mod tests;
+pub mod worker;
 
 pub use bench::{BenchRequest, bench_grpo};
 pub use company::{RunRequest, start};

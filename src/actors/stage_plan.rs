@@ -8,6 +8,7 @@
 //!     weights
 //!   * the reference of a GRPO stage is the folder that the stage started from, also after a resume
 
+use crate::config::engine::AttentionForm;
 use crate::config::stage::{GrpoStage, LongContextStage, OptimizerConfig, Stage, StageKind};
 use crate::config::{RopeScaling, RunConfig};
 use crate::engine::phase::{ModelSource, PrepareStage};
@@ -87,6 +88,7 @@ pub fn prepare_stage(
         steps,
         value_head: false,
         yarn: None,
+        form: config.engine.attention,
         balance: config.model.aux_loss_alpha,
     };
     match &stage.kind {
@@ -97,7 +99,8 @@ pub fn prepare_stage(
             if policy == ModelSource::Fresh {
                 policy = ModelSource::Folder(folders.initial());
             }
-            plan.balance = 0.0;
+            // The sampler decodes in the absorbed form: with the same one its log-probabilities are the trainer's.
+            (plan.form, plan.balance) = (AttentionForm::Absorbed, 0.0);
             plan.steps = steps * grpo.updates;
             plan.reference = (grpo.kl_weight != 0.0).then(|| policy.clone());
             plan.policy = policy;

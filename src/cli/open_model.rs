@@ -4,6 +4,7 @@
 
 use crate::checkpoint::read_model_config;
 use crate::config::data::{DataConfig, Schema, SetConfig};
+use crate::config::engine::AttentionForm;
 use crate::config::stage::OptimizerConfig;
 use crate::config::{EngineConfig, Fault, ModelConfig};
 use crate::data::chat::ChatTemplate;
@@ -53,6 +54,7 @@ pub fn engine(
         steps: 1,
         value_head: false,
         yarn: None,
+        form: AttentionForm::Expanded,
         balance: if optimizer.is_some() { config.aux_loss_alpha } else { 0.0 },
         optimizer,
     })?;

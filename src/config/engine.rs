@@ -13,7 +13,7 @@ pub struct EngineConfig {
     pub budget: Option<Bytes>,
     /// What leaves the device in phases that do not use it.
     pub offload: Vec<Offload>,
-    /// Form of attention in training.
+    /// Form of attention in training; `grpo` stages always use the absorbed one, the sampler's.
     pub attention: AttentionForm,
     /// Tokens of a cache page.
     pub page_tokens: usize,

@@ -151,7 +151,7 @@ impl ModelConfig {
     pub fn is_moe(&self, index: usize) -> bool {
         self.n_routed_experts > 0
             && index >= self.first_k_dense_replace
-            && index % self.moe_layer_freq == 0
+            && index.is_multiple_of(self.moe_layer_freq)
     }
 
     /// Elements of one token's cache entry in one layer: d_c + d_R.

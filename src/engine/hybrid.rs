@@ -10,18 +10,14 @@
 //! "Parked" is in a file if `engine.offload` names it, else still resident. Packed weights carry the policy version;
 //! the sampler refuses another one before its first token.
 
-use super::offload::Parked;
+use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 use super::resident::{Calibration, Resident, config_of, out_of_memory, save_model, write_slabs};
-use super::sampling::{Decoder, pages_for};
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
 use crate::config::engine::AttentionForm;
 use crate::config::fault::Fault;
-use crate::config::stage::OptimizerConfig;
 use crate::config::{EngineConfig, ModelConfig, Offload};
-use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
-use crate::inference::{Limits, generate, score_decoded};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, train_step};
@@ -57,33 +53,25 @@ pub struct SavedState {
 
 /// One device and everything on it.
 pub struct HybridEngine {
-    kernels: Box<dyn Kernels>,
-    setup: EngineSetup,
+    pub(super) kernels: Box<dyn Kernels>,
+    pub(super) setup: EngineSetup,
     phase: Phase,
-    policy: Option<Resident>,
+    pub(super) policy: Option<Resident>,
     policy_version: u64,
     others: BTreeMap<Role, Resident>,
-    optimizer: Option<Parameterised>,
+    optimizer: Option<ParkedOptimizer>,
     balance: f64,
+    form: AttentionForm,
     /// What the phase made; dropped when it ends.
-    working: Working,
-}
-
-/// The optimizer of the policy, its moments parked outside Train.
-struct Parameterised {
-    config: OptimizerConfig,
-    steps: u64,
-    step: u64,
-    first: Parked,
-    second: Parked,
+    pub(super) working: Working,
 }
 
 /// Memory of the current phase.
 #[derive(Default)]
-struct Working {
-    packed: Option<PackedModel>,
+pub(super) struct Working {
+    pub packed: Option<PackedModel>,
     gradients: Option<Gradients>,
-    cache: Option<LatentCache>,
+    pub cache: Option<LatentCache>,
     scored: Option<(Role, Params, PackedModel)>,
 }
 
@@ -103,6 +91,7 @@ impl HybridEngine {
             others: BTreeMap::new(),
             optimizer: None,
             balance: 0.0,
+            form: AttentionForm::Expanded,
             working: Working::default(),
         })
     }
@@ -112,7 +101,7 @@ impl HybridEngine {
         self.enter_phase(Phase::Idle)?;
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
         self.others.clear();
-        self.balance = stage.balance;
+        (self.balance, self.form) = (stage.balance, stage.form);
         let (kernels, seed, spill) =
             (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
         let mut config = config_of(&self.setup.model, &stage.policy)?;
@@ -131,7 +120,7 @@ impl HybridEngine {
         )?;
         if let Some(settings) = &stage.optimizer {
             self.optimizer =
-                Some(Parameterised::new(kernels, &policy, settings, stage.steps, spill)?);
+                Some(ParkedOptimizer::new(kernels, &policy, settings, stage.steps, spill)?);
         }
         policy.calibration = Calibration::default();
         self.policy = Some(policy);
@@ -182,86 +171,10 @@ impl HybridEngine {
         Ok(PhaseReport { seconds, bytes_out, bytes_in, ..self.holdings() })
     }
 
-    /// Samples rollouts from the policy; each group is handed out when its last rollout ends.
-    pub fn generate(
-        &mut self,
-        job: &GenerateJob,
-        on_group: &mut dyn FnMut(TokenGroup),
-    ) -> Result<GenerateReport> {
-        self.expect_phase(Phase::Generate, "generate")?;
-        let pages = |engine: &HybridEngine, page_bytes, context| {
-            pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
-        };
-        let tokens = job.requests.iter().map(|request| request.tokens.as_slice());
-        self.check_tokens(tokens)?;
-        self.with_cache(pages, |decoder, limits| generate(decoder, job, limits, on_group))
-    }
-
-    /// Log-probabilities of each sequence's tokens from the second on, token by token through the sampler's cache.
-    pub fn score_decoded(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
-        self.expect_phase(Phase::Generate, "score through the cache")?;
-        self.check_tokens(sequences.iter().map(Vec::as_slice))?;
-        let longest = sequences.iter().map(Vec::len).max().unwrap_or(1);
-        let page = self.setup.engine.page_tokens;
-        let at_once = sequences.len().clamp(1, self.setup.engine.decode_batch);
-        self.with_cache(
-            |_, _, _| longest.div_ceil(page) * at_once,
-            |decoder, limits| score_decoded(decoder, sequences, limits),
-        )
-    }
-
-    /// Runs `work` with the packed policy and a cache of at least `pages(self, bytes of a page, context)`.
-    fn with_cache<T>(
-        &mut self,
-        pages: impl FnOnce(&HybridEngine, u64, usize) -> usize,
-        work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
-    ) -> Result<T> {
-        let (page_tokens, decode_batch) =
-            (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
-        let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();
-        let context = config.max_position_embeddings;
-        let pages = pages(
-            self,
-            LatentCache::page_bytes(self.kernels.as_ref(), &config, page_tokens),
-            context,
-        );
-        let kernels = self.kernels.as_ref();
-        if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
-            self.working.cache = None;
-            let cache =
-                LatentCache::new(kernels, &config, pages, page_tokens).map_err(out_of_memory)?;
-            self.working.cache = Some(cache);
-        }
-        let cache = self.working.cache.as_mut().expect("just made");
-        let limits = Limits { decode_batch, context, page_count: cache.page_count(), page_tokens };
-        let policy = self.policy.as_mut().expect("checked by expect_phase");
-        let packed = self.working.packed.as_ref().expect("Generate packs the policy");
-        let (params, _) = policy.take(kernels)?;
-        let result = work(
-            &mut Decoder { kernels, model: &policy.model, params: &params, packed, cache },
-            &limits,
-        );
-        policy.weights.put(params.slab);
-        result
-    }
-
-    fn check_tokens<'a>(&self, mut sequences: impl Iterator<Item = &'a [u32]>) -> Result<()> {
-        let vocabulary = self.policy.as_ref().map_or(0, |policy| policy.model.config.vocab_size);
-        match sequences
-            .find_map(|tokens| tokens.iter().find(|token| **token as usize >= vocabulary))
-        {
-            Some(token) => bail!(Fault::User(format!(
-                "token id {token} is outside the vocabulary, which ends at {}",
-                vocabulary - 1
-            ))),
-            None => Ok(()),
-        }
-    }
-
     /// Runs one model over whole sequences.
     pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
         self.expect_phase(Phase::Score, "score")?;
-        let form = self.setup.engine.attention;
+        let form = self.form;
         if self.working.scored.as_ref().is_none_or(|(role, ..)| *role != job.role) {
             self.unload_scored();
             let kernels = self.kernels.as_ref();
@@ -340,7 +253,7 @@ impl HybridEngine {
         let mut report = report.map_err(out_of_memory)?;
         if !report.skipped {
             self.policy_version += 1;
-            self.pack_policy(PackFor { form: self.setup.engine.attention, training: true })?;
+            self.pack_policy(PackFor { form: self.form, training: true })?;
         }
         report.policy_version = self.policy_version;
         Ok(report)
@@ -476,7 +389,7 @@ impl HybridEngine {
     }
 
     fn ready_training(&mut self) -> Result<u64> {
-        let form: AttentionForm = self.setup.engine.attention;
+        let form: AttentionForm = self.form;
         self.pack_policy(PackFor { form, training: true })?;
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_ref().expect("only called with a policy");
@@ -494,7 +407,7 @@ impl HybridEngine {
         Ok(bytes)
     }
 
-    fn expect_phase(&self, phase: Phase, verb: &str) -> Result<()> {
+    pub(super) fn expect_phase(&self, phase: Phase, verb: &str) -> Result<()> {
         ensure!(
             self.phase == phase,
             "cannot {verb} in phase {:?}: enter {phase:?} first",
@@ -504,28 +417,6 @@ impl HybridEngine {
             bail!(Fault::User(format!("cannot {verb}: no model is loaded")));
         }
         Ok(())
-    }
-}
-
-impl Parameterised {
-    fn new(
-        kernels: &dyn Kernels,
-        policy: &Resident,
-        config: &OptimizerConfig,
-        steps: u64,
-        spill: &Path,
-    ) -> Result<Parameterised> {
-        let optimizer =
-            Optimizer::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
-        let owner = kernels.arena().owner("policy", Kind::Moments);
-        let parked = |name: &str, slab| Parked::new(owner, spill.join(name), slab);
-        Ok(Parameterised {
-            config: config.clone(),
-            steps,
-            step: 0,
-            first: parked("moments-first", optimizer.first),
-            second: parked("moments-second", optimizer.second),
-        })
     }
 }
 

@@ -6,11 +6,12 @@
 pub mod phase;
 
 pub mod offload;
+mod parked_optimizer;
 pub mod resident;
 
 pub mod hybrid;
-pub mod sampling;
-pub mod scoring;
+mod sampling;
+mod scoring;
 
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};

@@ -4,6 +4,7 @@
 //! Score: one model at a time, forward only. Train: weights, gradients, moments, activations; no cache.
 //! Idle: only what the last phase left resident and nothing else needs.
 
+use crate::config::engine::AttentionForm;
 use crate::config::stage::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -76,6 +77,8 @@ pub struct PrepareStage {
     pub value_head: bool,
     /// YaRN of a long-context stage: replaces the model's `rope_scaling` and its greatest length.
     pub yarn: Option<(crate::config::RopeScaling, usize)>,
+    /// Form of attention in training and scoring: the sampler's (absorbed) where its log-probabilities are compared.
+    pub form: AttentionForm,
     /// Weight of the expert balance loss (0 in reward-model and GRPO stages).
     pub balance: f64,
 }

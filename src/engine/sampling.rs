@@ -1,15 +1,18 @@
-//! The Generate phase: weights packed for sampling, and the latent cache they fill.
+//! The Generate phase of the engine: the packed policy, and the latent cache that it fills.
 
+use super::hybrid::HybridEngine;
+use super::phase::Phase;
 use super::resident::out_of_memory;
 use crate::config::EngineConfig;
-use crate::inference::job::GenerateJob;
-use crate::inference::{Forward, ForwardTargets};
+use crate::config::fault::Fault;
+use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
+use crate::inference::{Forward, ForwardTargets, Limits, generate, score_decoded};
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
-use anyhow::Result;
+use anyhow::{Result, bail};
 use rehearsal_kernels::{Kernels, SampleRow, Sampled};
 
 /// The policy as the sampler sees it.
-pub struct Decoder<'a> {
+pub(super) struct Decoder<'a> {
     /// The device.
     pub kernels: &'a dyn Kernels,
     /// The model.
@@ -58,7 +61,7 @@ impl ForwardTargets for Decoder<'_> {
 
 /// Pages that let `decode_batch` of the job's rollouts run at once, but no more than all of them need and, under
 /// a budget, no more than half of what is left (the rest is for activations).
-pub fn pages_for(
+fn pages_for(
     job: &GenerateJob,
     engine: &EngineConfig,
     kernels: &dyn Kernels,
@@ -74,4 +77,82 @@ pub fn pages_for(
     let arena = kernels.arena();
     let room = arena.budget().map_or(u64::MAX, |budget| budget.saturating_sub(arena.held()) / 2);
     wanted.min((room / page_bytes.max(1)) as usize).max(longest)
+}
+
+impl HybridEngine {
+    /// Samples rollouts from the policy; each group is handed out when its last rollout ends.
+    pub fn generate(
+        &mut self,
+        job: &GenerateJob,
+        on_group: &mut dyn FnMut(TokenGroup),
+    ) -> Result<GenerateReport> {
+        self.expect_phase(Phase::Generate, "generate")?;
+        let pages = |engine: &HybridEngine, page_bytes, context| {
+            pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
+        };
+        let tokens = job.requests.iter().map(|request| request.tokens.as_slice());
+        self.check_tokens(tokens)?;
+        self.with_cache(pages, |decoder, limits| generate(decoder, job, limits, on_group))
+    }
+
+    /// Log-probabilities of each sequence's tokens from the second on, token by token through the sampler's cache.
+    pub fn score_decoded(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        self.expect_phase(Phase::Generate, "score through the cache")?;
+        self.check_tokens(sequences.iter().map(Vec::as_slice))?;
+        let longest = sequences.iter().map(Vec::len).max().unwrap_or(1);
+        let page = self.setup.engine.page_tokens;
+        let at_once = sequences.len().clamp(1, self.setup.engine.decode_batch);
+        self.with_cache(
+            |_, _, _| longest.div_ceil(page) * at_once,
+            |decoder, limits| score_decoded(decoder, sequences, limits),
+        )
+    }
+
+    /// Runs `work` with the packed policy and a cache of at least `pages(self, bytes of a page, context)`.
+    fn with_cache<T>(
+        &mut self,
+        pages: impl FnOnce(&HybridEngine, u64, usize) -> usize,
+        work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
+    ) -> Result<T> {
+        let (page_tokens, decode_batch) =
+            (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
+        let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();
+        let context = config.max_position_embeddings;
+        let pages = pages(
+            self,
+            LatentCache::page_bytes(self.kernels.as_ref(), &config, page_tokens),
+            context,
+        );
+        let kernels = self.kernels.as_ref();
+        if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
+            self.working.cache = None;
+            let cache =
+                LatentCache::new(kernels, &config, pages, page_tokens).map_err(out_of_memory)?;
+            self.working.cache = Some(cache);
+        }
+        let cache = self.working.cache.as_mut().expect("just made");
+        let limits = Limits { decode_batch, context, page_count: cache.page_count(), page_tokens };
+        let policy = self.policy.as_mut().expect("checked by expect_phase");
+        let packed = self.working.packed.as_ref().expect("Generate packs the policy");
+        let (params, _) = policy.take(kernels)?;
+        let result = work(
+            &mut Decoder { kernels, model: &policy.model, params: &params, packed, cache },
+            &limits,
+        );
+        policy.weights.put(params.slab);
+        result
+    }
+
+    fn check_tokens<'a>(&self, mut sequences: impl Iterator<Item = &'a [u32]>) -> Result<()> {
+        let vocabulary = self.policy.as_ref().map_or(0, |policy| policy.model.config.vocab_size);
+        match sequences
+            .find_map(|tokens| tokens.iter().find(|token| **token as usize >= vocabulary))
+        {
+            Some(token) => bail!(Fault::User(format!(
+                "token id {token} is outside the vocabulary, which ends at {}",
+                vocabulary - 1
+            ))),
+            None => Ok(()),
+        }
+    }
 }

@@ -19,16 +19,19 @@ pub struct Block {
     feed_forward: FeedForward,
 }
 
+#[allow(clippy::large_enum_variant, reason = "one per layer")]
 enum FeedForward {
     Dense(Mlp),
     Moe(Moe),
 }
 
+#[allow(clippy::large_enum_variant, reason = "one per layer")]
 enum FeedForwardSaved {
     Dense(MlpSaved),
     Moe(MoeSaved),
 }
 
+#[allow(clippy::large_enum_variant, reason = "one per layer")]
 enum FeedForwardPending {
     Dense(MlpPending),
     Moe(MoePending),

@@ -16,12 +16,11 @@ use super::linear::{Linear, Packing};
 use super::norm::{Norm, Normed};
 use super::params::{AttentionIndex, Gradients, Params};
 use super::pass::{Pass, floats};
-use super::rope::softmax_scale;
+use super::per_head::{Dims, PerHead, reversed};
 use crate::config::ModelConfig;
 use crate::config::engine::AttentionForm;
 use rehearsal_kernels::{
-    AttentionShape, Buffer, DecodeBatch, HeadColumns, Kernels, OutOfMemory, Pack, Packed, Product,
-    RopeTable, Store,
+    Buffer, DecodeBatch, Kernels, OutOfMemory, Pack, Product, RopeTable, Store,
 };
 
 /// A packed attention layer.
@@ -34,31 +33,11 @@ pub struct Mla {
     output: Linear,
 }
 
-/// Widths of one layer.
-#[derive(Clone, Copy)]
-struct Dims {
-    heads: usize,
-    nope: usize,
-    rope: usize,
-    value: usize,
-    latent: usize,
-    /// Columns of the query part of the first product.
-    query_a: usize,
-    scale: f64,
-    epsilon: f64,
-}
-
 /// kv_b, packed for one of the two forms.
+#[allow(clippy::large_enum_variant, reason = "one per layer")]
 enum Core {
     Expanded { kv_b: Linear },
     Absorbed { kv_b: usize, key: PerHead, value: PerHead },
-}
-
-/// One matrix per head (rows of kv_b): its product and, for training, its input gradient.
-struct PerHead {
-    rows: Pack,
-    forward: Packed,
-    backward: Option<Packed>,
 }
 
 /// Steps 1 to 3: what both forms and the sampler need.
@@ -94,98 +73,13 @@ pub struct MlaPending {
     d_values: Option<Buffer>,
 }
 
-impl Dims {
-    fn new(config: &ModelConfig) -> Dims {
-        let heads = config.num_attention_heads;
-        Dims {
-            heads,
-            nope: config.qk_nope_head_dim,
-            rope: config.qk_rope_head_dim,
-            value: config.v_head_dim,
-            latent: config.kv_lora_rank,
-            query_a: config.q_lora_rank.unwrap_or(heads * config.query_width()),
-            scale: softmax_scale(config),
-            epsilon: config.rms_norm_eps,
-        }
-    }
-
-    fn query(&self) -> usize {
-        self.nope + self.rope
-    }
-
-    fn expanded(&self) -> AttentionShape {
-        AttentionShape {
-            heads: self.heads,
-            sharing: 1,
-            key_width: self.nope,
-            rope_width: self.rope,
-            value_width: self.value,
-            head_stride: self.nope + self.value,
-            value_offset: self.nope,
-            scale: self.scale,
-        }
-    }
-
-    fn absorbed(&self) -> AttentionShape {
-        AttentionShape {
-            heads: self.heads,
-            sharing: self.heads,
-            key_width: self.latent,
-            rope_width: self.rope,
-            value_width: self.latent,
-            head_stride: 0,
-            value_offset: 0,
-            scale: self.scale,
-        }
-    }
-
-    /// From queries to absorbed queries.
-    fn key_columns(&self) -> HeadColumns {
-        HeadColumns {
-            input_first: 0,
-            input_stride: self.query(),
-            output_first: 0,
-            output_stride: self.latent + self.rope,
-        }
-    }
-
-    /// From sums over the latent to values.
-    fn value_columns(&self) -> HeadColumns {
-        HeadColumns {
-            input_first: 0,
-            input_stride: self.latent,
-            output_first: 0,
-            output_stride: self.value,
-        }
-    }
-}
-
-fn reversed(columns: HeadColumns) -> HeadColumns {
-    HeadColumns {
-        input_first: columns.output_first,
-        input_stride: columns.output_stride,
-        output_first: columns.input_first,
-        output_stride: columns.input_stride,
-    }
-}
-
-fn opposite(product: Product) -> Product {
-    match product {
-        Product::Transposed => Product::Plain,
-        Product::Plain => Product::Transposed,
-    }
-}
-
-impl PerHead {
-    fn pack(packing: &Packing<'_>, weight: &Buffer, rows: Pack) -> Result<PerHead, OutOfMemory> {
-        let reverse = Pack { product: opposite(rows.product), ..rows };
-        let backward = if packing.training { Some(packing.pack(weight, reverse)?) } else { None };
-        Ok(PerHead { rows, forward: packing.pack(weight, rows)?, backward })
-    }
-
-    fn backward(&self) -> &Packed {
-        self.backward.as_ref().expect("the weight was packed for training")
-    }
+/// Gradients below attention: rotated queries and keys, the latent, and what the core saved.
+struct CoreGradients {
+    dq: Buffer,
+    d_latent: Buffer,
+    dk_rope: Buffer,
+    d_expanded: Buffer,
+    d_values: Option<Buffer>,
 }
 
 impl Mla {
@@ -329,9 +223,41 @@ impl Mla {
         dy: &Buffer,
         dx: &mut Buffer,
     ) -> Result<MlaPending, OutOfMemory> {
-        let (kernels, dims, rows) = (pass.kernels, &self.dims, dy.rows());
+        let (kernels, dims) = (pass.kernels, &self.dims);
         let projected = &saved.projected;
         // 5, 4: W_O and attention.
+        let CoreGradients { mut dq, d_latent, mut dk_rope, d_expanded, d_values } =
+            self.backward_core(pass, saved, dy)?;
+        // 3, 2: rotate back, norms, q_b.
+        self.rotate(kernels, &mut dq, &pass.documents.positions, pass.rope, true);
+        kernels.rope(&mut dk_rope, &pass.documents.positions, pass.rope, 1, 0, 0, true);
+        let mut d_down = pass.floats(dy.rows(), projected.down.cols())?;
+        let d_query_normed = self.backward_query(pass, params, projected, &dq, &mut d_down)?;
+        let columns = dims.query_a..dims.query_a + dims.latent;
+        self.latent_norm.backward_input(
+            kernels,
+            params,
+            &d_latent,
+            &projected.down.cols_of(columns.clone()),
+            &projected.latent,
+            &mut d_down.cols_of_mut(columns.clone()),
+            Store::Set,
+        );
+        kernels.copy(&dk_rope, &mut d_down.cols_of_mut(columns.end..columns.end + dims.rope));
+        // 1: the joined product.
+        self.down.backward_input(kernels, &d_down, dx, Store::Set);
+        Ok(MlaPending { d_down, dq, d_query_normed, d_latent, d_expanded, d_values })
+    }
+
+    /// Steps 5 and 4 of the backward pass: W_O and attention.
+    fn backward_core(
+        &self,
+        pass: &Pass<'_>,
+        saved: &MlaSaved,
+        dy: &Buffer,
+    ) -> Result<CoreGradients, OutOfMemory> {
+        let (kernels, dims, rows) = (pass.kernels, &self.dims, dy.rows());
+        let projected = &saved.projected;
         let mut d_values = pass.floats(rows, dims.heads * dims.value)?;
         self.output.backward_input(kernels, dy, &mut d_values, Store::Set);
         let mut d_expanded = pass.floats(rows, saved.expanded.cols())?;
@@ -390,25 +316,7 @@ impl Mla {
                 Some(d_values)
             }
         };
-        // 3, 2: rotate back, norms, q_b.
-        self.rotate(kernels, &mut dq, &pass.documents.positions, pass.rope, true);
-        kernels.rope(&mut dk_rope, &pass.documents.positions, pass.rope, 1, 0, 0, true);
-        let mut d_down = pass.floats(rows, projected.down.cols())?;
-        let d_query_normed = self.backward_query(pass, params, projected, &dq, &mut d_down)?;
-        let columns = dims.query_a..dims.query_a + dims.latent;
-        self.latent_norm.backward_input(
-            kernels,
-            params,
-            &d_latent,
-            &projected.down.cols_of(columns.clone()),
-            &projected.latent,
-            &mut d_down.cols_of_mut(columns.clone()),
-            Store::Set,
-        );
-        kernels.copy(&dk_rope, &mut d_down.cols_of_mut(columns.end..columns.end + dims.rope));
-        // 1: the joined product.
-        self.down.backward_input(kernels, &d_down, dx, Store::Set);
-        Ok(MlaPending { d_down, dq, d_query_normed, d_latent, d_expanded, d_values })
+        Ok(CoreGradients { dq, d_latent, dk_rope, d_expanded, d_values })
     }
 
     /// Adds the weights' gradients; x and dy are the forward's input and the output's gradient.

@@ -16,6 +16,7 @@ pub mod norm;
 pub mod mla;
 pub mod mlp;
 pub mod moe;
+mod per_head;
 
 pub mod block;
 pub mod heads;

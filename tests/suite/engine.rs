@@ -1,6 +1,7 @@
 //! The hybrid engine: what is resident in each phase, what a stamp refuses, what comes back bit for bit.
 
 use crate::tiny::config;
+use rehearsal::config::engine::AttentionForm;
 use rehearsal::config::stage::{Deviation, LengthNorm, OptimizerConfig, RatioLevel};
 use rehearsal::config::{Bytes, EngineConfig, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
@@ -32,6 +33,7 @@ fn stage(reference: Option<ModelSource>) -> PrepareStage {
         steps: 10,
         value_head: false,
         yarn: None,
+        form: AttentionForm::Absorbed,
         balance: 0.01,
     }
 }

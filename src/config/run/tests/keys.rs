@@ -3,6 +3,7 @@
 use super::*;
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table of cases")]
 fn wrong_text_keys_and_types_are_named_with_their_place() {
     check_fault(
         "[tokenizer]",
@@ -154,6 +155,7 @@ fn a_fault_of_the_command_line_names_it() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table of cases")]
 fn faults_of_the_model_point_into_its_own_file() {
     let check_model = |old: &str, new: &str, place: &str, message: &str| {
         assert!(MODEL.contains(old), "{old}");

@@ -67,6 +67,7 @@ fn numbers_and_sets_keep_their_rules() {
 }
 
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table of cases")]
 fn stages_keep_their_rules() {
     check_fault(
         "data = \"chats\"",

@@ -1,0 +1,41 @@
+//! The optimizer of the policy: its settings, and moments that are parked outside Train.
+
+use super::offload::Parked;
+use super::resident::{Resident, out_of_memory};
+use crate::config::stage::OptimizerConfig;
+use crate::train::Optimizer;
+use anyhow::Result;
+use rehearsal_kernels::{Kernels, Kind};
+use std::path::Path;
+
+/// The optimizer of the policy, its moments parked outside Train.
+pub(super) struct ParkedOptimizer {
+    pub config: OptimizerConfig,
+    pub steps: u64,
+    pub step: u64,
+    pub first: Parked,
+    pub second: Parked,
+}
+
+impl ParkedOptimizer {
+    /// Zero moments for `policy`.
+    pub fn new(
+        kernels: &dyn Kernels,
+        policy: &Resident,
+        config: &OptimizerConfig,
+        steps: u64,
+        spill: &Path,
+    ) -> Result<ParkedOptimizer> {
+        let optimizer =
+            Optimizer::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
+        let owner = kernels.arena().owner("policy", Kind::Moments);
+        let parked = |name: &str, slab| Parked::new(owner, spill.join(name), slab);
+        Ok(ParkedOptimizer {
+            config: config.clone(),
+            steps,
+            step: 0,
+            first: parked("moments-first", optimizer.first),
+            second: parked("moments-second", optimizer.second),
+        })
+    }
+}

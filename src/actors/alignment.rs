@@ -15,9 +15,9 @@ use crate::config::Stage;
 use crate::config::stage::GrpoStage;
 use crate::console::Event;
 use crate::data::example::Prompt;
+use crate::engine::phase::GenerateReport;
+use crate::engine::phase::StepReport;
 use crate::engine::phase::{Phase, PhaseReport};
-use crate::inference::job::GenerateReport;
-use crate::train::job::StepReport;
 use serde_json::json;
 use std::time::Instant;
 

@@ -4,7 +4,7 @@
 //! how the run goes on and with which exit code it ends.
 
 use crate::config::{ConfigError, Fault};
-use crate::inference::job::GenerateReport;
+use crate::engine::phase::GenerateReport;
 use crate::rl::rollout::{JudgedGroup, ScoredGroup};
 use crate::rl::stats::StepStatistics;
 use serde::{Deserialize, Serialize};

@@ -9,7 +9,7 @@ use super::reader::Reader;
 use crate::config::stage::StageKind;
 use crate::data::Pair;
 use crate::engine::phase::{Role, ScoreJob, SequenceScore};
-use crate::train::job::{StepReport, TrainJob};
+use crate::engine::phase::{StepReport, TrainJob};
 use actix::{Handler, ResponseActFuture};
 use std::sync::Arc;
 

@@ -3,7 +3,7 @@
 use crate::config::stage::{Stage, StageKind};
 use crate::console::Event;
 use crate::engine::phase::PhaseReport;
-use crate::train::job::StepReport;
+use crate::engine::phase::StepReport;
 
 /// The keys that every step's line has.
 pub(super) fn step_event(

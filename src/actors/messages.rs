@@ -16,10 +16,10 @@ use crate::config::stage::{GrpoStage, RewardEntry};
 use crate::console::Event;
 use crate::data::example::Prompt;
 use crate::engine::hybrid::SavedState;
+use crate::engine::phase::{GenerateJob, TokenGroup};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
-use crate::inference::job::{GenerateJob, TokenGroup};
+use crate::engine::phase::{StepReport, TrainJob};
 use crate::rl::rollout::{Group, JudgedGroup, ScoredGroup};
-use crate::train::job::{StepReport, TrainJob};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 

@@ -6,8 +6,8 @@ use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself};
 use crate::config::stage::GrpoStage;
+use crate::engine::phase::{StepReport, TrainJob};
 use crate::rl::grpo::GrpoSettings;
-use crate::train::job::{StepReport, TrainJob};
 use actix::{Handler, ResponseActFuture};
 
 /// See the module.
@@ -85,7 +85,7 @@ fn join(before: StepReport, last: StepReport) -> StepReport {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::job::GrpoReport;
+    use crate::engine::phase::GrpoReport;
 
     #[test]
     fn the_sampler_gap_of_several_updates_is_that_of_the_first() {

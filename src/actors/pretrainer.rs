@@ -9,8 +9,8 @@ use super::port::Port;
 use super::post::{Post, answers_for_itself, aside};
 use super::reader::Reader;
 use crate::config::stage::StageKind;
+use crate::engine::phase::TrainJob;
 use crate::engine::phase::{Role, ScoreJob, SequenceScore};
-use crate::train::job::TrainJob;
 use actix::{Handler, ResponseActFuture};
 use std::sync::Arc;
 
@@ -58,7 +58,7 @@ impl Handler<OpenStage> for Pretrainer {
 }
 
 impl Handler<TrainStep> for Pretrainer {
-    type Result = ResponseActFuture<Self, Result<crate::train::job::StepReport, Failure>>;
+    type Result = ResponseActFuture<Self, Result<crate::engine::phase::StepReport, Failure>>;
 
     fn handle(&mut self, message: TrainStep, _: &mut Self::Context) -> Self::Result {
         let (reader, train) = (Arc::clone(&self.reader), self.ports.train.clone());

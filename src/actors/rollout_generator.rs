@@ -15,7 +15,7 @@ use super::reader::Reader;
 use crate::config::failpoint::failpoint;
 use crate::config::stage::{GrpoStage, RewardEntry};
 use crate::data::{Prompt, Tokenizer};
-use crate::inference::job::{GenerateJob, GenerateRequest, TokenGroup};
+use crate::engine::phase::{GenerateJob, GenerateRequest, TokenGroup};
 use crate::rl::rollout::{Group, JudgedGroup};
 use actix::{Handler, ResponseActFuture};
 use std::cell::RefCell;

@@ -1,7 +1,7 @@
 //! Worker: one device. An asynchronous shell answers while the device is busy; one thread owns the
 //! device.
 //!
-//! A job is a [`Work`] under its id: the shell hands it to the thread over a bounded channel and
+//! A job is a `Work` under its id: the shell hands it to the thread over a bounded channel and
 //! follows it until its outcome. A second request with the same id, from a restarted asker or
 //! through a restarted shell, follows the same work, so nothing runs twice; groups that are already
 //! finished are handed out again. Knows no loss and no reward.
@@ -15,9 +15,9 @@ use super::messages::*;
 use super::port::{Limits, Port};
 use super::post::{Post, answers_for_itself, panic_text, seconds_now};
 use crate::engine::hybrid::{HybridEngine, SavedState};
+use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
-use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
-use crate::train::job::{StepReport, TrainJob};
+use crate::engine::phase::{StepReport, TrainJob};
 use actix::{Handler, ResponseActFuture};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use std::collections::VecDeque;

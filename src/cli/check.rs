@@ -42,7 +42,23 @@ pub struct CheckArgs {
 /// Checks and reports.
 pub fn run(args: CheckArgs) -> Result<()> {
     let report = report(&args)?;
-    if args.json { say_json(&report) } else { say(report.to_string().trim_end()) }
+    if args.json {
+        return say_json(&report);
+    }
+    say(report.to_string().trim_end())?;
+    say(&format!("devices: {}", devices(args.threads.count())))
+}
+
+/// What this build finds to compute on.
+fn devices(threads: usize) -> String {
+    #[cfg(feature = "cuda")]
+    let cuda = match rehearsal_kernels::cuda::devices() {
+        Ok(count) => format!("cuda {count} (only the seam's three kernels are built)"),
+        Err(reason) => reason,
+    };
+    #[cfg(not(feature = "cuda"))]
+    let cuda = "no cuda in this build";
+    format!("cpu with {threads} threads; {cuda}")
 }
 
 fn report(args: &CheckArgs) -> Result<CheckReport> {

@@ -32,7 +32,7 @@ pub struct RunArgs {
     /// Set a key of the TOML; stage.NAME.key addresses a stage. May be given more than once
     #[arg(long, value_name = "TABLE.KEY=VALUE")]
     pub set: Vec<String>,
-    /// The run's folder; runs/<name of the config> if absent
+    /// The run's folder; runs/NAME if absent, NAME being the stem of the config
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
     /// Go on with the run in the folder; end at once if it is finished

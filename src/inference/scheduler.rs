@@ -6,7 +6,7 @@
 //!
 //! Nothing is ever evicted. A page is given away only if afterwards every running rollout can still
 //! reach its longest reply in some order, and the largest unstarted one after them (the banker's
-//! rule, [`is_safe`]); who gets no page waits a step. Rollouts do not depend on any of this.
+//! rule, `is_safe`); who gets no page waits a step. Rollouts do not depend on any of this.
 //!
 //! Invariants:
 //!   * after every plan `is_safe` holds: some sequence can always run

@@ -312,7 +312,7 @@ impl Mla {
                     &mut dq,
                     Store::Set,
                 );
-                self.copy_rope(kernels, &d_expanded, dims.latent, &mut dq, dims.nope);
+                dims.copy_rope(kernels, &d_expanded, dims.latent, &mut dq, dims.nope);
                 Some(d_values)
             }
         };
@@ -418,7 +418,7 @@ impl Mla {
         let dims = &self.dims;
         let mut absorbed = floats(kernels, q.rows(), dims.heads * (dims.latent + dims.rope))?;
         kernels.linear_heads(q, &key.forward, dims.key_columns(), &mut absorbed, Store::Set);
-        self.copy_rope(kernels, q, dims.nope, &mut absorbed, dims.latent);
+        self.dims.copy_rope(kernels, q, dims.nope, &mut absorbed, dims.latent);
         Ok(absorbed)
     }
 
@@ -432,26 +432,6 @@ impl Mla {
         let mut o = floats(kernels, z.rows(), self.dims.heads * self.dims.value)?;
         kernels.linear_heads(z, &value.forward, self.dims.value_columns(), &mut o, Store::Set);
         Ok(o)
-    }
-
-    /// Copies each head's rope part, which follows its key part of `from_key` or `to_key` columns.
-    fn copy_rope(
-        &self,
-        kernels: &dyn Kernels,
-        from: &Buffer,
-        from_key: usize,
-        to: &mut Buffer,
-        to_key: usize,
-    ) {
-        let rope = self.dims.rope;
-        for head in 0..self.dims.heads {
-            let source = head * (from_key + rope) + from_key;
-            let target = head * (to_key + rope) + to_key;
-            kernels.copy(
-                &from.cols_of(source..source + rope),
-                &mut to.cols_of_mut(target..target + rope),
-            );
-        }
     }
 
     fn rotate(

@@ -5,7 +5,9 @@
 use super::linear::Packing;
 use super::rope::softmax_scale;
 use crate::config::ModelConfig;
-use rehearsal_kernels::{AttentionShape, Buffer, HeadColumns, OutOfMemory, Pack, Packed, Product};
+use rehearsal_kernels::{
+    AttentionShape, Buffer, HeadColumns, Kernels, OutOfMemory, Pack, Packed, Product,
+};
 
 /// Widths of one layer.
 #[derive(Clone, Copy)]
@@ -63,6 +65,26 @@ impl Dims {
             head_stride: 0,
             value_offset: 0,
             scale: self.scale,
+        }
+    }
+
+    /// Copies each head's rope part, which follows its key part of `from_key` or `to_key` columns.
+    pub fn copy_rope(
+        &self,
+        kernels: &dyn Kernels,
+        from: &Buffer,
+        from_key: usize,
+        to: &mut Buffer,
+        to_key: usize,
+    ) {
+        let rope = self.rope;
+        for head in 0..self.heads {
+            let source = head * (from_key + rope) + from_key;
+            let target = head * (to_key + rope) + to_key;
+            kernels.copy(
+                &from.cols_of(source..source + rope),
+                &mut to.cols_of_mut(target..target + rope),
+            );
         }
     }
 

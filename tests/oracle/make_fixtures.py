@@ -26,7 +26,7 @@ BASE = dict(
     num_key_value_heads=2, kv_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=10,
     max_position_embeddings=128, rms_norm_eps=1e-6, routed_scaling_factor=1.7, norm_topk_prob=False,
     initializer_range=0.2, aux_loss_alpha=0.0, tie_word_embeddings=False, hidden_act="silu", attention_bias=False,
-    bos_token_id=0, eos_token_id=1, pad_token_id=0,
+    bos_token_id=None, eos_token_id=1, pad_token_id=None,  # a padding token would have no gradient
 )
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=32, beta_slow=1,
             mscale=0.707, mscale_all_dim=0.707)

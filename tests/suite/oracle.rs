@@ -119,11 +119,13 @@ fn loss_and_every_gradient_equal_those_of_transformers() {
         model.backward(&pass, &params, &packed, saved, d_hidden, &mut gradients).unwrap();
         let loss = fixture.numbers("loss")[0];
         assert!((tally.loss - loss).abs() < 1e-4, "{case}: loss {} against {loss}", tally.loss);
-        for (index, spec) in model.layout.specs.iter().enumerate() {
+        let errors = model.layout.specs.iter().enumerate().map(|(index, spec)| {
             let got = kernels.download_f64(&gradients.slab.tensor(index));
-            let error = relative_l2(&got, &fixture.numbers(&format!("gradient.{}", spec.name)));
-            assert!(error < 1e-4, "{case}, {}: relative L2 {error:e}", spec.name);
-        }
+            (relative_l2(&got, &fixture.numbers(&format!("gradient.{}", spec.name))), &spec.name)
+        });
+        let (error, name) = errors.max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
+        println!("{case}, {form:?}: largest relative L2 {error:e} at {name}");
+        assert!(error < 1e-4, "{case}, {form:?}, {name}: relative L2 {error:e}");
     }
 }
 

@@ -9,12 +9,12 @@ use crate::checkpoint::tensors::TensorEntry;
 use crate::checkpoint::{TensorFolder, write_model_config, write_tensors};
 use crate::config::{ModelConfig, RunConfig};
 use crate::engine::hybrid::SavedState;
+use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
+use crate::engine::phase::{GrpoReport, StepReport, TrainJob};
 use crate::engine::phase::{
     ModelSource, Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore,
 };
-use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
 use crate::rl::rollout::{Rollout, Stop};
-use crate::train::job::{GrpoReport, StepReport, TrainJob};
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::Path;

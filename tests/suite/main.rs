@@ -2,6 +2,7 @@
 
 mod tiny;
 
+mod end_to_end;
 mod engine;
 mod model;
 mod oracle;

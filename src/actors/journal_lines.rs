@@ -20,6 +20,7 @@ pub(super) fn step_event(
         .with("learning_rate", report.learning_rate)
         .with("gradient_norm", report.gradient_norm)
         .with("skipped", report.skipped)
+        .with("micro_batch", report.micro_batch)
         .with("tokens", report.tokens)
         .with("tokens_per_second", report.tokens as f64 / seconds.max(1e-9))
         .with("seconds", seconds)

@@ -92,6 +92,7 @@ impl OpenModel {
             fields: Default::default(),
             chat,
             plain_text_bytes: 0,
+            rejected_from_previous_line: false,
             split: None,
         };
         let sets = BTreeMap::from([(FILE.to_string(), set)]);

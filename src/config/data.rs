@@ -33,6 +33,11 @@ pub struct SetConfig {
     /// documents of about this many bytes; 0 means that the file is JSONL.
     #[serde(default)]
     pub plain_text_bytes: usize,
+    /// For schema `preferences`: a line's `chosen` is preferred to the `chosen` of the line before it, so that a file of
+    /// prompts and good replies is enough. Its model learns whether a reply belongs to its prompt, not whether it is
+    /// right. The first line of the file then makes no pair.
+    #[serde(default)]
+    pub rejected_from_previous_line: bool,
     /// Only lines whose index modulo `of` is in [`from`, `to`): a split of one file.
     #[serde(default)]
     pub split: Option<Split>,
@@ -58,7 +63,8 @@ pub enum Schema {
     Text,
     /// `{"messages": [{"role", "content"}]}`.
     Messages,
-    /// `{"prompt", "chosen", "rejected"}`; the prompt is a string or messages.
+    /// `{"prompt", "chosen", "rejected"}`; the prompt is a string or messages. See also
+    /// `rejected_from_previous_line`.
     Preferences,
     /// `{"prompt", "answer"}`; the prompt is a string or messages, the answer may be null.
     Prompts,

@@ -139,6 +139,14 @@ impl Rules<'_> {
             self.require(set.plain_text_bytes == 0 || set.schema == Schema::Text, &path("plain_text_bytes"), || {
                 format!("data.sets.{name}.plain_text_bytes is for schema \"text\"; leave it out for a JSONL file")
             })?;
+            let pairs = set.schema == Schema::Preferences;
+            let previous = set.rejected_from_previous_line;
+            self.require(pairs || !previous, &path("rejected_from_previous_line"), || {
+                format!("data.sets.{name}.rejected_from_previous_line makes pairs, which schema \"{}\" does not hold; leave it out", schema_name(set.schema))
+            })?;
+            self.require(!previous || set.fields.rejected.is_none(), &path("rejected_from_previous_line"), || {
+                format!("data.sets.{name} names a field for `rejected` and takes it from the line before; leave one out")
+            })?;
             let takes_chat = matches!(set.schema, Schema::Prompts | Schema::Preferences);
             self.require(!set.chat || takes_chat, &path("chat"), || {
                 format!(

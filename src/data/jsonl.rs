@@ -62,12 +62,14 @@ pub struct Records {
     lines: Lines,
     set: SetConfig,
     next_document: u64,
+    /// The `chosen` of the line before, under `rejected_from_previous_line`.
+    previous: Option<String>,
 }
 
 impl Records {
     /// Opens the set's file at `path`.
     pub fn open(path: &Path, set: &SetConfig) -> Result<Records> {
-        Ok(Records { lines: Lines::open(path)?, set: set.clone(), next_document: 0 })
+        Ok(Records { lines: Lines::open(path)?, set: set.clone(), next_document: 0, previous: None })
     }
 
     fn belongs(&self, index: u64) -> bool {
@@ -80,10 +82,30 @@ impl Records {
                 Ok(line) => line,
                 Err(error) => return Some(Err(error)),
             };
-            if self.belongs(line.index) {
+            let belongs = self.belongs(line.index);
+            if self.set.rejected_from_previous_line {
+                match self.pair(&line) {
+                    Ok(None) => {}
+                    Ok(Some(located)) if belongs => return Some(Ok(located)),
+                    Ok(Some(_)) => {}
+                    Err(error) => return Some(Err(error)),
+                }
+            } else if belongs {
                 return Some(parse(self.lines.path(), &self.set, &line));
             }
         }
+    }
+
+    /// The line's reply as the chosen one, the reply of the line before as the rejected one.
+    fn pair(&mut self, line: &Line) -> Result<Option<Located>> {
+        let located = parse(self.lines.path(), &self.set, line)?;
+        let Record::Preference { prompt, chosen, .. } = located.record else {
+            unreachable!("validation allows it for preferences only")
+        };
+        let record = self.previous.replace(chosen.clone()).map(|rejected| {
+            Record::Preference { prompt, chosen, rejected }
+        });
+        Ok(record.map(|record| Located { index: located.index, record }))
     }
 
     /// Paragraphs are gathered until they hold the wanted bytes; a paragraph is never cut.
@@ -211,7 +233,10 @@ impl Fields<'_> {
             Schema::Preferences => Record::Preference {
                 prompt: self.prompt(&name(&self.map.prompt, "prompt"))?,
                 chosen: self.string(&name(&self.map.chosen, "chosen"))?,
-                rejected: self.string(&name(&self.map.rejected, "rejected"))?,
+                rejected: match self.set.rejected_from_previous_line {
+                    true => String::new(),
+                    false => self.string(&name(&self.map.rejected, "rejected"))?,
+                },
             },
             Schema::Prompts => {
                 let answer = name(&self.map.answer, "answer");
@@ -303,6 +328,7 @@ mod tests {
             fields: FieldMap::default(),
             chat: false,
             plain_text_bytes: 0,
+            rejected_from_previous_line: false,
             split: None,
         }
     }
@@ -353,6 +379,24 @@ mod tests {
             &set(Schema::Preferences),
         );
         assert_eq!(strings(pair.unwrap().remove(0).record), ["p", "c", "r"]);
+    }
+
+    #[test]
+    fn a_reply_is_preferred_to_the_one_of_the_line_before() {
+        let text: String =
+            (0..5).map(|i| format!("{{\"prompt\": \"p{i}\", \"chosen\": \"c{i}\"}}\n")).collect();
+        let split = Some(Split { of: 2, from: 0, to: 1 });
+        let with = |split| SetConfig {
+            rejected_from_previous_line: true,
+            split,
+            ..set(Schema::Preferences)
+        };
+        let pairs = |split| {
+            let found = read(&text, &with(split)).unwrap();
+            found.into_iter().map(|l| strings(l.record).join(" ")).collect::<Vec<_>>()
+        };
+        assert_eq!(pairs(None), ["p1 c1 c0", "p2 c2 c1", "p3 c3 c2", "p4 c4 c3"]);
+        assert_eq!(pairs(split), ["p2 c2 c1", "p4 c4 c3"]);
     }
 
     #[test]

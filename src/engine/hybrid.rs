@@ -13,6 +13,7 @@
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 use super::resident::{Calibration, Resident, config_of, out_of_memory, save_model, write_slabs};
+use super::scoring::Scorer;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
 use crate::config::engine::AttentionForm;
@@ -62,6 +63,8 @@ pub struct HybridEngine {
     optimizer: Option<ParkedOptimizer>,
     balance: f64,
     form: AttentionForm,
+    /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
+    fitting: usize,
     /// What the phase made; dropped when it ends.
     pub(super) working: Working,
 }
@@ -92,6 +95,7 @@ impl HybridEngine {
             optimizer: None,
             balance: 0.0,
             form: AttentionForm::Expanded,
+            fitting: 0,
             working: Working::default(),
         })
     }
@@ -101,7 +105,7 @@ impl HybridEngine {
         self.enter_phase(Phase::Idle)?;
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
         self.others.clear();
-        (self.balance, self.form) = (stage.balance, stage.form);
+        (self.balance, self.form, self.fitting) = (stage.balance, stage.form, 0);
         let (kernels, seed, spill) =
             (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
         let mut config = config_of(&self.setup.model, &stage.policy)?;
@@ -196,14 +200,8 @@ impl HybridEngine {
             if *role == Role::Policy { self.policy.as_ref() } else { self.others.get(role) };
         let resident = resident.expect("it was just loaded");
         let calibration = resident.model.layout.score.map(|_| resident.calibration);
-        super::scoring::score(
-            self.kernels.as_ref(),
-            &resident.model,
-            params,
-            packed,
-            calibration,
-            job,
-        )
+        let (kernels, model) = (self.kernels.as_ref(), &resident.model);
+        Scorer { kernels, model, params, packed, calibration }.score(job)
     }
 
     /// One optimizer step of the policy (or of the reward model that is being fitted).
@@ -226,6 +224,11 @@ impl HybridEngine {
             TrainJob::Grpo { groups, settings, micro_batch } => {
                 (Items::rollouts(groups, settings), *micro_batch)
             }
+        };
+        let micro_batch = match (micro_batch, self.fitting) {
+            (asked, 0) => asked,
+            (0, fitting) => fitting,
+            (asked, fitting) => asked.min(fitting),
         };
         let settings = StepSettings {
             optimizer: &state.config,
@@ -251,6 +254,10 @@ impl HybridEngine {
         state.second.put_changed(optimizer.second);
         policy.weights.put_changed(params.slab);
         let mut report = report.map_err(out_of_memory)?;
+        let asked = if micro_batch == 0 { items.len() } else { micro_batch.min(items.len()) };
+        if report.micro_batch < asked {
+            self.fitting = report.micro_batch;
+        }
         if !report.skipped {
             self.policy_version += 1;
             self.pack_policy(PackFor { form: self.form, training: true })?;

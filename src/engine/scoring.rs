@@ -5,75 +5,95 @@ use super::resident::{Calibration, out_of_memory};
 use crate::config::fault::Fault;
 use crate::model::{Documents, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
-use rehearsal_kernels::Kernels;
+use rehearsal_kernels::{Kernels, OutOfMemory};
+use std::ops::Range;
 
-/// Rows that go through the model at once; a longer sequence goes alone.
+/// Rows that go through the model at once, if the budget allows; a longer sequence goes alone.
 const ROWS_AT_ONCE: usize = 4096;
 
-/// Scores every sequence of `job`, in order.
-pub fn score(
-    kernels: &dyn Kernels,
-    model: &Transformer,
-    params: &Params,
-    packed: &PackedModel,
-    calibration: Option<Calibration>,
-    job: &ScoreJob,
-) -> Result<Vec<SequenceScore>> {
-    check(model, job)?;
-    let mut scores = Vec::with_capacity(job.sequences.len());
-    let mut first = 0;
-    while first < job.sequences.len() {
-        let mut end = first + 1;
-        let mut rows = job.sequences[first].len();
-        while end < job.sequences.len() && rows + job.sequences[end].len() <= ROWS_AT_ONCE {
-            rows += job.sequences[end].len();
-            end += 1;
-        }
-        let documents: Vec<&[u32]> = job.sequences[first..end].iter().map(Vec::as_slice).collect();
-        let packed_documents = Documents::pack(kernels, &documents).map_err(out_of_memory)?;
-        let pass = model.pass(kernels, &packed_documents, packed);
-        let hidden = model.forward_only(&pass, params, packed).map_err(out_of_memory)?;
-        match calibration {
-            Some(calibration) => {
-                let mut end_row = 0;
-                let last: Vec<u32> = documents
-                    .iter()
-                    .map(|d| {
-                        end_row += d.len() as u32;
-                        end_row - 1
-                    })
-                    .collect();
-                let output =
-                    packed.heads.scores(&pass, params, &hidden, &last).map_err(out_of_memory)?;
-                let calibrated = |raw: &f64| {
-                    SequenceScore::Reward((raw - calibration.mean) / calibration.deviation)
-                };
-                scores.extend(output.scores.iter().map(calibrated));
-            }
-            None => {
-                let (rows, targets) = wanted(&documents, &job.first[first..end]);
-                let mut logprobs = Vec::new();
-                if !rows.is_empty() {
-                    let output = packed.heads.logprobs(
-                        &pass,
-                        params,
-                        &hidden,
-                        &rows,
-                        &targets,
-                        job.temperature,
-                    );
-                    logprobs = output.map_err(out_of_memory)?.logprobs;
+/// One model, ready for forward passes.
+pub(super) struct Scorer<'a> {
+    /// The device.
+    pub kernels: &'a dyn Kernels,
+    /// The model.
+    pub model: &'a Transformer,
+    /// Its weights.
+    pub params: &'a Params,
+    /// The same weights, packed for forward passes.
+    pub packed: &'a PackedModel,
+    /// A reward model's calibration; log-probabilities are wanted of a model without one.
+    pub calibration: Option<Calibration>,
+}
+
+impl Scorer<'_> {
+    /// Scores every sequence of `job`, in order. Which sequences share a pass changes no bit, so that a pass that
+    /// does not fit into the budget is begun again with half the rows.
+    pub fn score(&self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+        check(self.model, job)?;
+        let mut scores = Vec::with_capacity(job.sequences.len());
+        let (mut first, mut rows_at_once) = (0, ROWS_AT_ONCE);
+        while first < job.sequences.len() {
+            let end = first + fitting(&job.sequences[first..], rows_at_once);
+            match self.pass(job, first..end) {
+                Err(_) if end > first + 1 => {
+                    let rows: usize = job.sequences[first..end].iter().map(Vec::len).sum();
+                    rows_at_once = rows / 2;
                 }
-                let mut next = logprobs.iter();
-                for (document, first) in documents.iter().zip(&job.first[first..end]) {
-                    let own = next.by_ref().take(document.len() - first).map(|l| *l as f32);
-                    scores.push(SequenceScore::Logprobs(own.collect()));
+                outcome => {
+                    scores.extend(outcome.map_err(out_of_memory)?);
+                    first = end;
                 }
             }
         }
-        first = end;
+        Ok(scores)
     }
-    Ok(scores)
+
+    /// One forward pass over some of the sequences.
+    fn pass(&self, job: &ScoreJob, range: Range<usize>) -> Result<Vec<SequenceScore>, OutOfMemory> {
+        let documents: Vec<&[u32]> =
+            job.sequences[range.clone()].iter().map(Vec::as_slice).collect();
+        let packed_documents = Documents::pack(self.kernels, &documents)?;
+        let pass = self.model.pass(self.kernels, &packed_documents, self.packed);
+        let hidden = self.model.forward_only(&pass, self.params, self.packed)?;
+        let heads = &self.packed.heads;
+        if let Some(Calibration { mean, deviation }) = self.calibration {
+            let output = heads.scores(&pass, self.params, &hidden, &last_rows(&documents))?;
+            let calibrated = |raw: &f64| SequenceScore::Reward((raw - mean) / deviation);
+            return Ok(output.scores.iter().map(calibrated).collect());
+        }
+        let first = &job.first[range];
+        let (rows, targets) = wanted(&documents, first);
+        let logprobs = if rows.is_empty() {
+            Vec::new()
+        } else {
+            heads.logprobs(&pass, self.params, &hidden, &rows, &targets, job.temperature)?.logprobs
+        };
+        let mut next = logprobs.iter().map(|logprob| *logprob as f32);
+        let own = |(document, first): (&&[u32], &usize)| {
+            SequenceScore::Logprobs(next.by_ref().take(document.len() - first).collect())
+        };
+        Ok(documents.iter().zip(first).map(own).collect())
+    }
+}
+
+/// How many of the first sequences have at most `rows` tokens together; at least one.
+fn fitting(sequences: &[Vec<u32>], rows: usize) -> usize {
+    let mut held = 0;
+    let fits = |sequence: &&Vec<u32>| {
+        held += sequence.len();
+        held <= rows
+    };
+    sequences.iter().take_while(fits).count().max(1)
+}
+
+/// The last row of each document.
+fn last_rows(documents: &[&[u32]]) -> Vec<u32> {
+    let mut end = 0;
+    let last = |document: &&[u32]| {
+        end += document.len() as u32;
+        end - 1
+    };
+    documents.iter().map(last).collect()
 }
 
 /// Hidden rows and the tokens that follow them, for every wanted token.

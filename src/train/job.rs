@@ -41,6 +41,8 @@ pub struct StepReport {
     pub tokens: u64,
     /// Seconds of the step.
     pub seconds: f64,
+    /// Examples that went through the model at once: fewer than asked for if the budget allowed no more.
+    pub micro_batch: usize,
     /// True if loss or gradient was not finite: no weight was changed.
     pub skipped: bool,
     /// Version of the weights after the step.

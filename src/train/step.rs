@@ -3,7 +3,8 @@
 //! Invariants:
 //!   * after the backward passes every trainable tensor has a gradient (asserted: nothing is cut in silence)
 //!   * a loss or gradient that is not finite changes no weight and no moment
-//!   * the split into micro-batches changes no bit of the gradient
+//!   * the split into micro-batches changes no bit of the gradient; so a step that does not fit into the budget is
+//!     begun again with half as many examples at once, down to one
 
 use super::job::StepReport;
 use super::learning_rate::learning_rate;
@@ -43,7 +44,7 @@ pub struct StepSettings<'a> {
     pub steps: u64,
     /// Weight of the balance loss.
     pub balance: f64,
-    /// Examples that go through the model at once; 0 for all.
+    /// Examples that go through the model at once, if the budget allows; 0 for all.
     pub micro_batch: usize,
 }
 
@@ -54,25 +55,17 @@ pub fn train_step(
     items: &Items<'_>,
 ) -> Result<StepReport, OutOfMemory> {
     let began = Instant::now();
-    trainee.gradients.clear(trainee.kernels);
-    let mut tally = Tally::default();
-    let mut routings: Vec<Vec<Routing>> = Vec::new();
-    let micro_batch = if settings.micro_batch == 0 { items.len() } else { settings.micro_batch };
-    let documents = items.sequences(0..items.len()).len();
-    let mut tokens = 0;
-    for first in (0..items.len()).step_by(micro_batch.max(1)) {
-        let range = first..items.len().min(first + micro_batch);
-        routings.push(backpropagate(
-            trainee,
-            settings.balance,
-            documents,
-            items,
-            range.clone(),
-            &mut tally,
-        )?);
-        tokens += items.sequences(range).iter().map(|s| s.len() as u64).sum::<u64>();
-        failpoint("mid-gradient");
-    }
+    let mut micro_batch = match settings.micro_batch {
+        0 => items.len().max(1),
+        asked => asked.min(items.len().max(1)),
+    };
+    let (tally, routings) = loop {
+        match gradients(trainee, settings.balance, micro_batch, items) {
+            Err(_) if micro_batch > 1 => micro_batch = micro_batch.div_ceil(2),
+            outcome => break outcome?,
+        }
+    };
+    let tokens = items.sequences(0..items.len()).iter().map(|s| s.len() as u64).sum();
     let scalar_head = items.uses_scalar_head();
     let missing = trainee.gradients.missing(&trainee.model.layout, scalar_head);
     assert!(missing.is_empty() || items.is_empty(), "no gradient was written for {missing:?}");
@@ -100,12 +93,31 @@ pub fn train_step(
         gradient_norm,
         tokens,
         seconds: began.elapsed().as_secs_f64(),
+        micro_batch,
         skipped,
         policy_version: 0,
         expert_load: mean_load(&routings),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
         grpo: matches!(items, Items::Rollouts(..)).then(|| tally.grpo()),
     })
+}
+
+/// Loss and gradients of all examples, so many at once.
+fn gradients(
+    trainee: &mut Trainee<'_>,
+    balance: f64,
+    micro_batch: usize,
+    items: &Items<'_>,
+) -> Result<(Tally, Vec<Vec<Routing>>), OutOfMemory> {
+    trainee.gradients.clear(trainee.kernels);
+    let (mut tally, mut routings) = (Tally::default(), Vec::new());
+    let documents = items.sequences(0..items.len()).len();
+    for first in (0..items.len()).step_by(micro_batch) {
+        let range = first..items.len().min(first + micro_batch);
+        routings.push(backpropagate(trainee, balance, documents, items, range, &mut tally)?);
+        failpoint("mid-gradient");
+    }
+    Ok((tally, routings))
 }
 
 /// Forward and backward of one micro-batch.

@@ -25,7 +25,7 @@ impl Case {
         let file = format!("{name}.jsonl");
         std::fs::write(self.folder.path().join(&file), text).unwrap();
         let fields = FieldMap::default();
-        let set = SetConfig { file, schema, fields, chat: false, plain_text_bytes: 0, split: None };
+        let set = SetConfig { file, schema, fields, chat: false, plain_text_bytes: 0, rejected_from_previous_line: false, split: None };
         self.sources.data.sets.insert(name.to_string(), set);
     }
 

@@ -7,16 +7,12 @@
 //! Invariants:
 //!   * bytes held = sum over owners + bytes pooled <= budget
 //!   * a pooled region is reused only for the same size class
-//!   * a spilled slab comes back bit for bit
 
-use crate::buffer::{Buffer, DType, View, ViewMut};
+use crate::buffer::{Buffer, DType};
+use crate::slab::Slab;
 use rustix::mm::{MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{Read, Write};
-use std::ops::Range;
-use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What an allocation is for.
@@ -48,11 +44,9 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owner(u32);
 
-/// The arena's budget would be exceeded.
+/// The arena's budget would be exceeded, or the system gives no more.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "memory: {owner} asks for {asked} bytes, {held} of {budget} are held; raise engine.budget or offload more"
-)]
+#[error("memory: {owner} asks for {asked} bytes, {held}{}", reason(*budget))]
 pub struct OutOfMemory {
     /// Role and kind of the asking owner.
     pub owner: String,
@@ -60,8 +54,17 @@ pub struct OutOfMemory {
     pub asked: u64,
     /// Bytes held by all owners.
     pub held: u64,
-    /// The budget in bytes.
-    pub budget: u64,
+    /// The budget in bytes that would be exceeded; `None` if the system refused.
+    pub budget: Option<u64>,
+}
+
+fn reason(budget: Option<u64>) -> String {
+    match budget {
+        Some(budget) => format!(" of {budget} are held; raise engine.budget or offload more"),
+        None => " are held, and the system gives no more; free memory, raise the process's limit, or set engine.budget \
+                 below it"
+            .to_string(),
+    }
 }
 
 /// Makes buffers and counts them. Clones share one count.
@@ -130,9 +133,8 @@ impl Arena {
     ) -> Result<Slab, OutOfMemory> {
         let elements: usize = shapes.iter().map(|(rows, cols)| rows * cols).sum();
         let region = self.region(owner, elements * dtype.size())?;
-        let slab = Slab::new(region, dtype, shapes);
-        slab.region.clear();
-        Ok(slab)
+        region.clear();
+        Ok(Slab::new(region, dtype, shapes))
     }
 
     /// Bytes held now, by role and kind; pooled memory under the role "pool".
@@ -200,23 +202,23 @@ impl State {
         if self.budget.is_some_and(|budget| self.held + size as u64 > budget) {
             self.trim();
         }
-        let budget = self.budget.unwrap_or(u64::MAX);
-        let refuse = |held| {
-            let holding = &self.owners[owner.0 as usize];
-            OutOfMemory {
-                owner: format!("{} {:?}", holding.role, holding.kind).to_lowercase(),
-                asked: size as u64,
-                held,
-                budget,
-            }
-        };
-        if self.held + size as u64 > budget {
-            return Err(refuse(self.held));
+        if self.budget.is_some_and(|budget| self.held + size as u64 > budget) {
+            return Err(self.refusal(owner, size, self.budget));
         }
-        let mapping = Mapping::new(size).ok_or_else(|| refuse(self.held))?;
+        let mapping = Mapping::new(size).or_else(|| {
+            self.trim();
+            Mapping::new(size)
+        });
+        let mapping = mapping.ok_or_else(|| self.refusal(owner, size, None))?;
         self.held += size as u64;
         self.high_water = self.high_water.max(self.held);
         Ok(mapping)
+    }
+
+    fn refusal(&self, owner: Owner, size: usize, budget: Option<u64>) -> OutOfMemory {
+        let holding = &self.owners[owner.0 as usize];
+        let owner = format!("{} {:?}", holding.role, holding.kind).to_lowercase();
+        OutOfMemory { owner, asked: size as u64, held: self.held, budget }
     }
 
     fn trim(&mut self) {
@@ -307,146 +309,6 @@ impl Drop for Region {
     }
 }
 
-/// The tensors of one model and kind in one region, one after another.
-pub struct Slab {
-    region: Arc<Region>,
-    dtype: DType,
-    shapes: Vec<(usize, usize)>,
-    starts: Vec<usize>,
-}
-
-impl Slab {
-    fn new(region: Arc<Region>, dtype: DType, shapes: &[(usize, usize)]) -> Slab {
-        let mut starts = vec![0];
-        for (rows, cols) in shapes {
-            starts.push(starts[starts.len() - 1] + rows * cols);
-        }
-        Slab { region, dtype, shapes: shapes.to_vec(), starts }
-    }
-
-    /// Number of tensors.
-    pub fn count(&self) -> usize {
-        self.shapes.len()
-    }
-
-    /// Elements of all tensors.
-    pub fn elements(&self) -> usize {
-        self.starts[self.shapes.len()]
-    }
-
-    /// Rows and columns of tensor `index`.
-    pub fn shape(&self, index: usize) -> (usize, usize) {
-        self.shapes[index]
-    }
-
-    /// Tensor `index`.
-    pub fn tensor(&self, index: usize) -> View<'_> {
-        self.span(index..index + 1)
-    }
-
-    /// Tensor `index`, to write to.
-    pub fn tensor_mut(&mut self, index: usize) -> ViewMut<'_> {
-        self.span_mut(index..index + 1)
-    }
-
-    /// Neighbouring tensors of one width as one matrix (gate over up, all experts of a layer).
-    pub fn span(&self, range: Range<usize>) -> View<'_> {
-        self.joined(range).into_view()
-    }
-
-    /// Neighbouring tensors of one width as one matrix, to write to.
-    pub fn span_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
-        self.joined(range).into_view_mut()
-    }
-
-    /// All elements as one row.
-    pub fn whole(&self) -> View<'_> {
-        Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).into_view()
-    }
-
-    /// All elements as one row, to write to.
-    pub fn whole_mut(&mut self) -> ViewMut<'_> {
-        Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).into_view_mut()
-    }
-
-    /// Moves the slab to a file and gives its memory back.
-    pub fn spill(self, path: &Path) -> std::io::Result<Spilled> {
-        let mut file = File::create(path)?;
-        file.write_all(self.bytes())?;
-        Ok(Spilled { path: path.to_path_buf(), dtype: self.dtype, shapes: self.shapes.clone() })
-    }
-
-    fn joined(&self, range: Range<usize>) -> Buffer {
-        let cols = self.shapes[range.start].1;
-        assert!(
-            self.shapes[range.clone()].iter().all(|s| s.1 == cols),
-            "a span joins tensors of one width"
-        );
-        let rows = self.shapes[range.clone()].iter().map(|s| s.0).sum();
-        Buffer::new(
-            self.region.clone(),
-            self.starts[range.start] * self.dtype.size(),
-            self.dtype,
-            rows,
-            cols,
-        )
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: the slab's elements lie in its region, and `&self` keeps writers away.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.region.address() as *const u8,
-                self.elements() * self.dtype.size(),
-            )
-        }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        let length = self.elements() * self.dtype.size();
-        // SAFETY: as for `bytes`; `&mut self` makes the access exclusive.
-        unsafe { std::slice::from_raw_parts_mut(self.region.address() as *mut u8, length) }
-    }
-}
-
-/// A slab that lives in a file while its model is idle. Dropping it removes the file.
-pub struct Spilled {
-    path: PathBuf,
-    dtype: DType,
-    shapes: Vec<(usize, usize)>,
-}
-
-impl Spilled {
-    /// Brings the slab back into `arena`, bit for bit.
-    pub fn restore(&self, arena: &Arena, owner: Owner) -> Result<Slab, RestoreError> {
-        let mut slab = arena.slab(owner, self.dtype, &self.shapes)?;
-        File::open(&self.path)?.read_exact(slab.bytes_mut())?;
-        Ok(slab)
-    }
-
-    /// Bytes in the file.
-    pub fn bytes(&self) -> u64 {
-        self.shapes.iter().map(|(rows, cols)| (rows * cols * self.dtype.size()) as u64).sum()
-    }
-}
-
-impl Drop for Spilled {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Why a spilled slab could not come back.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// No room in the arena.
-    #[error(transparent)]
-    Memory(#[from] OutOfMemory),
-    /// The spill file could not be read.
-    #[error("spilled weights: {0}")]
-    File(#[from] std::io::Error),
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -475,24 +337,5 @@ mod tests {
         drop(again);
         arena.trim();
         assert_eq!(arena.held(), 0);
-    }
-
-    #[test]
-    fn a_spilled_slab_comes_back_bit_for_bit() {
-        let arena = Arena::new(None);
-        let owner = arena.owner("reference", Kind::Weights);
-        let mut slab = arena.slab(owner, DType::F32, &[(3, 5), (1, 7), (2, 7)]).unwrap();
-        for (i, byte) in slab.bytes_mut().iter_mut().enumerate() {
-            *byte = (i * 31 % 251) as u8;
-        }
-        let before = slab.bytes().to_vec();
-        assert_eq!((slab.span(1..3).rows(), slab.span(1..3).cols()), (3, 7));
-        let path = std::env::temp_dir().join(format!("rehearsal-spill-{}", std::process::id()));
-        let spilled = slab.spill(&path).unwrap();
-        assert_eq!(arena.held(), 0);
-        let back = spilled.restore(&arena, owner).unwrap();
-        assert_eq!(back.bytes(), before);
-        drop(spilled);
-        assert!(!path.exists());
     }
 }

@@ -10,6 +10,7 @@
 pub mod arena;
 pub mod buffer;
 pub mod random;
+pub mod slab;
 
 // The trait and its implementations.
 pub mod cpu;
@@ -21,7 +22,7 @@ pub mod reference;
 mod ops;
 mod pool;
 
-pub use arena::{Arena, Kind, OutOfMemory, Owner, Slab, Spilled};
+pub use arena::{Arena, Kind, OutOfMemory, Owner};
 pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use kernels::{
@@ -29,3 +30,4 @@ pub use kernels::{
     RouterSpec, Routes, SampleRow, Sampled, Store,
 };
 pub use reference::ReferenceKernels;
+pub use slab::{Slab, Spilled};

@@ -16,10 +16,8 @@ use std::path::PathBuf;
 pub struct DataReport {
     /// Rows that the tokenizer needs of the model.
     pub vocabulary: usize,
-    /// Held-out examples, and training examples that were searched for them.
-    pub held_out: u64,
-    /// See `held_out`.
-    pub trained: u64,
+    /// What the audits found, a sentence each.
+    pub notes: Vec<String>,
 }
 
 /// A stage, once its data is open.

@@ -160,11 +160,7 @@ impl Direction {
             .with("stages", stages);
         self.record(event).await?;
         let data = self.ports.prepare_data.ask(PrepareData {}).await?;
-        if data.held_out > 0 {
-            let text = format!(
-                "audit: none of {} held-out examples occurs in {} that are trained on",
-                data.held_out, data.trained
-            );
+        for text in data.notes {
             self.record(Event::new("note").with("text", text)).await?;
         }
         let mut last_policy = None;
@@ -242,7 +238,9 @@ impl Direction {
         steps: u64,
         commit: Option<&Commit>,
     ) -> Result<(), Failure> {
-        let plan = prepare_stage(&self.config, &self.folders, index, steps);
+        let model = self.config.stage_model(&self.folders.config, index);
+        let model = model.map_err(|fault| Failure::from(anyhow::Error::from(fault)))?;
+        let plan = prepare_stage(&self.config, &self.folders, index, steps, &model);
         let initial = self.folders.initial();
         let needs_initial = plan.policy == ModelSource::Folder(initial.clone());
         if needs_initial

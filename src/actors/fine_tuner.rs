@@ -8,8 +8,8 @@ use super::post::{Post, answers_for_itself, aside};
 use super::reader::Reader;
 use crate::config::stage::StageKind;
 use crate::data::Pair;
+use crate::engine::phase::StepReport;
 use crate::engine::phase::{Role, ScoreJob, SequenceScore};
-use crate::engine::phase::{StepReport, TrainJob};
 use actix::{Handler, ResponseActFuture};
 use std::sync::Arc;
 
@@ -54,13 +54,8 @@ impl Handler<TrainStep> for FineTuner {
         let (reader, train) = (Arc::clone(&self.reader), self.ports.train.clone());
         let TrainStep { id, stage, step } = message;
         self.post.work(TrainStep::NAME, async move {
-            let micro_batch = match &reader.config().stages[stage].kind {
-                StageKind::Sft(s) => s.micro_batch,
-                StageKind::RewardModel(s) => s.micro_batch,
-                other => panic!("stage {} does not fine-tune", other.name()),
-            };
-            let batch = aside(move || reader.batch(stage, step)).await?;
-            train.ask(Train { id: id.part(1), job: TrainJob::Batch { batch, micro_batch } }).await
+            let job = aside(move || reader.train_job(stage, step)).await?;
+            train.ask(Train { id: id.part(1), job }).await
         })
     }
 }

@@ -8,8 +8,6 @@ use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself, aside};
 use super::reader::Reader;
-use crate::config::stage::StageKind;
-use crate::engine::phase::TrainJob;
 use crate::engine::phase::{Role, ScoreJob, SequenceScore};
 use actix::{Handler, ResponseActFuture};
 use std::sync::Arc;
@@ -64,13 +62,8 @@ impl Handler<TrainStep> for Pretrainer {
         let (reader, train) = (Arc::clone(&self.reader), self.ports.train.clone());
         let TrainStep { id, stage, step } = message;
         self.post.work(TrainStep::NAME, async move {
-            let micro_batch = match &reader.config().stages[stage].kind {
-                StageKind::Pretrain(s) => s.micro_batch,
-                StageKind::LongContext(s) => s.micro_batch,
-                other => panic!("stage {} does not pretrain", other.name()),
-            };
-            let batch = aside(move || reader.batch(stage, step)).await?;
-            train.ask(Train { id: id.part(1), job: TrainJob::Batch { batch, micro_batch } }).await
+            let job = aside(move || reader.train_job(stage, step)).await?;
+            train.ask(Train { id: id.part(1), job }).await
         })
     }
 }

@@ -6,13 +6,13 @@
 //! weights.
 
 use super::messages::{DataReport, StageShape};
-use super::stage_plan::context_of;
-use crate::config::stage::{EvalConfig, Metric, StageKind};
+use crate::config::stage::{EvalConfig, Metric, MixtureEntry, StageKind};
 use crate::config::{Fault, RunConfig};
-use crate::data::audit::audit;
+use crate::data::audit::{audit, repeats};
 use crate::data::chat::ChatTemplate;
 use crate::data::word_machine_files::write_files;
-use crate::data::{Batch, Loader, Pair, Prompt, Sequence, Sources, StageData, Tokenizer};
+use crate::data::{Loader, Pair, Prompt, Sequence, Sources, StageData, Tokenizer};
+use crate::engine::phase::TrainJob;
 use anyhow::{Context, Result, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -51,9 +51,38 @@ impl Reader {
                 "model.vocab_size = {rows} is smaller than the tokenizer's {needed} tokens; set it to {needed} or more"
             )));
         }
-        let report = audit(&self.sources, &self.config.data.held_out, &self.trained_sets())?;
-        report.require_clean()?;
-        Ok(DataReport { vocabulary: needed, held_out: report.held_out, trained: report.trained })
+        Ok(DataReport { vocabulary: needed, notes: self.audits()? })
+    }
+
+    /// Searches what is trained on for what it must not hold.
+    fn audits(&self) -> Result<Vec<String>> {
+        let mut notes = Vec::new();
+        let trained = self.trained_sets();
+        let held_out = audit(&self.sources, &self.config.data.held_out, &trained.all())?;
+        held_out.require_clean()?;
+        if held_out.held_out > 0 {
+            notes.push(format!(
+                "audit: none of {} held-out examples occurs in {} that are trained on",
+                held_out.held_out, held_out.trained
+            ));
+        }
+        let repeated = repeats(&self.sources, &trained.tuned, &trained.pretrained)?;
+        if !self.config.data.pretrain_on_sft {
+            repeated.require_clean()?;
+        }
+        if !trained.tuned.is_empty() && !trained.pretrained.is_empty() {
+            notes.push(match repeated.found.len() {
+                0 => format!(
+                    "audit: none of {} SFT conversations is pretrained on",
+                    repeated.conversations
+                ),
+                found => format!(
+                    "audit: {found} of {} SFT conversations are pretrained on, as data.pretrain_on_sft allows",
+                    repeated.conversations
+                ),
+            });
+        }
+        Ok(notes)
     }
 
     /// The data of a stage; opened at the first call.
@@ -77,11 +106,18 @@ impl Reader {
         Ok(StageShape { steps })
     }
 
-    /// The batch of a training step.
-    pub fn batch(&self, stage: usize, step: u64) -> Result<Batch> {
+    /// The batch of a training step, as a job.
+    pub fn train_job(&self, stage: usize, step: u64) -> Result<TrainJob> {
+        let micro_batch = match &self.config.stages[stage].kind {
+            StageKind::Pretrain(s) => s.micro_batch,
+            StageKind::LongContext(s) => s.micro_batch,
+            StageKind::Sft(s) => s.micro_batch,
+            StageKind::RewardModel(s) => s.micro_batch,
+            StageKind::Grpo(_) => panic!("a grpo stage trains on rollouts"),
+        };
         let data = self.stage(stage)?;
-        let batch = data.lock().expect("a panic here ends the actor that shares it").batch(step);
-        Ok(batch)
+        let mut data = data.lock().expect("a panic here ends the actor that shares it");
+        Ok(TrainJob::Batch { share: data.share(step), batch: data.batch(step), micro_batch })
     }
 
     /// The prompts of an alignment step.
@@ -114,7 +150,7 @@ impl Reader {
 
     fn loader(&self, stage: usize) -> Result<Loader> {
         let (tokenizer, chat) = self.language()?;
-        let context = context_of(&self.config, stage);
+        let context = self.config.stage_model(&self.sources.base, stage)?.max_position_embeddings;
         Ok(Loader {
             sources: self.sources.clone(),
             tokenizer,
@@ -159,7 +195,8 @@ impl Reader {
             Some(beside) => ChatTemplate::from_folder(beside)?.unwrap_or_else(ChatTemplate::own),
             None => ChatTemplate::own(),
         };
-        let longest = context_of(&self.config, self.config.stages.len().saturating_sub(1));
+        let last = self.config.stages.len() - 1;
+        let longest = self.config.stage_model(&self.sources.base, last)?.max_position_embeddings;
         let config =
             serde_json::to_vec_pretty(&tokenizer.config(&chat, longest)).expect("it is plain JSON");
         // The tokenizer itself comes last: its presence says that both are whole.
@@ -175,22 +212,42 @@ impl Reader {
         Ok(())
     }
 
-    /// The sets that any stage trains on, the calibration of reward models included.
-    fn trained_sets(&self) -> Vec<String> {
-        let mut sets = BTreeSet::new();
+    fn trained_sets(&self) -> TrainedSets {
+        let mut sets = TrainedSets::default();
+        let mixture =
+            |data: &[MixtureEntry]| data.iter().map(|entry| entry.set.clone()).collect::<Vec<_>>();
         for stage in &self.config.stages {
             match &stage.kind {
-                StageKind::Pretrain(s) => sets.extend(s.data.iter().map(|entry| entry.set.clone())),
-                StageKind::LongContext(s) => {
-                    sets.extend(s.data.iter().map(|entry| entry.set.clone()))
-                }
-                StageKind::Sft(s) => sets.extend([s.data.clone()]),
+                StageKind::Pretrain(s) => sets.pretrained.extend(mixture(&s.data)),
+                StageKind::LongContext(s) => sets.pretrained.extend(mixture(&s.data)),
+                StageKind::Sft(s) => sets.tuned.push(s.data.clone()),
                 StageKind::RewardModel(s) => {
-                    sets.extend([Some(s.data.clone()), s.calibration.clone()].into_iter().flatten())
+                    sets.aligned.push(s.data.clone());
+                    sets.aligned.extend(s.calibration.clone());
                 }
-                StageKind::Grpo(s) => sets.extend([s.data.clone()]),
+                StageKind::Grpo(s) => sets.aligned.push(s.data.clone()),
             }
         }
+        sets
+    }
+}
+
+/// The sets that any stage trains on.
+#[derive(Default)]
+struct TrainedSets {
+    /// By pretraining and long-context stages.
+    pretrained: Vec<String>,
+    /// By SFT.
+    tuned: Vec<String>,
+    /// By reward models (their calibration included) and GRPO.
+    aligned: Vec<String>,
+}
+
+impl TrainedSets {
+    /// All of them, each once.
+    fn all(&self) -> Vec<String> {
+        let sets: BTreeSet<_> =
+            [&self.pretrained, &self.tuned, &self.aligned].into_iter().flatten().cloned().collect();
         sets.into_iter().collect()
     }
 }

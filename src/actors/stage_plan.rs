@@ -9,11 +9,11 @@
 //!   * the reference of a GRPO stage is the folder that the stage started from, also after a resume
 
 use crate::config::engine::AttentionForm;
-use crate::config::stage::{GrpoStage, LongContextStage, OptimizerConfig, Stage, StageKind};
-use crate::config::{RopeScaling, RunConfig};
+use crate::config::stage::{GrpoStage, OptimizerConfig, Stage, StageKind};
+use crate::config::{ModelConfig, RunConfig, model_folder};
 use crate::engine::phase::{ModelSource, PrepareStage};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// The folders of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,39 +44,22 @@ pub fn artefact_name(config: &RunConfig, index: usize) -> String {
     format!("{:02}-{}", index + 1, config.stages[index].name)
 }
 
-/// The stage whose result stage number `index` starts from, if it is one of the run's.
-pub fn predecessor(config: &RunConfig, index: usize) -> Option<usize> {
-    match &config.stages[index].start_from {
-        Some(name) => config.stages[..index].iter().position(|stage| stage.name == *name),
-        None => config.stages[..index].iter().rposition(|stage| stage.kind.makes_policy()),
-    }
-}
-
 /// Where the weights of stage number `index` come from.
 pub fn source(config: &RunConfig, folders: &Folders, index: usize) -> ModelSource {
-    match (predecessor(config, index), &config.stages[index].start_from) {
+    match (config.predecessor(index), &config.stages[index].start_from) {
         (Some(before), _) => ModelSource::Folder(folders.artefact(config, before)),
         (None, Some(path)) => ModelSource::Folder(model_folder(&folders.config.join(path))),
         (None, None) => ModelSource::Fresh,
     }
 }
 
-/// The model in a folder that a person names: a run's export, or the folder itself.
-fn model_folder(folder: &Path) -> PathBuf {
-    let export = folder.join("export");
-    if folder.join("journal.jsonl").exists() && export.exists() {
-        export
-    } else {
-        folder.to_path_buf()
-    }
-}
-
-/// What the device holds in stage number `index`, which has `steps` steps.
+/// What the device holds in stage number `index`, which has `steps` steps and trains `model`.
 pub fn prepare_stage(
     config: &RunConfig,
     folders: &Folders,
     index: usize,
     steps: u64,
+    model: &ModelConfig,
 ) -> PrepareStage {
     let stage = &config.stages[index];
     let mut policy = source(config, folders, index);
@@ -93,7 +76,10 @@ pub fn prepare_stage(
     };
     match &stage.kind {
         StageKind::Pretrain(_) | StageKind::Sft(_) => {}
-        StageKind::LongContext(long) => plan.yarn = Some(yarn(config, index, long)),
+        StageKind::LongContext(_) => {
+            let yarn = model.rope_scaling.clone().expect("a long-context stage has YaRN");
+            plan.yarn = Some((yarn, model.max_position_embeddings));
+        }
         StageKind::RewardModel(_) => (plan.value_head, plan.balance) = (true, 0.0),
         StageKind::Grpo(grpo) => {
             if policy == ModelSource::Fresh {
@@ -138,34 +124,4 @@ fn reward_models(
             Some((name.clone(), folder))
         })
         .collect()
-}
-
-fn yarn(config: &RunConfig, index: usize, long: &LongContextStage) -> (RopeScaling, usize) {
-    let original = predecessor(config, index)
-        .map_or(config.model.max_position_embeddings, |i| context_of(config, i));
-    let scaling = RopeScaling {
-        kind: "yarn".to_string(),
-        factor: long.factor,
-        original_max_position_embeddings: original,
-        beta_fast: long.beta_fast,
-        beta_slow: long.beta_slow,
-        mscale: long.mscale,
-        mscale_all_dim: long.mscale,
-    };
-    (scaling, lengthened(original, long))
-}
-
-fn lengthened(original: usize, long: &LongContextStage) -> usize {
-    (original as f64 * long.factor).round() as usize
-}
-
-/// Longest sequence of the model in stage number `index`.
-pub fn context_of(config: &RunConfig, index: usize) -> usize {
-    let Some(stage) = config.stages.get(index) else { return config.model.max_position_embeddings };
-    let before = predecessor(config, index)
-        .map_or(config.model.max_position_embeddings, |i| context_of(config, i));
-    match &stage.kind {
-        StageKind::LongContext(long) => lengthened(before, long),
-        _ => before,
-    }
 }

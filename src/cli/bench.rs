@@ -215,7 +215,8 @@ fn train(args: &BenchTrainArgs) -> Result<Value> {
     engine.enter_phase(Phase::Train)?;
     let documents =
         (0..args.batch).map(|i| Sequence::all_targets(tokens(&config, i, args.sequence)));
-    let job = TrainJob::Batch { batch: Batch::Documents(documents.collect()), micro_batch: 0 };
+    let batch = Batch::Documents(documents.collect());
+    let job = TrainJob::Batch { batch, share: 0.0, micro_batch: 0 };
     engine.train(&job)?;
     let stopwatch = Stopwatch::start();
     for _ in 0..args.steps {

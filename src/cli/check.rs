@@ -74,7 +74,7 @@ fn report(args: &CheckArgs) -> Result<CheckReport> {
     let lines = if args.plan_only { BTreeMap::new() } else { check_files(&loaded)? };
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = args.threads.given().or(configured).unwrap_or_else(cores);
-    Ok(CheckReport::of_run(&loaded, lines, threads))
+    Ok(CheckReport::of_run(&loaded, lines, threads)?)
 }
 
 /// True for JSON: by its extension, or by its first character if it has another.

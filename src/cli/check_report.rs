@@ -1,7 +1,7 @@
 //! What `check` found, as text and as JSON with stable keys.
 
 use super::output::{duration, grouped};
-use crate::config::{Bytes, Loaded, ModelConfig};
+use crate::config::{Bytes, ConfigError, Loaded, ModelConfig};
 use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{FLOPS_PER_THREAD, sequence};
 use crate::plan::memory::{Owners, total};
@@ -54,17 +54,25 @@ impl CheckReport {
     }
 
     /// The report of a run on `threads` threads, with the examples that were counted.
-    pub fn of_run(loaded: &Loaded, lines: BTreeMap<String, u64>, threads: usize) -> CheckReport {
+    pub fn of_run(
+        loaded: &Loaded,
+        lines: BTreeMap<String, u64>,
+        threads: usize,
+    ) -> Result<CheckReport, ConfigError> {
         let config = &loaded.config;
-        let plan = memory(config);
-        CheckReport {
+        let models: Result<Vec<ModelConfig>, ConfigError> = (0..config.stages.len())
+            .map(|index| config.stage_model(&loaded.folder, index))
+            .collect();
+        let models = models?;
+        let plan = memory(config, &models);
+        Ok(CheckReport {
             memory: plan.by_phase(),
             budget_bytes: config.engine.budget.map(|budget| budget.0),
-            estimate: Some(estimate(config, &lines, threads)),
+            estimate: Some(estimate(config, &models, &lines, threads)),
             lines,
             plan: Some(plan),
             ..CheckReport::costs(&loaded.file, &config.model, sequence(config))
-        }
+        })
     }
 
     fn costs(file: &Path, model: &ModelConfig, sequence: usize) -> CheckReport {
@@ -83,13 +91,13 @@ impl CheckReport {
         }
     }
 
-    /// Why the run cannot fit into its budget, if it cannot even without activations.
+    /// Why the run cannot fit into its budget, if it cannot even with one example at a time.
     pub fn over_budget(&self) -> Option<String> {
         let (budget, plan) = (self.budget_bytes?, self.plan.as_ref()?);
         let (stage, phase, least) = plan.least()?;
         (least > budget).then(|| {
             format!(
-                "engine.budget = {} is too small: stage {stage} holds {} in phase {phase}, activations apart; \
+                "engine.budget = {} is too small: stage {stage} holds {} in phase {phase} with one example at a time; \
                  raise engine.budget, offload more, or take a smaller model\n{self}",
                 Bytes(budget),
                 Bytes(least)
@@ -205,7 +213,7 @@ mod tests {
     fn run(assignments: &[&str]) -> CheckReport {
         let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
         let loaded = RunConfig::load(&configs().join("quickstart.toml"), &assignments).unwrap();
-        CheckReport::of_run(&loaded, BTreeMap::new(), 2)
+        CheckReport::of_run(&loaded, BTreeMap::new(), 2).unwrap()
     }
 
     #[test]

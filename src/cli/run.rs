@@ -12,7 +12,6 @@ use crate::actors::{RunRequest, start};
 use crate::config::{Bytes, ConsoleMode, Fault, Loaded, RunConfig};
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Makes a run.
@@ -121,11 +120,11 @@ fn out_folder(args: &RunArgs) -> PathBuf {
 fn require_resources(out: &Path, loaded: &Loaded) -> Result<()> {
     let threads =
         Some(loaded.config.engine.threads).filter(|threads| *threads > 0).unwrap_or_else(cores);
-    let plan = |lines| CheckReport::of_run(loaded, lines, threads);
-    if let Some(refusal) = plan(BTreeMap::new()).over_budget() {
+    let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads)?;
+    if let Some(refusal) = plan.over_budget() {
         return Err(Fault::resources(refusal));
     }
-    let (needed, free) = (plan(check_files(loaded)?).disk_bytes(), free_bytes(out)?);
+    let (needed, free) = (plan.disk_bytes(), free_bytes(out)?);
     match needed > free {
         true => Err(Fault::resources(format!(
             "{}: the run takes up to {} of disk, and {} are free; make room, lower checkpoint.keep, or choose another --out",
@@ -219,7 +218,7 @@ mod tests {
         let out = place.path().join("run");
         let line = format!("{} --set engine.budget=100000 --out {}", smoke(), out.display());
         let loaded = load(&args(&line)).unwrap();
-        let report = CheckReport::of_run(&loaded, Default::default(), 1);
+        let report = CheckReport::of_run(&loaded, Default::default(), 1).unwrap();
         assert!(report.over_budget().is_some());
         let failure = run(args(&line)).unwrap_err();
         assert!(

@@ -13,6 +13,9 @@ pub struct DataConfig {
     pub word_machine: Option<WordMachineConfig>,
     /// Refuse a run in which an example of `held_out` sets occurs in a set that is trained on.
     pub held_out: Vec<String>,
+    /// Let a conversation of an `sft` set be a document of a pretraining set too. Otherwise such a run is refused: a
+    /// model that has read the lessons before makes SFT look better than it is.
+    pub pretrain_on_sft: bool,
 }
 
 /// One set: a JSONL file, plain or gzip, one example a line.

@@ -24,6 +24,7 @@ pub mod data;
 pub mod engine;
 pub mod model;
 pub mod stage;
+pub mod stage_model;
 pub mod tokenizer;
 
 pub use checkpoint::CheckpointConfig;
@@ -34,4 +35,5 @@ pub use fault::Fault;
 pub use model::{ModelConfig, RopeScaling};
 pub use run::{ConfigError, Loaded, RunConfig, load_model};
 pub use stage::{Stage, StageKind};
+pub use stage_model::model_folder;
 pub use tokenizer::TokenizerConfig;

@@ -140,7 +140,7 @@ pub struct PretrainStage {
     /// Rows of the first steps; 0 for no ramp.
     #[serde(default)]
     pub batch_start: usize,
-    /// Share of the steps over which the batch grows linearly from `batch_start` to `batch`.
+    /// Share of the stage's tokens over which the batch grows linearly in tokens from `batch_start` to `batch`.
     #[serde(default)]
     pub batch_ramp: f64,
     /// Rows that go through the model at once; 0 for all. Changes no result.
@@ -163,7 +163,8 @@ pub struct LongContextStage {
     pub batch: usize,
     /// Tokens of a row.
     pub sequence: usize,
-    /// YaRN factor s; the original length is the model's `max_position_embeddings` before the stage.
+    /// How many times longer the context becomes: YaRN's factor s, times that of an earlier extension. The original
+    /// length is the model's `max_position_embeddings` before its first extension.
     pub factor: f64,
     /// YaRN β.
     #[serde(default = "thirty_two")]

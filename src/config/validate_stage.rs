@@ -7,7 +7,7 @@ use super::document::ConfigError;
 use super::nearest::listed;
 use super::stage::{EvalConfig, LongContextStage, Metric, MixtureEntry, OptimizerConfig};
 use super::validate::Rules;
-use super::{Stage, StageKind, load_model};
+use super::{Stage, StageKind, load_model, model_folder};
 
 /// Checks every stage, in order.
 pub fn stages(rules: &Rules<'_>) -> Result<(), ConfigError> {
@@ -105,7 +105,8 @@ impl StageRules<'_> {
     /// The longest sequence of a model that comes from a folder, if its config says so, or of the run's own.
     fn first_reach(&self) -> usize {
         let folder = self.stage.start_from.as_ref().map(|folder| self.rules.folder.join(folder));
-        let model = folder.and_then(|folder| load_model(&folder.join("config.json")).ok());
+        let model =
+            folder.and_then(|folder| load_model(&model_folder(&folder).join("config.json")).ok());
         model.as_ref().unwrap_or(&self.rules.config.model).max_position_embeddings
     }
 
@@ -156,7 +157,7 @@ impl StageRules<'_> {
         self.require(stage.mscale >= 0.0, &["mscale"], |key| {
             format!("{key} = {} must not be negative", stage.mscale)
         })?;
-        let longer = (reach as f64 * stage.factor) as usize;
+        let longer = (reach as f64 * stage.factor).round() as usize;
         self.require(stage.sequence <= longer, &["sequence"], |key| {
             let sequence = stage.sequence;
             format!("{key} = {sequence} exceeds {longer}, {reach} positions times factor = {}; raise factor", stage.factor)

@@ -1,4 +1,5 @@
-//! The hash audit: nothing that is held out occurs in what is trained on.
+//! The hash audit: nothing that is held out occurs in what is trained on, and no conversation of SFT in what is
+//! pretrained on.
 //!
 //! Knows no tokens. What is compared are hashes of normalised text: lower case, runs of blanks as
 //! one, control tokens of ours as line breaks. A held-out example is found
@@ -8,7 +9,8 @@
 //!   * as a conversation: the whole of it;
 //!   * as a text: the whole of it.
 //!
-//! A training example is searched as a whole, as its prompt, and line by line.
+//! A training example is searched as a whole, as its prompt, and line by line. A conversation of SFT is its turns and its
+//! reply; it is found if it is a whole document of pretraining, or all of a text between two end tokens.
 
 use crate::config::fault::Fault;
 use crate::data::chat::{Message, Role};
@@ -68,6 +70,75 @@ pub fn audit(sources: &Sources, held_out: &[String], trained: &[String]) -> Resu
         }
     }
     Ok(report)
+}
+
+/// Conversations of SFT sets that pretraining sets hold too.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RepeatReport {
+    /// Conversations of the SFT sets.
+    pub conversations: u64,
+    /// Where some of them occur, as "SET line N is line M of SET".
+    pub found: Vec<String>,
+}
+
+impl RepeatReport {
+    /// Refuses a run that pretrains on what SFT is to teach.
+    pub fn require_clean(&self) -> Result<()> {
+        let Some(first) = self.found.first() else { return Ok(()) };
+        Err(Fault::user(format!(
+            "data: {} of {} conversations of SFT are pretrained on, e.g. {first}; take them out of one of the sets, or \
+             set data.pretrain_on_sft = true if that is meant",
+            self.found.len(),
+            self.conversations
+        )))
+    }
+}
+
+/// Searches pretraining sets for the conversations of SFT sets.
+pub fn repeats(sources: &Sources, tuned: &[String], pretrained: &[String]) -> Result<RepeatReport> {
+    let mut report = RepeatReport::default();
+    let mut wanted: HashMap<Hash, String> = HashMap::new();
+    for name in tuned {
+        for located in sources.records(name)?.1 {
+            let located = located?;
+            report.conversations += 1;
+            let place = format!("{name:?} line {}", located.index + 1);
+            wanted.extend(documents(&located.record).into_iter().map(|key| (key, place.clone())));
+        }
+    }
+    for name in pretrained {
+        for located in sources.records(name)?.1 {
+            let located = located?;
+            for key in documents(&located.record) {
+                if let Some(place) = wanted.remove(&key) {
+                    let line = located.index + 1;
+                    report.found.push(format!("{place} is line {line} of {name:?}"));
+                }
+            }
+        }
+    }
+    Ok(report)
+}
+
+/// The whole documents that a record trains on.
+fn documents(record: &Record) -> Vec<Hash> {
+    match record {
+        Record::Text(text) => text
+            .split(OWN_SPECIALS[1])
+            .map(without_specials)
+            .filter(|document| !document.trim().is_empty())
+            .map(|document| hash(&document))
+            .collect(),
+        Record::Messages(messages) => vec![hash(&joined(messages, true))],
+        Record::Prompt { prompt, answer: Some(answer) } => {
+            let turns = match prompt {
+                PromptText::Raw(text) => without_specials(text),
+                PromptText::Chat(messages) => joined(messages, true),
+            };
+            vec![hash(&format!("{turns}\n{answer}"))]
+        }
+        Record::Prompt { answer: None, .. } | Record::Preference { .. } => Vec::new(),
+    }
 }
 
 type Hash = [u8; 16];

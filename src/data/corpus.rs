@@ -128,6 +128,12 @@ impl Mixture {
         self.given.len() as u64 - 1
     }
 
+    /// The share of all rows that the steps before `step` hold.
+    pub fn share(&self, step: u64) -> f64 {
+        let rows = |step: usize| self.given[step].iter().sum::<u64>() as f64;
+        rows(step as usize) / rows(self.given.len() - 1)
+    }
+
     /// The documents of a step.
     pub fn batch(&mut self, step: u64) -> Vec<Sequence> {
         let (before, after) = (&self.given[step as usize], &self.given[step as usize + 1]);
@@ -179,16 +185,30 @@ fn apportion(shares: &[f64], rows: &[usize]) -> Vec<Vec<u64>> {
     given
 }
 
-/// Rows of each step: `batch`, after a linear growth from `start` over a share of the steps.
+/// Rows of each step: `batch`, after a growth from `start` that is linear in the rows already seen, over a share `ramp`
+/// of all rows (DeepSeek-V2, section 3.1.2: 2304 to 9216 over the first 225 of 8100 billion tokens).
 pub fn rows_by_step(steps: u64, batch: usize, start: usize, ramp: f64) -> Vec<usize> {
-    let ramp_steps = if start == 0 { 0.0 } else { ramp * steps as f64 };
-    (0..steps)
-        .map(|step| {
-            let share = if ramp_steps > 0.0 { (step as f64 / ramp_steps).min(1.0) } else { 1.0 };
-            let rows = start as f64 + (batch as f64 - start as f64) * share;
-            (rows.floor() as usize).max(1)
-        })
-        .collect()
+    let rows_with = |all: f64| {
+        let mut seen = 0;
+        let grow = |_| {
+            let share = if start == 0 { 1.0 } else { (seen as f64 / (ramp * all)).min(1.0) };
+            // Nothing seen over no ramp at all is 0 / 0.
+            let share = if share.is_nan() { 1.0 } else { share };
+            let grown = start as f64 + (batch as f64 - start as f64) * share;
+            let rows = (grown as usize).max(1);
+            seen += rows;
+            rows
+        };
+        (0..steps).map(grow).collect::<Vec<usize>>()
+    };
+    // The more rows there are, the longer the ramp and the fewer rows the steps have: one number agrees with itself.
+    let (mut low, mut high) = (0.0, (steps * batch as u64) as f64);
+    for _ in 0..60 {
+        let middle = 0.5 * (low + high);
+        let enough = rows_with(middle).iter().sum::<usize>() as f64 >= middle;
+        *(if enough { &mut low } else { &mut high }) = middle;
+    }
+    rows_with(high)
 }
 
 #[cfg(test)]
@@ -292,9 +312,22 @@ mod tests {
     #[test]
     fn the_batch_grows_in_a_line_and_then_stays() {
         assert_eq!(rows_by_step(4, 8, 0, 0.5), [8, 8, 8, 8]);
-        assert_eq!(rows_by_step(8, 8, 4, 0.5), [4, 5, 6, 7, 8, 8, 8, 8]);
+        let rows = rows_by_step(8, 8, 4, 0.5);
+        assert_eq!(rows, [4, 4, 5, 6, 7, 8, 8, 8]);
         let mut mixture =
             Mixture::new(vec![corpus(&[4; 9], 4, 1)], &[1.0], &rows_by_step(8, 8, 4, 0.5));
         assert_eq!((mixture.steps(), mixture.batch(0).len(), mixture.batch(7).len()), (8, 4, 8));
+        assert_eq!([0, 1, 4, 7].map(|step| mixture.share(step) * 50.0), [0.0, 4.0, 19.0, 42.0]);
+    }
+
+    #[test]
+    fn the_papers_batch_is_2304_at_first_and_9216_from_225_of_8100_billion_tokens() {
+        let rows = rows_by_step(2000, 9216, 2304, 225.0 / 8100.0);
+        let all: usize = rows.iter().sum();
+        let grown = rows.iter().position(|rows| *rows == 9216).unwrap();
+        let seen: usize = rows[..grown].iter().sum();
+        assert_eq!(rows[0], 2304);
+        assert!((seen as f64 / all as f64 - 225.0 / 8100.0).abs() < 1e-4);
+        assert!(rows.windows(2).all(|pair| pair[0] <= pair[1]));
     }
 }

@@ -69,7 +69,12 @@ pub struct Records {
 impl Records {
     /// Opens the set's file at `path`.
     pub fn open(path: &Path, set: &SetConfig) -> Result<Records> {
-        Ok(Records { lines: Lines::open(path)?, set: set.clone(), next_document: 0, previous: None })
+        Ok(Records {
+            lines: Lines::open(path)?,
+            set: set.clone(),
+            next_document: 0,
+            previous: None,
+        })
     }
 
     fn belongs(&self, index: u64) -> bool {
@@ -102,8 +107,10 @@ impl Records {
         let Record::Preference { prompt, chosen, .. } = located.record else {
             unreachable!("validation allows it for preferences only")
         };
-        let record = self.previous.replace(chosen.clone()).map(|rejected| {
-            Record::Preference { prompt, chosen, rejected }
+        let record = self.previous.replace(chosen.clone()).map(|rejected| Record::Preference {
+            prompt,
+            chosen,
+            rejected,
         });
         Ok(record.map(|record| Located { index: located.index, record }))
     }

@@ -65,6 +65,14 @@ impl StageData {
         }
     }
 
+    /// The share of the stage's examples that the steps before `step` hold.
+    pub fn share(&self, step: u64) -> f64 {
+        match self {
+            StageData::Text(mixture) => mixture.share(step),
+            _ => step as f64 / self.steps().max(1) as f64,
+        }
+    }
+
     /// The batch of a training step.
     pub fn batch(&mut self, step: u64) -> Batch {
         match self {

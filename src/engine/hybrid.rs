@@ -180,7 +180,7 @@ impl HybridEngine {
         self.expect_phase(Phase::Score, "score")?;
         let form = self.form;
         if self.working.scored.as_ref().is_none_or(|(role, ..)| *role != job.role) {
-            self.unload_scored();
+            self.unload_scored()?;
             let kernels = self.kernels.as_ref();
             let resident = match &job.role {
                 Role::Policy => self.policy.as_mut(),
@@ -219,10 +219,13 @@ impl HybridEngine {
             second: state.second.take(arena)?.0,
             step: state.step,
         };
-        let (items, micro_batch) = match job {
-            TrainJob::Batch { batch, micro_batch } => (Items::of_batch(batch), *micro_batch),
+        let (items, share, micro_batch) = match job {
+            TrainJob::Batch { batch, share, micro_batch } => {
+                (Items::of_batch(batch), *share, *micro_batch)
+            }
             TrainJob::Grpo { groups, settings, micro_batch } => {
-                (Items::rollouts(groups, settings), *micro_batch)
+                let share = state.step as f64 / state.steps.max(1) as f64;
+                (Items::rollouts(groups, settings), share, *micro_batch)
             }
         };
         let micro_batch = match (micro_batch, self.fitting) {
@@ -234,6 +237,7 @@ impl HybridEngine {
             optimizer: &state.config,
             step: state.step,
             steps: state.steps,
+            share,
             balance: self.balance,
             micro_batch,
         };
@@ -269,7 +273,7 @@ impl HybridEngine {
     /// Writes the policy (and its moments) into an existing folder.
     pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
         // A scored policy lends its weights to the scoring.
-        self.unload_scored();
+        self.unload_scored()?;
         let kernels = self.kernels.as_ref();
         let Some(policy) = self.policy.as_mut() else {
             bail!("no model is loaded that could be saved")
@@ -289,6 +293,8 @@ impl HybridEngine {
             state.second.put(second);
         }
         policy.weights.put(params.slab);
+        // The moments were brought in to be written; a phase without them must hold none again.
+        self.park()?;
         result.map(|()| saved)
     }
 
@@ -345,7 +351,7 @@ impl HybridEngine {
 
     /// Drops the phase's memory.
     fn leave(&mut self) -> Result<()> {
-        self.unload_scored();
+        self.unload_scored()?;
         self.working = Working::default();
         Ok(())
     }
@@ -370,7 +376,7 @@ impl HybridEngine {
         Ok(bytes)
     }
 
-    fn unload_scored(&mut self) {
+    fn unload_scored(&mut self) -> Result<()> {
         if let Some((role, params, packed)) = self.working.scored.take() {
             drop(packed);
             let resident = if role == Role::Policy {
@@ -380,8 +386,9 @@ impl HybridEngine {
             };
             resident.expect("a scored model is held").weights.put(params.slab);
             // A reward model or reference makes room for the next one at once.
-            let _ = self.park();
+            self.park()?;
         }
+        Ok(())
     }
 
     fn pack_policy(&mut self, pack: PackFor) -> Result<()> {

@@ -44,9 +44,9 @@ impl Parked {
         self.resident = Some(slab);
     }
 
-    /// Makes the slab leave the device. Returns the bytes that it gives back.
+    /// Makes the slab leave the device. Returns the bytes that it gives back. A slab that could not be written stays.
     pub fn release(&mut self) -> Result<u64> {
-        let Some(slab) = self.resident.take() else { return Ok(0) };
+        let Some(slab) = &self.resident else { return Ok(0) };
         let bytes = slab.whole().len() as u64 * slab.whole().dtype().size() as u64;
         if self.file.is_none() {
             let spilled = slab
@@ -54,6 +54,7 @@ impl Parked {
                 .with_context(|| format!("failed to offload to {}", self.path.display()));
             self.file = Some(spilled.map_err(|e| Fault::Resources(format!("{e:#}")))?);
         }
+        self.resident = None;
         Ok(bytes)
     }
 
@@ -85,5 +86,16 @@ mod tests {
             assert_eq!((kernels.download(&slab.tensor(0)), bytes), (values.clone(), 231 * 4));
             parked.put(slab);
         }
+    }
+
+    #[test]
+    fn a_slab_that_cannot_be_written_stays() {
+        let arena = Arena::new(None);
+        let owner = arena.owner("reference", Kind::Weights);
+        let slab = arena.slab(owner, DType::F32, &[(7, 33)]).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let mut parked = Parked::new(owner, folder.path().join("no such folder/reference"), slab);
+        assert!(parked.release().is_err());
+        assert!(parked.is_resident() && parked.take(&arena).is_ok());
     }
 }

@@ -41,13 +41,10 @@ pub struct Resident {
 
 /// The config of a model that starts from `source`: the run's, with the positions of the folder it continues.
 pub fn config_of(run: &ModelConfig, source: &ModelSource) -> Result<ModelConfig> {
-    let mut config = run.clone();
-    if let ModelSource::Folder(folder) = source {
-        let saved = read_model_config(folder)?;
-        config.rope_scaling = saved.rope_scaling;
-        config.max_position_embeddings = saved.max_position_embeddings;
-    }
-    Ok(config)
+    Ok(match source {
+        ModelSource::Fresh => run.clone(),
+        ModelSource::Folder(folder) => run.with_positions_of(&read_model_config(folder)?),
+    })
 }
 
 impl Resident {

@@ -1,22 +1,27 @@
 //! Bytes by stage, phase and owner, as the engine will hold them.
 //!
 //! Weights, packed copies, gradients and moments follow the parameter counts; activations are an
-//! estimate from what the backward pass keeps of each token. Owners are named as in the ledger:
-//! "role/kind".
+//! estimate from what a pass keeps of each token. Owners are named as in the ledger: "role/kind".
 //!
 //! | phase    | resident                                                                      |
 //! |----------|-------------------------------------------------------------------------------|
 //! | train    | weights, two packed copies (forward, input gradient), gradients, moments      |
 //! | generate | weights, one packed copy, cache; what is not offloaded                         |
 //! | score    | weights, the largest scored model with one packed copy; what is not offloaded |
+//!
+//! Two sizes are told: what a stage holds if everything asked for goes through at once, and the least that it can do
+//! with, because training and scoring take fewer rows at once where the budget allows no more, down to one example.
 
 use super::cost::cache_bytes_per_token;
-use super::estimate::{example_tokens, model_at};
+use super::estimate::example_tokens;
 use super::parameters::{multiplied, parameters};
 use crate::config::stage::GrpoStage;
-use crate::config::{ModelConfig, Offload, RunConfig, StageKind};
+use crate::config::{ModelConfig, Offload, RunConfig, Stage, StageKind};
 use serde::Serialize;
 use std::collections::BTreeMap;
+
+/// Rows that scoring takes at once (see engine/scoring.rs).
+const ROWS_AT_ONCE: u64 = 4096;
 
 /// Bytes by owner.
 pub type Owners = BTreeMap<String, u64>;
@@ -28,6 +33,8 @@ pub struct StageMemory {
     pub stage: String,
     /// Bytes by phase ("train", "generate", "score") and owner.
     pub phases: BTreeMap<&'static str, Owners>,
+    /// The same with one example at a time.
+    pub least: BTreeMap<&'static str, Owners>,
 }
 
 /// What a run holds.
@@ -52,29 +59,23 @@ impl Memory {
 
     /// The most that is held at once: stage, phase and bytes.
     pub fn peak(&self) -> Option<(&str, &'static str, u64)> {
-        let each = self.stages.iter().flat_map(|stage| {
-            stage.phases.iter().map(|(phase, owners)| (stage.stage.as_str(), *phase, total(owners)))
-        });
-        each.max_by_key(|(_, _, bytes)| *bytes)
+        largest(self.stages.iter().map(|stage| (stage.stage.as_str(), &stage.phases)))
     }
 
-    /// The most that is held at once without activations: less than this no run can do with.
+    /// The same with one example at a time: less than this the run cannot do with.
     pub fn least(&self) -> Option<(&str, &'static str, u64)> {
-        let certain = |owners: &Owners| {
-            owners
-                .iter()
-                .filter(|(owner, _)| !owner.ends_with("/activations"))
-                .map(|(_, bytes)| bytes)
-                .sum::<u64>()
-        };
-        let each = self.stages.iter().flat_map(|stage| {
-            stage
-                .phases
-                .iter()
-                .map(move |(phase, owners)| (stage.stage.as_str(), *phase, certain(owners)))
-        });
-        each.max_by_key(|(_, _, bytes)| *bytes)
+        largest(self.stages.iter().map(|stage| (stage.stage.as_str(), &stage.least)))
     }
+}
+
+fn largest<'a>(
+    stages: impl Iterator<Item = (&'a str, &'a BTreeMap<&'static str, Owners>)>,
+) -> Option<(&'a str, &'static str, u64)> {
+    stages
+        .flat_map(|(stage, phases)| {
+            phases.iter().map(move |(phase, owners)| (stage, *phase, total(owners)))
+        })
+        .max_by_key(|(_, _, bytes)| *bytes)
 }
 
 /// Sum over owners.
@@ -82,16 +83,11 @@ pub fn total(owners: &Owners) -> u64 {
     owners.values().sum()
 }
 
-/// What every stage of a run holds.
-pub fn memory(config: &RunConfig) -> Memory {
-    let stages = config.stages.iter().enumerate().map(|(index, stage)| {
-        let sizes = Sizes { config, model: model_at(config, index) };
-        let mut phases = BTreeMap::from([("train", sizes.train(&stage.kind))]);
-        if let StageKind::Grpo(grpo) = &stage.kind {
-            phases.insert("generate", sizes.generate(grpo));
-            phases.insert("score", sizes.score(grpo));
-        }
-        StageMemory { stage: stage.name.clone(), phases }
+/// What every stage of a run holds; `models` are those of the stages.
+pub fn memory(config: &RunConfig, models: &[ModelConfig]) -> Memory {
+    let stages = config.stages.iter().zip(models).map(|(stage, model)| {
+        let phases = |at_once| Sizes { config, model, at_once }.phases(stage);
+        StageMemory { stage: stage.name.clone(), phases: phases(usize::MAX), least: phases(1) }
     });
     Memory { stages: stages.collect() }
 }
@@ -119,16 +115,39 @@ pub fn model_memory(model: &ModelConfig) -> BTreeMap<&'static str, Owners> {
 /// Sizes of one stage's model.
 struct Sizes<'a> {
     config: &'a RunConfig,
-    model: ModelConfig,
+    model: &'a ModelConfig,
+    /// Examples that go through the model at once at most, whatever the stage asks for.
+    at_once: usize,
 }
 
 impl Sizes<'_> {
+    fn phases(&self, stage: &Stage) -> BTreeMap<&'static str, Owners> {
+        let mut phases = BTreeMap::from([("train", self.train(&stage.kind))]);
+        let sampled = stage.eval.iter().filter(|eval| eval.verifier.is_some());
+        let longest_reply = sampled.map(|eval| eval.max_new_tokens).max();
+        let grpo = match &stage.kind {
+            StageKind::Grpo(grpo) => Some(grpo),
+            _ => None,
+        };
+        if let Some(reply) = longest_reply.max(grpo.map(|grpo| grpo.max_new_tokens)) {
+            let rollouts = grpo.map_or(usize::MAX, |grpo| grpo.prompts * grpo.group_size);
+            let rollouts = if longest_reply.is_some() { usize::MAX } else { rollouts };
+            phases.insert("generate", self.generate(&stage.kind, rollouts, reply));
+        }
+        let measured = stage.eval.iter().any(|eval| eval.metric.is_some());
+        let fitted = matches!(stage.kind, StageKind::RewardModel(_));
+        if measured || fitted || grpo.is_some_and(|grpo| !others(grpo).is_empty()) {
+            phases.insert("score", self.score(&stage.kind));
+        }
+        phases
+    }
+
     fn weights(&self) -> u64 {
-        4 * parameters(&self.model).total
+        4 * parameters(self.model).total
     }
 
     fn packed(&self) -> u64 {
-        4 * multiplied(&self.model)
+        4 * multiplied(self.model)
     }
 
     fn offloads(&self, what: Offload) -> bool {
@@ -142,40 +161,41 @@ impl Sizes<'_> {
             ("packed", 2 * self.packed()),
             ("gradients", self.weights()),
             ("moments", 2 * self.weights()),
-            ("activations", self.live_tokens(kind) * activation_bytes(&self.model)),
+            ("activations", self.live_tokens(kind) * activation_bytes(self.model)),
         ]));
         owners
     }
 
-    fn generate(&self, stage: &GrpoStage) -> Owners {
-        let kind = StageKind::Grpo(stage.clone());
-        let mut owners = self.parked(&kind, None);
-        let rows = self.config.engine.decode_batch.min(stage.prompts * stage.group_size) as u64;
-        let tokens = (example_tokens(self.config) + stage.max_new_tokens)
-            .min(self.model.max_position_embeddings);
+    fn generate(&self, kind: &StageKind, rollouts: usize, reply: usize) -> Owners {
+        let mut owners = self.parked(kind, None);
+        let rows = self.config.engine.decode_batch.min(rollouts).min(self.at_once) as u64;
+        let tokens = (example_tokens(self.config) + reply).min(self.model.max_position_embeddings);
         let pages =
             tokens.div_ceil(self.config.engine.page_tokens) * self.config.engine.page_tokens;
         owners.extend(self.owned([
             ("weights", self.weights()),
             ("packed", self.packed()),
-            ("cache", rows * pages as u64 * cache_bytes_per_token(&self.model)),
-            ("activations", rows * one_layer_bytes(&self.model)),
+            ("cache", rows * pages as u64 * cache_bytes_per_token(self.model)),
+            ("activations", rows * one_layer_bytes(self.model)),
         ]));
         self.add_resting_moments(&mut owners);
         owners
     }
 
-    fn score(&self, stage: &GrpoStage) -> Owners {
-        let kind = StageKind::Grpo(stage.clone());
-        let scored = others(stage).into_iter().next();
-        let mut owners = self.parked(&kind, scored.as_deref());
-        if let Some(scored) = scored {
-            owners.insert(format!("{scored}/weights"), self.weights());
-            owners.insert(format!("{scored}/packed"), self.packed());
-        }
+    fn score(&self, kind: &StageKind) -> Owners {
+        let scored = match kind {
+            StageKind::Grpo(stage) => others(stage).into_iter().next(),
+            _ => None,
+        };
+        let mut owners = self.parked(kind, scored.as_deref());
+        let role = scored.unwrap_or_else(|| "policy".to_string());
+        owners.insert(format!("{role}/weights"), self.weights());
+        owners.insert(format!("{role}/packed"), self.packed());
+        let rows = example_tokens(self.config) as u64;
+        let rows = if self.at_once == 1 { rows } else { rows.max(ROWS_AT_ONCE) };
         owners.extend(self.owned([
             ("weights", self.weights()),
-            ("activations", self.live_tokens(&kind) * one_layer_bytes(&self.model)),
+            ("activations", rows * one_layer_bytes(self.model)),
         ]));
         self.add_resting_moments(&mut owners);
         owners
@@ -222,16 +242,17 @@ impl Sizes<'_> {
             }
         };
         let rows = if micro == 0 { all } else { micro.min(all) };
-        (rows * tokens) as u64
+        (rows.min(self.at_once) * tokens) as u64
     }
 }
 
 /// The models beside the policy that a GRPO stage needs, by their role's name.
 fn others(stage: &GrpoStage) -> Vec<String> {
-    let reference = (stage.kl_weight > 0.0).then(|| "reference".to_string());
+    let reference = (stage.kl_weight != 0.0).then(|| "reference".to_string());
     let rewards = stage
         .reward
         .iter()
+        .filter(|entry| entry.weight != 0.0)
         .filter_map(|entry| entry.model.as_ref())
         .map(|name| format!("reward {name}"));
     reference.into_iter().chain(rewards).collect()
@@ -269,12 +290,17 @@ fn layer_floats(model: &ModelConfig, moe: bool) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::estimate::tests::quickstart;
+    use super::super::estimate::tests::{models, quickstart};
     use super::*;
+
+    fn planned(assignments: &[&str]) -> Memory {
+        let config = quickstart(assignments);
+        memory(&config, &models(&config))
+    }
 
     #[test]
     fn training_holds_gradients_and_moments_and_generation_holds_neither() {
-        let memory = memory(&quickstart(&[]));
+        let memory = planned(&[]);
         let phases = memory.by_phase();
         let weights = 4 * 896_208;
         assert_eq!(phases["train"]["policy/weights"], weights);
@@ -289,20 +315,20 @@ mod tests {
 
     #[test]
     fn what_is_not_offloaded_stays_in_every_phase() {
-        let phases = memory(&quickstart(&["engine.offload=[]"])).by_phase();
+        let phases = planned(&["engine.offload=[]"]).by_phase();
         let weights = 4 * 896_208;
         assert_eq!(phases["generate"]["policy/moments"], 2 * weights);
         assert_eq!(phases["generate"]["reference/weights"], weights);
         assert_eq!(phases["train"]["reward safety/weights"], weights);
-        let with = memory(&quickstart(&[])).peak().unwrap().2;
-        let without = memory(&quickstart(&["engine.offload=[]"])).peak().unwrap().2;
+        let with = planned(&[]).peak().unwrap().2;
+        let without = planned(&["engine.offload=[]"]).peak().unwrap().2;
         assert!(without > with, "{without} > {with}");
     }
 
     #[test]
     fn a_micro_batch_lowers_activations_and_nothing_else() {
-        let whole = memory(&quickstart(&[]));
-        let parts = memory(&quickstart(&["stage.base.micro_batch=1"]));
+        let whole = planned(&[]);
+        let parts = planned(&["stage.base.micro_batch=1"]);
         let (whole, parts) = (&whole.stages[0].phases["train"], &parts.stages[0].phases["train"]);
         for (owner, bytes) in whole {
             match owner.as_str() {
@@ -313,11 +339,13 @@ mod tests {
     }
 
     #[test]
-    fn the_least_leaves_out_activations_only() {
-        let memory = memory(&quickstart(&[]));
+    fn the_least_takes_one_example_at_a_time() {
+        let memory = planned(&[]);
         let (stage, phase, least) = memory.least().unwrap();
         assert!(least < memory.peak().unwrap().2);
         assert_eq!(phase, "train", "{stage}");
-        assert_eq!(least, 4 * (4 * 896_208 + 2 * multiplied(&quickstart(&[]).model)));
+        let (whole, one) = (&memory.stages[0].phases["train"], &memory.stages[0].least["train"]);
+        assert_eq!(whole["policy/activations"], 8 * one["policy/activations"]);
+        assert_eq!(whole["policy/moments"], one["policy/moments"]);
     }
 }

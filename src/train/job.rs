@@ -12,6 +12,8 @@ pub enum TrainJob {
     Batch {
         /// The examples.
         batch: Batch,
+        /// The share of the stage's tokens that were trained on before, for schedules in tokens.
+        share: f64,
         /// Examples that go through the model at once; 0 for all.
         micro_batch: usize,
     },

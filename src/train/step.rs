@@ -42,6 +42,8 @@ pub struct StepSettings<'a> {
     pub step: u64,
     /// Steps of the stage, for the schedule.
     pub steps: u64,
+    /// The share of the stage's tokens that were trained on before this step, for schedules in tokens.
+    pub share: f64,
     /// Weight of the balance loss.
     pub balance: f64,
     /// Examples that go through the model at once, if the budget allows; 0 for all.
@@ -71,7 +73,7 @@ pub fn train_step(
     assert!(missing.is_empty() || items.is_empty(), "no gradient was written for {missing:?}");
 
     let gradient_norm = trainee.kernels.squared_sum(&trainee.gradients.slab.whole()).sqrt();
-    let rate = learning_rate(settings.optimizer, settings.step, settings.steps);
+    let rate = learning_rate(settings.optimizer, settings.step, settings.steps, settings.share);
     let balance_loss = routings.iter().flatten().map(|r| r.balance_loss).sum::<f64>();
     let skipped =
         !(tally.loss.is_finite() && balance_loss.is_finite() && gradient_norm.is_finite());

@@ -40,7 +40,8 @@ fn stage(reference: Option<ModelSource>) -> PrepareStage {
 
 fn batch() -> TrainJob {
     let document = |d: u32| Sequence::all_targets((0..12).map(|i| (i * 5 + d) % 29).collect());
-    TrainJob::Batch { batch: Batch::Documents((0..3).map(document).collect()), micro_batch: 0 }
+    let batch = Batch::Documents((0..3).map(document).collect());
+    TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }
 }
 
 fn job(policy_version: u64) -> GenerateJob {
@@ -193,7 +194,8 @@ fn micro_batches_change_no_bit() {
         engine.enter_phase(Phase::Train).unwrap();
         let TrainJob::Batch { batch, .. } = batch() else { unreachable!() };
         for _ in 0..3 {
-            engine.train(&TrainJob::Batch { batch: batch.clone(), micro_batch: micro }).unwrap();
+            let batch = batch.clone();
+            engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: micro }).unwrap();
         }
         rollouts(&mut engine, 3)
     };

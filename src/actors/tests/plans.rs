@@ -1,7 +1,7 @@
 //! What a stage starts from, decided without a device.
 
 use super::Place;
-use crate::actors::stage_plan::{Folders, context_of, prepare_stage};
+use crate::actors::stage_plan::{Folders, prepare_stage};
 use crate::config::{RunConfig, StageKind};
 use crate::engine::phase::{ModelSource, PrepareStage};
 use std::path::PathBuf;
@@ -11,7 +11,8 @@ fn folders() -> Folders {
 }
 
 fn plan(config: &RunConfig, index: usize) -> PrepareStage {
-    prepare_stage(config, &folders(), index, 10)
+    let model = config.stage_model(&folders().config, index).unwrap();
+    prepare_stage(config, &folders(), index, 10, &model)
 }
 
 fn folder(name: &str) -> ModelSource {
@@ -70,7 +71,9 @@ fn a_long_context_stage_stretches_what_follows_it() {
         1,
     );
     let config = Place::with(&text).config(&[]);
-    let contexts: Vec<usize> = (0..4).map(|index| context_of(&config, index)).collect();
+    let context =
+        |index| config.stage_model(&folders().config, index).unwrap().max_position_embeddings;
+    let contexts: Vec<usize> = (0..4).map(context).collect();
     assert_eq!(contexts, [64, 160, 160, 160]);
     let (yarn, positions) = plan(&config, 1).yarn.expect("a long-context stage has YaRN");
     assert_eq!((yarn.factor, yarn.original_max_position_embeddings, positions), (2.5, 64, 160));

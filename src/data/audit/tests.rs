@@ -25,7 +25,15 @@ impl Case {
         let file = format!("{name}.jsonl");
         std::fs::write(self.folder.path().join(&file), text).unwrap();
         let fields = FieldMap::default();
-        let set = SetConfig { file, schema, fields, chat: false, plain_text_bytes: 0, rejected_from_previous_line: false, split: None };
+        let set = SetConfig {
+            file,
+            schema,
+            fields,
+            chat: false,
+            plain_text_bytes: 0,
+            rejected_from_previous_line: false,
+            split: None,
+        };
         self.sources.data.sets.insert(name.to_string(), set);
     }
 
@@ -93,4 +101,32 @@ fn held_out_conversations_and_texts_are_compared_as_a_whole() {
     case.add("held", Schema::Text, r#"{"text": "To be, or not\nto be"}"#);
     assert_eq!(case.audit(Schema::Text, r#"{"text": "to be, or not to be"}"#).found.len(), 1);
     assert!(case.audit(Schema::Text, r#"{"text": "To be, or not"}"#).found.is_empty());
+}
+
+#[test]
+fn a_conversation_of_sft_is_found_as_a_whole_document_of_pretraining() {
+    let lesson = r#"{"messages": [{"role": "user", "content": "swap: p u n k"}, {"role": "assistant", "content": "k u n p"}]}"#;
+    let told = r#"{"prompt": [{"role": "user", "content": "swap: p u n k"}], "answer": "k u n p"}"#;
+    let page = |reply: &str| {
+        format!(
+            r#"{{"text": "<|user|>f<|assistant|>g<|end|><|user|>Swap: p u n k<|assistant|>{reply}<|end|>"}}"#
+        )
+    };
+    let find = |schema, text: &str| {
+        let mut case = Case::new();
+        case.add("lessons", Schema::Messages, lesson);
+        case.add("pages", schema, text);
+        repeats(&case.sources, &["lessons".to_string()], &["pages".to_string()]).unwrap()
+    };
+    for (schema, text) in [
+        (Schema::Text, page("k u n p")),
+        (Schema::Messages, lesson.to_string()),
+        (Schema::Prompts, told.to_string()),
+    ] {
+        let report = find(schema, &text);
+        assert_eq!(report.found, ["\"lessons\" line 1 is line 1 of \"pages\""], "{schema:?}");
+        let fault = report.require_clean().unwrap_err().to_string();
+        assert!(fault.contains("data.pretrain_on_sft"), "{fault}");
+    }
+    assert!(find(Schema::Text, &page("another reply")).found.is_empty());
 }

@@ -30,7 +30,15 @@ impl Case {
         let file = format!("{name}.jsonl");
         std::fs::write(self.folder.path().join(&file), lines.join("\n")).unwrap();
         let fields = FieldMap::default();
-        let set = SetConfig { file, schema, fields, chat: true, plain_text_bytes: 0, rejected_from_previous_line: false, split: None };
+        let set = SetConfig {
+            file,
+            schema,
+            fields,
+            chat: true,
+            plain_text_bytes: 0,
+            rejected_from_previous_line: false,
+            split: None,
+        };
         self.loader.sources.data.sets.insert(name.to_string(), set);
     }
 }

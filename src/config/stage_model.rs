@@ -1,0 +1,129 @@
+//! The model of each stage: the run's, with the positions of what the stage starts from and, after a long-context stage,
+//! more of them.
+//!
+//! Reads the config.json of a folder that `start_from` names, and no weights.
+
+use super::run::{ConfigError, RunConfig, load_model};
+use super::stage::{LongContextStage, StageKind};
+use super::{ModelConfig, RopeScaling};
+use std::path::{Path, PathBuf};
+
+impl RunConfig {
+    /// The stage whose result stage number `index` starts from, if it is one of the run's.
+    pub fn predecessor(&self, index: usize) -> Option<usize> {
+        match &self.stages[index].start_from {
+            Some(name) => self.stages[..index].iter().position(|stage| stage.name == *name),
+            None => self.stages[..index].iter().rposition(|stage| stage.kind.makes_policy()),
+        }
+    }
+
+    /// The model in stage number `index`; `folder` is the TOML's, where relative paths start.
+    pub fn stage_model(&self, folder: &Path, index: usize) -> Result<ModelConfig, ConfigError> {
+        let stage = &self.stages[index];
+        let before = match (self.predecessor(index), &stage.start_from) {
+            (Some(before), _) => self.stage_model(folder, before)?,
+            (None, None) => self.model.clone(),
+            (None, Some(path)) => {
+                let saved = load_model(&model_folder(&folder.join(path)).join("config.json"))?;
+                self.model.with_positions_of(&saved)
+            }
+        };
+        Ok(match &stage.kind {
+            StageKind::LongContext(long) => before.lengthened(long),
+            _ => before,
+        })
+    }
+}
+
+impl ModelConfig {
+    /// The same model over the positions of `other`, whose weights it continues.
+    pub fn with_positions_of(&self, other: &ModelConfig) -> ModelConfig {
+        ModelConfig {
+            rope_scaling: other.rope_scaling.clone(),
+            max_position_embeddings: other.max_position_embeddings,
+            ..self.clone()
+        }
+    }
+
+    /// The model that a long-context stage trains: `factor` times the positions, by YaRN over the length that was trained
+    /// without it. A second extension therefore multiplies the factor of the first.
+    pub fn lengthened(&self, long: &LongContextStage) -> ModelConfig {
+        let present = self.max_position_embeddings;
+        let original = self
+            .rope_scaling
+            .as_ref()
+            .map_or(present, |yarn| yarn.original_max_position_embeddings);
+        let longest = (present as f64 * long.factor).round() as usize;
+        let yarn = RopeScaling {
+            kind: "yarn".to_string(),
+            factor: longest as f64 / original as f64,
+            original_max_position_embeddings: original,
+            beta_fast: long.beta_fast,
+            beta_slow: long.beta_slow,
+            mscale: long.mscale,
+            mscale_all_dim: long.mscale,
+        };
+        ModelConfig { rope_scaling: Some(yarn), max_position_embeddings: longest, ..self.clone() }
+    }
+}
+
+/// The model in a folder that a person names: a run's export, or the folder itself.
+pub fn model_folder(folder: &Path) -> PathBuf {
+    let export = folder.join("export");
+    if folder.join("journal.jsonl").exists() && export.exists() {
+        export
+    } else {
+        folder.to_path_buf()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn smoke(assignments: &[&str]) -> RunConfig {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
+        let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
+        RunConfig::load(&path, &assignments).unwrap().config
+    }
+
+    fn positions(model: &ModelConfig) -> (usize, Option<(f64, usize)>) {
+        let yarn = model.rope_scaling.as_ref();
+        let yarn = yarn.map(|yarn| (yarn.factor, yarn.original_max_position_embeddings));
+        (model.max_position_embeddings, yarn)
+    }
+
+    #[test]
+    fn a_second_extension_multiplies_the_factor_over_the_same_original_length() {
+        let config = smoke(&[]);
+        let long = config.stages.iter().find_map(|stage| match &stage.kind {
+            StageKind::LongContext(long) => Some(long.clone()),
+            _ => None,
+        });
+        let (long, mut model) = (long.unwrap(), config.model.clone());
+        (model.max_position_embeddings, model.rope_scaling) = (100, None);
+        let once = model.lengthened(&LongContextStage { factor: 2.0, ..long.clone() });
+        assert_eq!(positions(&once), (200, Some((2.0, 100))));
+        let twice = once.lengthened(&LongContextStage { factor: 1.5, ..long });
+        assert_eq!(positions(&twice), (300, Some((3.0, 100))));
+    }
+
+    #[test]
+    fn a_stage_that_starts_from_a_folder_has_its_positions() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut saved = smoke(&[]).model;
+        saved.max_position_embeddings = 48;
+        let text = serde_json::to_string(&saved).unwrap();
+        std::fs::write(folder.path().join("config.json"), text).unwrap();
+        let mut config = smoke(&[]);
+        let long = config.stages.iter().position(|s| s.kind.name() == "long-context").unwrap();
+        let StageKind::LongContext(stage) = &config.stages[long].kind else { unreachable!() };
+        let factor = stage.factor;
+        config.stages[long].start_from = Some(folder.path().to_str().unwrap().to_string());
+        let model = |index| config.stage_model(Path::new("/"), index).unwrap();
+        assert_eq!(positions(&model(0)), (config.model.max_position_embeddings, None));
+        let longest = (48.0 * factor) as usize;
+        assert_eq!(positions(&model(long)), (longest, Some((factor, 48))));
+        assert_eq!(positions(&model(long + 1)), positions(&model(long)), "handed on");
+    }
+}

@@ -96,6 +96,7 @@ pub fn train_step(
         tokens,
         seconds: began.elapsed().as_secs_f64(),
         micro_batch,
+        memory_high_water: trainee.kernels.arena().high_water(),
         skipped,
         policy_version: 0,
         expert_load: mean_load(&routings),

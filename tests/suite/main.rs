@@ -1,6 +1,7 @@
 //! The suite: one binary, one module per capability.
 
 mod tiny;
+mod training;
 
 mod end_to_end;
 mod engine;

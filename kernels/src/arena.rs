@@ -48,11 +48,9 @@ impl Kind {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owner(u32);
 
-/// The arena's budget would be exceeded.
+/// The arena's budget would be exceeded, or the system has no more memory.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "memory: {owner} asks for {asked} bytes, {held} of {budget} are held; raise engine.budget or offload more"
-)]
+#[error("memory: {owner} asks for {asked} bytes, {held} {}", reason(*.budget))]
 pub struct OutOfMemory {
     /// Role and kind of the asking owner.
     pub owner: String,
@@ -60,8 +58,19 @@ pub struct OutOfMemory {
     pub asked: u64,
     /// Bytes held by all owners.
     pub held: u64,
-    /// The budget in bytes.
-    pub budget: u64,
+    /// The budget in bytes; absent if the system refused.
+    pub budget: Option<u64>,
+}
+
+fn reason(budget: Option<u64>) -> String {
+    match budget {
+        Some(budget) => {
+            format!("of {budget} are held; raise engine.budget or offload more")
+        }
+        None => "are held, and the system gives no more; lower a batch, offload more, or \
+                 free memory"
+            .to_string(),
+    }
 }
 
 /// Makes buffers and counts them. Clones share one count.
@@ -201,7 +210,7 @@ impl State {
             self.trim();
         }
         let budget = self.budget.unwrap_or(u64::MAX);
-        let refuse = |held| {
+        let refuse = |held, budget| {
             let holding = &self.owners[owner.0 as usize];
             OutOfMemory {
                 owner: format!("{} {:?}", holding.role, holding.kind).to_lowercase(),
@@ -211,9 +220,9 @@ impl State {
             }
         };
         if self.held + size as u64 > budget {
-            return Err(refuse(self.held));
+            return Err(refuse(self.held, Some(budget)));
         }
-        let mapping = Mapping::new(size).ok_or_else(|| refuse(self.held))?;
+        let mapping = Mapping::new(size).ok_or_else(|| refuse(self.held, None))?;
         self.held += size as u64;
         self.high_water = self.high_water.max(self.held);
         Ok(mapping)

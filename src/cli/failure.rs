@@ -57,7 +57,7 @@ mod tests {
     #[test]
     fn lack_of_memory_and_disk_ends_with_4() {
         let memory =
-            OutOfMemory { owner: "policy/weights".to_string(), asked: 2, held: 1, budget: 2 };
+            OutOfMemory { owner: "policy/weights".to_string(), asked: 2, held: 1, budget: Some(2) };
         assert_eq!(exit_code(&anyhow::Error::new(memory).context("train")), 4);
         let disk: anyhow::Result<()> =
             Err(IoError::from(ErrorKind::StorageFull)).context("failed to write a shard");

@@ -155,7 +155,7 @@ impl HybridEngine {
         let began = Instant::now();
         let (mut bytes_out, mut bytes_in) = (0, 0);
         if phase != self.phase {
-            self.leave()?;
+            bytes_out += self.leave()?;
             self.phase = phase;
             bytes_out += self.park()?;
             self.kernels.arena().trim();
@@ -176,7 +176,7 @@ impl HybridEngine {
         self.expect_phase(Phase::Score, "score")?;
         let form = self.form;
         if self.working.scored.as_ref().is_none_or(|(role, ..)| *role != job.role) {
-            self.unload_scored();
+            self.unload_scored()?;
             let kernels = self.kernels.as_ref();
             let resident = match &job.role {
                 Role::Policy => self.policy.as_mut(),
@@ -262,7 +262,7 @@ impl HybridEngine {
     /// Writes the policy (and its moments) into an existing folder.
     pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
         // A scored policy lends its weights to the scoring.
-        self.unload_scored();
+        self.unload_scored()?;
         let kernels = self.kernels.as_ref();
         let Some(policy) = self.policy.as_mut() else {
             bail!("no model is loaded that could be saved")
@@ -336,11 +336,11 @@ impl HybridEngine {
         self.policy.as_ref().map(|p| &p.model.config)
     }
 
-    /// Drops the phase's memory.
-    fn leave(&mut self) -> Result<()> {
-        self.unload_scored();
+    /// Drops the phase's memory. Returns the bytes moved off the device.
+    fn leave(&mut self) -> Result<u64> {
+        let bytes = self.unload_scored()?;
         self.working = Working::default();
-        Ok(())
+        Ok(bytes)
     }
 
     /// Moves off the device what `engine.offload` names and no phase is using. Returns the bytes moved.
@@ -363,18 +363,15 @@ impl HybridEngine {
         Ok(bytes)
     }
 
-    fn unload_scored(&mut self) {
-        if let Some((role, params, packed)) = self.working.scored.take() {
-            drop(packed);
-            let resident = if role == Role::Policy {
-                self.policy.as_mut()
-            } else {
-                self.others.get_mut(&role)
-            };
-            resident.expect("a scored model is held").weights.put(params.slab);
-            // A reward model or reference makes room for the next one at once.
-            let _ = self.park();
-        }
+    /// Puts back the model that was scored last. Returns the bytes moved off the device.
+    fn unload_scored(&mut self) -> Result<u64> {
+        let Some((role, params, packed)) = self.working.scored.take() else { return Ok(0) };
+        drop(packed);
+        let resident =
+            if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
+        resident.expect("a scored model is held").weights.put(params.slab);
+        // A reward model or reference makes room for the next one at once.
+        self.park()
     }
 
     fn pack_policy(&mut self, pack: PackFor) -> Result<()> {

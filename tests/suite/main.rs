@@ -1,9 +1,14 @@
 //! The suite: one binary, one module per capability.
 
+mod runs;
 mod tiny;
 
+mod alignment;
+mod budget;
 mod end_to_end;
 mod engine;
+mod faults;
 mod model;
 mod oracle;
+mod signals;
 mod tidy;

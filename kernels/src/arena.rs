@@ -63,14 +63,10 @@ pub struct OutOfMemory {
 }
 
 fn reason(budget: Option<u64>) -> String {
-    match budget {
-        Some(budget) => {
-            format!("of {budget} are held; raise engine.budget or offload more")
-        }
-        None => "are held, and the system gives no more; lower a batch, offload more, or \
-                 free memory"
-            .to_string(),
-    }
+    let Some(budget) = budget else {
+        return "are held, and the system gives no more; lower a batch or offload more".into();
+    };
+    format!("of {budget} are held; raise engine.budget or offload more")
 }
 
 /// Makes buffers and counts them. Clones share one count.
@@ -212,12 +208,8 @@ impl State {
         let budget = self.budget.unwrap_or(u64::MAX);
         let refuse = |held, budget| {
             let holding = &self.owners[owner.0 as usize];
-            OutOfMemory {
-                owner: format!("{} {:?}", holding.role, holding.kind).to_lowercase(),
-                asked: size as u64,
-                held,
-                budget,
-            }
+            let owner = format!("{} {:?}", holding.role, holding.kind).to_lowercase();
+            OutOfMemory { owner, asked: size as u64, held, budget }
         };
         if self.held + size as u64 > budget {
             return Err(refuse(self.held, Some(budget)));

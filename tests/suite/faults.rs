@@ -2,14 +2,16 @@
 //! code of the contract, and nothing written or lost.
 
 use crate::runs::{
-    check_each_step_once, check_refused, check_says, contents, copy, done, events, finished,
-    rehearsal, said, smoke, smoke_with, wait_for, weights,
+    check_each_step_once, check_refused, check_same, check_says, contents, copy, done, events,
+    finished, rehearsal, said, smoke, smoke_with, wait_for, weights,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use tempfile::TempDir;
+
+const SMOKE: &str = "configs/smoke.toml";
 
 #[test]
 fn bad_input_ends_with_2_or_4_a_place_and_a_way_out() {
@@ -19,12 +21,14 @@ fn bad_input_ends_with_2_or_4_a_place_and_a_way_out() {
     damage(&truncated.join("model-00001-of-00001.safetensors"), truncate);
     let long = "swap, rotate: p u n k ".repeat(200);
     let export = finished().join("export");
+    let new = folder.path().join("run");
+    let new = new.to_str().unwrap();
     let (run, export) = (finished().to_str().unwrap(), export.to_str().unwrap());
     let (truncated, none) = (truncated.to_str().unwrap(), folder.path().to_str().unwrap());
     let cases: [(&[&str], i32, &str); 6] = [
-        (&["run", "configs/smoke.toml", "--set", "seeed=1"], 2, "seed"),
-        (&["run", "configs/smoke.toml", "--set", "engine.budget=\"100 KiB\""], 4, "budget"),
-        (&["run", "configs/smoke.toml", "--out", run, "--seed", "9"], 2, "--fresh"),
+        (&["run", SMOKE, "--out", new, "--set", "seeed=1"], 2, "seed"),
+        (&["run", SMOKE, "--out", new, "--set", "engine.budget=\"100 KiB\""], 4, "budget"),
+        (&["run", SMOKE, "--out", run, "--seed", "9"], 2, "--fresh"),
         (&["generate", export, "--prompt", &long], 2, "context"),
         (&["generate", truncated, "--prompt", "x"], 2, "safetensors"),
         (&["generate", none, "--prompt", "x"], 2, "config.json"),
@@ -32,6 +36,7 @@ fn bad_input_ends_with_2_or_4_a_place_and_a_way_out() {
     for (arguments, code, text) in cases {
         check_refused(rehearsal(arguments), code, &[text]);
     }
+    assert!(!Path::new(new).exists());
 }
 
 #[test]
@@ -95,14 +100,20 @@ fn a_fresh_start_refuses_a_folder_that_is_no_run_and_keeps_what_is_in_it() {
     let out = folder.path().join("photos");
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("one.jpg"), "a picture").unwrap();
-    let before = contents(folder.path());
+    let before = contents(&out);
     check_refused(smoke(&out, &["--fresh"]), 2, &["photos", "is no run folder", "--out"]);
-    assert_eq!(contents(folder.path()), before);
+    check_same(&contents(&out), &before);
 
     let run = folder.path().join("run");
     copy(finished(), &run);
     done(smoke(&run, &["--fresh"]));
-    assert_eq!(contents(&folder.path().join("run.old-1")), contents(finished()));
+    let mut aside = contents(&folder.path().join("run.old-1"));
+    let mut expected = contents(finished());
+    // The lock names the last process that held it.
+    for files in [&mut aside, &mut expected] {
+        files.remove(Path::new("lock"));
+    }
+    check_same(&aside, &expected);
     assert!(weights(&run) == weights(finished()));
 }
 
@@ -113,9 +124,9 @@ fn a_finished_run_that_is_resumed_ends_at_once_and_changes_no_byte() {
     copy(finished(), &out);
     let output = done(smoke(&out, &["--resume"]));
     assert!(String::from_utf8_lossy(&output.stdout).contains("is finished"));
-    assert_eq!(contents(folder.path()), contents(finished().parent().unwrap()));
+    check_same(&contents(&out), &contents(finished()));
     check_refused(smoke(&out, &[]), 2, &["finished", "--fresh"]);
-    assert_eq!(contents(folder.path()), contents(finished().parent().unwrap()));
+    check_same(&contents(&out), &contents(finished()));
 }
 
 fn flip(bytes: &mut Vec<u8>) {
@@ -178,7 +189,7 @@ fn damage_that_leaves_no_checkpoint_is_refused_and_nothing_is_lost() {
     let before = contents(&out.join("checkpoints"));
     let places = ["000001-base-5/model.safetensors", "000002-base-10/model.safetensors", "--fresh"];
     check_refused(smoke(&out, &["--resume"]), 2, &places);
-    assert_eq!(contents(&out.join("checkpoints")), before);
+    check_same(&contents(&out.join("checkpoints")), &before);
 }
 
 #[test]
@@ -267,7 +278,7 @@ fn a_full_disk_ends_with_4_and_the_run_goes_on_when_there_is_room() {
     let before = contents(&out.join("checkpoints"));
     assert!(!before.is_empty(), "what was committed is there");
     check_refused(smoke(&out, &["--resume"]), 4, &["of disk", "0 B are free", "make room"]);
-    assert_eq!(contents(&out.join("checkpoints")), before);
+    check_same(&contents(&out.join("checkpoints")), &before);
 
     std::fs::remove_file(disk.ballast()).unwrap();
     done(smoke(&out, &["--resume"]));

@@ -103,6 +103,14 @@ pub fn contents(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     found
 }
 
+/// Two folders have the same files with the same bytes.
+pub fn check_same(one: &BTreeMap<PathBuf, Vec<u8>>, other: &BTreeMap<PathBuf, Vec<u8>>) {
+    let names: BTreeSet<_> = one.keys().chain(other.keys()).collect();
+    let differing: Vec<_> =
+        names.into_iter().filter(|name| one.get(*name) != other.get(*name)).collect();
+    assert!(differing.is_empty(), "these files differ: {differing:?}");
+}
+
 /// Copies a folder with all that is in it.
 pub fn copy(from: &Path, to: &Path) {
     for (name, bytes) in contents(from) {

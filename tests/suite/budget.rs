@@ -25,8 +25,9 @@ use tempfile::TempDir;
 const MIB: u64 = 1 << 20;
 
 /// What a process needs beside its arenas: 16 MiB of stack of the device's thread, 2 MiB for each
-/// of the other threads (two of kernels, the actors' arbiter, the blocking pool of tokio), and the
-/// heap: the data sets of the smoke run, its tokenizer, journal and messages (about 12 MiB).
+/// of the other threads (two of kernels, two of the tokenizer's, the actors' arbiter, the blocking
+/// pool of tokio), and the heap: the data sets of the smoke run, its tokenizer, journal and messages
+/// (about 12 MiB).
 const BASE: u64 = 48 * MIB;
 
 /// The budget of the tests below.
@@ -43,7 +44,8 @@ fn large_batches(out: &Path) -> Command {
         "stage.base.batch_start=256",
     ];
     let mut command = smoke_with(out, &set);
-    command.args(["--threads", "2"]);
+    // The tokenizer's library starts a thread for every core if it is not told otherwise.
+    command.args(["--threads", "2"]).env("RAYON_NUM_THREADS", "2");
     command
 }
 
@@ -53,6 +55,7 @@ fn limited(command: &Command, bytes: u64) -> Command {
     limited.arg("-c").arg(format!("ulimit -d {} && exec \"$0\" \"$@\"", bytes / 1024));
     limited.arg(command.get_program()).args(command.get_args());
     limited.current_dir(command.get_current_dir().unwrap());
+    limited.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
     limited
 }
 
@@ -64,12 +67,13 @@ fn a_run_keeps_its_budget_under_a_limit_of_the_system() {
     let high_water = |step: &serde_json::Value| step["memory_high_water"].as_u64().unwrap();
     let peak = steps(&out).iter().map(high_water).max().unwrap();
     assert!(peak <= BUDGET, "{peak} bytes in a budget of {BUDGET}");
-    assert!(peak > BUDGET - BASE, "the run must need more than base and half of its budget");
+    assert!(peak > BUDGET / 4 * 3, "{peak} bytes: the run must need most of its budget");
 
     // With what the arenas need left out the same command cannot end well: the limit is real.
     let short = folder.path().join("short");
-    let status = limited(&large_batches(&short), BUDGET / 2 + BASE).output().unwrap().status;
-    assert!(!status.success() && !short.join("export").exists(), "{status}");
+    let refused = limited(&large_batches(&short), BUDGET / 2 + BASE);
+    check_refused(refused, 4, &["activations", "the system gives no more"]);
+    assert!(!short.join("export").exists());
 }
 
 /// A model whose weights outweigh its activations: many experts, two of which see a token.

@@ -209,6 +209,7 @@ fn a_damaged_model_of_a_finished_stage_is_refused_by_the_stage_that_starts_from_
 struct SmallDisk {
     holder: Child,
     path: PathBuf,
+    bytes: u64,
 }
 
 impl SmallDisk {
@@ -224,24 +225,22 @@ impl SmallDisk {
         let mut line = String::new();
         BufReader::new(holder.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let path = PathBuf::from(format!("/proc/{}/root{}", holder.id(), place.display()));
-        let disk = SmallDisk { holder, path };
-        if line.trim() != "ready" {
+        let disk = SmallDisk { holder, path, bytes };
+        if line.trim() != "ready" || std::fs::read_dir(&disk.path).is_err() {
             eprintln!("skipped: this system lets nobody mount a disk in a namespace of his own");
             return None;
         }
         Some(disk)
     }
 
-    /// Takes all room that is left.
-    fn fill(&self) {
+    /// Takes all room but so many bytes.
+    fn fill_but(&self, left: u64) {
         let mut ballast = std::fs::File::create(self.ballast()).unwrap();
-        let full = loop {
-            match ballast.write(&[0; 4096]) {
-                Ok(_) => {}
-                Err(error) => break error,
-            }
-        };
+        // No more than the small disk holds, so that a mistake here fills no other one.
+        let mut writes = (0..=self.bytes / 4096).map(|_| ballast.write(&[0; 4096]));
+        let full = writes.find_map(Result::err).expect("a small disk gets full");
         assert_eq!(full.kind(), ErrorKind::StorageFull, "{full}");
+        ballast.set_len(ballast.metadata().unwrap().len() - left).unwrap();
     }
 
     fn ballast(&self) -> PathBuf {
@@ -265,20 +264,24 @@ fn a_full_disk_ends_with_4_and_the_run_goes_on_when_there_is_room() {
     let mut command = smoke(&out, &[]);
     let mut run = command.stderr(Stdio::piped()).spawn().unwrap();
     wait_for(&mut run, &out, "commit");
-    // Held where it is, so that it cannot finish while the disk is being filled.
+    // Held where it is, so that it cannot finish while the disk is being filled. What is left takes
+    // the journal's lines, but no checkpoint.
     let pid = Pid::from_child(&run);
     kill_process(pid, Signal::STOP).unwrap();
-    disk.fill();
+    disk.fill_but(128 << 10);
     kill_process(pid, Signal::CONT).unwrap();
     let output = run.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(4), "{}", said(&output));
-    check_says(&output, &["no room left", out.to_str().unwrap(), "free some space", "--resume"]);
+    let place = out.join("checkpoints");
+    check_says(&output, &["no room left", place.to_str().unwrap(), "free some space", "--resume"]);
+    let end = events(&out, "end").pop().unwrap();
+    assert!(end["reason"].as_str().unwrap().contains("No space left on device"), "{end}");
     assert!(events(&out, "commit").len() < events(finished(), "commit").len());
 
-    let before = contents(&out.join("checkpoints"));
+    let before = contents(&place);
     assert!(!before.is_empty(), "what was committed is there");
-    check_refused(smoke(&out, &["--resume"]), 4, &["of disk", "0 B are free", "make room"]);
-    check_same(&contents(&out.join("checkpoints")), &before);
+    check_refused(smoke(&out, &["--resume"]), 4, &["MiB of disk", "KiB are free", "make room"]);
+    check_same(&contents(&place), &before);
 
     std::fs::remove_file(disk.ballast()).unwrap();
     done(smoke(&out, &["--resume"]));

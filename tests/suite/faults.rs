@@ -129,19 +129,22 @@ fn a_finished_run_that_is_resumed_ends_at_once_and_changes_no_byte() {
     check_same(&contents(&out), &contents(finished()));
 }
 
-fn flip(bytes: &mut Vec<u8>) {
+/// What can happen to a file.
+type Damage = fn(Vec<u8>) -> Vec<u8>;
+
+fn flip(mut bytes: Vec<u8>) -> Vec<u8> {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x10;
+    bytes
 }
 
-fn truncate(bytes: &mut Vec<u8>) {
+fn truncate(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes.truncate(bytes.len() / 2);
+    bytes
 }
 
-fn damage(path: &Path, how: fn(&mut Vec<u8>)) {
-    let mut bytes = std::fs::read(path).unwrap();
-    how(&mut bytes);
-    std::fs::write(path, bytes).unwrap();
+fn damage(path: &Path, how: Damage) {
+    std::fs::write(path, how(std::fs::read(path).unwrap())).unwrap();
 }
 
 /// A run that was killed here.
@@ -158,7 +161,7 @@ fn a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used() {
     killed_at("mid-gradient:13", &killed);
     let newest = Path::new("checkpoints/000002-base-10");
     for (name, file, how) in [
-        ("flipped", "model.safetensors", flip as fn(&mut Vec<u8>)),
+        ("flipped", "model.safetensors", flip as Damage),
         ("truncated", "optimizer.safetensors", truncate),
         ("manifest", "manifest.json", flip),
     ] {
@@ -180,7 +183,7 @@ fn damage_that_leaves_no_checkpoint_is_refused_and_nothing_is_lost() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
     killed_at("mid-gradient:13", &out);
-    for (name, how) in [("000001-base-5", flip as fn(&mut Vec<u8>)), ("000002-base-10", truncate)] {
+    for (name, how) in [("000001-base-5", flip as Damage), ("000002-base-10", truncate)] {
         let checkpoint = out.join("checkpoints").join(name);
         damage(&checkpoint.join("model.safetensors"), how);
         let generate = rehearsal(&["generate", checkpoint.to_str().unwrap(), "--prompt", "x"]);

@@ -55,6 +55,8 @@ pub struct Direction {
     desk: Arc<Desk>,
     /// Number of the next request.
     numbers: Cell<u64>,
+    /// Steps computed so far, those that the journal had already included.
+    computed_steps: Cell<u64>,
     /// Phase of the device, and what it held when it got there.
     phase: RefCell<Option<(Phase, PhaseReport)>>,
 }
@@ -71,8 +73,9 @@ impl Director {
         // Requests of a director that died must not be taken for this one's.
         let numbers = Cell::new(post.generation() << 32);
         let desk = Arc::clone(post.desk());
+        let (computed_steps, phase) = (Cell::new(0), RefCell::default());
         let direction =
-            Direction { config, folders, ports, stop, desk, numbers, phase: RefCell::default() };
+            Direction { config, folders, ports, stop, desk, numbers, computed_steps, phase };
         Director { post, direction: Rc::new(direction) }
     }
 }
@@ -138,6 +141,8 @@ impl Direction {
         let export = matches!(outcome, Outcome::Done).then(|| self.folders.run.join("export"));
         let end =
             Event::new("end").with("state", state).with("reason", reason).with("export", export);
+        // More than the new steps in the journal: what a resume had to compute again.
+        let end = end.with("computed_steps", self.computed_steps.get());
         match (self.record(end).await, outcome) {
             // The journal's failure is news only if there is no earlier one.
             (Err(failure), Outcome::Done | Outcome::Timed(_) | Outcome::Stopped(_)) => {
@@ -281,6 +286,7 @@ impl Direction {
         let (mut not_finite, mut is_due) = (0, false);
         while at.step < at.steps {
             let (report, event) = self.step(at).await?;
+            self.computed_steps.set(self.computed_steps.get() + 1);
             at.step += 1;
             at.version = report.policy_version;
             self.record(event).await?;

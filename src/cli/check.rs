@@ -3,8 +3,11 @@
 use super::check_report::CheckReport;
 use super::command::{Threads, cores};
 use super::output::{say, say_json};
+use crate::checkpoint::TensorFolder;
 use crate::config::{ConfigError, Fault, Loaded, RunConfig, load_model};
 use crate::data::{Tokenizer, check_set};
+use crate::engine::resident::check_weights;
+use crate::model::Layout;
 use anyhow::Result;
 use clap::Args;
 use std::collections::BTreeMap;
@@ -145,7 +148,8 @@ fn check_tokenizer(loaded: &Loaded) -> Result<()> {
 }
 
 /// Folders that stages start from hold a model, or a run that exported one.
-fn check_starts(loaded: &Loaded) -> Result<(), ConfigError> {
+/// Refuses a start folder without a model, or with one that is not the run's.
+fn check_starts(loaded: &Loaded) -> Result<()> {
     let stages = &loaded.config.stages;
     for (index, stage) in stages.iter().enumerate() {
         let Some(start) = stage
@@ -155,15 +159,21 @@ fn check_starts(loaded: &Loaded) -> Result<(), ConfigError> {
         else {
             continue;
         };
+        let fault = |text: String| {
+            let text = format!("stage {} starts from {start:?}, {text}", stage.name);
+            loaded.fault(&["stage", &index.to_string(), "start_from"], text)
+        };
         let folder = loaded.resolve(start);
-        let holds = |file: &str| folder.join(file).is_file();
-        if !holds("config.json") && !holds("export/config.json") {
-            let text = format!(
-                "stage {} starts from {start:?}, a folder without config.json and no finished run; name a checkpoint",
-                stage.name
-            );
-            return Err(loaded.fault(&["stage", &index.to_string(), "start_from"], text));
-        }
+        let holds = |folder: &Path| folder.join("config.json").is_file();
+        let candidates = [folder.clone(), folder.join("export")];
+        let Some(folder) = candidates.iter().find(|folder| holds(folder)) else {
+            let text = "a folder without config.json and no finished run; name a checkpoint";
+            return Err(fault(text.to_string()).into());
+        };
+        let layout = Layout::new(&loaded.config.model, false);
+        TensorFolder::open(folder)
+            .and_then(|tensors| check_weights(&layout, &tensors, folder))
+            .map_err(|error| fault(format!("which does not fit: {error:#}")))?;
     }
     Ok(())
 }

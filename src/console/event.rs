@@ -13,7 +13,8 @@
 //!     optionally `replies` (list of `{prompt, text, answer, score}`)
 //!   * `commit`: `folder`; `rejected`: `folder`, `reason`; `restart`: `actor`, `reason`; `note`:
 //!     `text`
-//!   * `end`: `state` (`finished`, `stopped`, `failed`), `reason`, `export`
+//!   * `end`: `state` (`finished`, `stopped`, `failed`), `reason`, `export`, `computed_steps` (steps
+//!     computed since the start or resume, those that the journal had already included)
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};

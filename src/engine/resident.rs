@@ -8,8 +8,8 @@ use crate::checkpoint::{
 };
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
-use crate::model::{Params, Transformer};
-use anyhow::{Context, Result, bail};
+use crate::model::{Layout, Params, Transformer};
+use anyhow::{Context, Result};
 use rehearsal_kernels::{Kernels, Kind, Slab};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -82,33 +82,45 @@ impl Resident {
     }
 }
 
-/// Fills `params` from the tensors of `folder`; every tensor must be there in its shape, and none too many.
+/// Fills `params` from the tensors of `folder`; a scalar head that is not there stays zero.
 fn load_weights(kernels: &dyn Kernels, params: &mut Params, folder: &Path) -> Result<()> {
     let tensors = TensorFolder::open(folder)?;
     let layout = params.layout.clone();
-    let known = |name: &str| name == "score.weight" || layout.specs.iter().any(|s| s.name == name);
+    check_weights(&layout, &tensors, folder)?;
+    params.load(kernels, |spec| match tensors.shape(&spec.name) {
+        Some(_) => tensors.read_f32(&spec.name),
+        None => Ok(vec![0.0; spec.rows * spec.cols]),
+    })
+}
+
+/// Refuses weights that are not those of `layout`: every tensor must be there in its shape, and none too many. The
+/// scalar head alone may be missing, or left over.
+pub fn check_weights(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> Result<()> {
+    const HEAD: &str = "score.weight";
+    let fault = |text: String| Err(Fault::user(format!("{}: {text}", folder.display())));
+    let known = |name: &str| name == HEAD || layout.specs.iter().any(|s| s.name == name);
     if let Some(extra) = tensors.names().iter().find(|name| !known(name)) {
         let wanted = layout.specs.len();
-        bail!(Fault::User(format!(
-            "{}: tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights",
-            folder.display()
-        )));
+        return fault(format!(
+            "tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights"
+        ));
     }
-    params.load(kernels, |spec| {
-        let Some(shape) = tensors.shape(&spec.name) else {
-            if spec.name == "score.weight" {
-                return Ok(vec![0.0; spec.rows * spec.cols]);
+    for spec in layout.specs.iter() {
+        match tensors.shape(&spec.name) {
+            Some(shape) if shape != spec.shape() => {
+                return fault(format!(
+                    "tensor {} has shape {shape:?}, the config wants {:?}; check [model] against the weights",
+                    spec.name,
+                    spec.shape()
+                ));
             }
-            bail!(Fault::User(format!("{}: tensor {} is missing", folder.display(), spec.name)));
-        };
-        if shape != spec.shape() {
-            bail!(Fault::User(format!(
-                "{}: tensor {} has shape {shape:?}, the config wants {:?}; check [model] against the weights",
-                folder.display(), spec.name, spec.shape()
-            )));
+            None if spec.name != HEAD => {
+                return fault(format!("tensor {} is missing", spec.name));
+            }
+            _ => {}
         }
-        tensors.read_f32(&spec.name)
-    })
+    }
+    Ok(())
 }
 
 fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {

@@ -1,10 +1,15 @@
 //! The suite: one binary, one module per capability.
 
+mod runs;
 mod tiny;
 mod training;
 
+mod alignment;
+mod budget;
 mod end_to_end;
 mod engine;
+mod faults;
 mod model;
 mod oracle;
+mod signals;
 mod tidy;

@@ -9,7 +9,7 @@
 //! Measurements of the process's own memory run in a process of their own: this test binary again,
 //! with one test and a variable that says so.
 
-use crate::runs::{check_refused, done, rehearsal, smoke_with, steps, weights};
+use crate::runs::{check_refused, done, finished, rehearsal, smoke_with, steps, weights};
 use crate::tiny::config;
 use rehearsal::config::engine::AttentionForm;
 use rehearsal::config::stage::OptimizerConfig;
@@ -69,11 +69,27 @@ fn a_run_keeps_its_budget_under_a_limit_of_the_system() {
     assert!(peak <= BUDGET, "{peak} bytes in a budget of {BUDGET}");
     assert!(peak > BUDGET / 4 * 3, "{peak} bytes: the run must need most of its budget");
 
-    // With what the arenas need left out the same command cannot end well: the limit is real.
-    let short = folder.path().join("short");
-    let refused = limited(&large_batches(&short), BUDGET / 2 + BASE);
-    check_refused(refused, 4, &["activations", "the system gives no more"]);
-    assert!(!short.join("export").exists());
+    // Where the system gives less, steps go through in smaller parts, to the same bits.
+    let tight = folder.path().join("tight");
+    done(limited(&large_batches(&tight), BUDGET / 2 + BASE));
+    let at_once = |run: &Path| steps(run)[0]["micro_batch"].as_u64().unwrap();
+    assert!(at_once(&tight) < at_once(&out), "the limit is real");
+    assert!(weights(&tight) == weights(&out));
+}
+
+#[test]
+fn a_budget_makes_parts_smaller_and_changes_no_bit() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("tight");
+    let budget = format!("engine.budget={}", 5 * MIB / 2);
+    done(smoke_with(&out, &[&budget]));
+    let parts = |run: &Path| -> Vec<u64> {
+        steps(run).iter().map(|step| step["micro_batch"].as_u64().unwrap()).collect()
+    };
+    assert!(parts(&out).iter().zip(parts(finished())).any(|(few, all)| *few < all));
+    let high_water = |step: &serde_json::Value| step["memory_high_water"].as_u64().unwrap();
+    assert!(steps(&out).iter().all(|step| high_water(step) <= 5 * MIB / 2));
+    assert!(weights(&out) == weights(finished()));
 }
 
 /// A model whose weights outweigh its activations: many experts, two of which see a token.

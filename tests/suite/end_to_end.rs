@@ -1,6 +1,8 @@
 //! Whole runs through the binary: every stage kind, equal bytes, and kills that change none.
 
-use crate::runs::{check_each_step_once, done, events, finished, smoke, steps, weights};
+use crate::runs::{
+    check_each_step_once, done, events, finished, smoke, smoke_with, steps, weights,
+};
 use rehearsal_kernels::random::{self, Stream};
 use serde_json::Value;
 use std::collections::BTreeSet;
@@ -27,15 +29,24 @@ fn a_run_goes_through_every_kind_of_stage_and_exports() {
             assert!(step[key].is_number(), "{key}");
         }
     }
-    let overlaps = |step: &Value| {
-        let [judge, generate] = ["judge", "generate"].map(|name| &step["intervals"][name]);
-        judge[0].as_f64().zip(generate[1].as_f64()).is_some_and(|(begins, ends)| begins < ends)
-    };
-    assert!(steps(run).iter().any(overlaps), "scoring begins before generation ends");
     for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
     {
         assert!(run.join("export").join(file).exists(), "{file}");
     }
+}
+
+#[test]
+fn a_finished_group_is_scored_while_others_are_generated() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    // The four samples of a group at a time: the first group is whole long before the last one begins.
+    done(smoke_with(&out, &["engine.decode_batch=4"]));
+    let overlaps = |step: &Value| {
+        let [judge, generate] = ["judge", "generate"].map(|name| &step["intervals"][name]);
+        judge[0].as_f64().zip(generate[1].as_f64()).is_some_and(|(begins, ends)| begins < ends)
+    };
+    assert!(steps(&out).iter().any(overlaps), "scoring begins before generation ends");
+    assert!(weights(&out) == weights(finished()), "the batch mix changes no bit");
 }
 
 #[test]

@@ -58,19 +58,19 @@ impl Direction {
             prompts,
             policy_version,
         };
-        let generated = ports.generate.ask(request).await?;
+        let generated = self.ask(&ports.generate, request).await?;
 
         enter_seconds += self.enter(Phase::Score).await?.seconds;
         let scoring = Instant::now();
         let request =
             ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
-        let scored = ports.score.ask(request).await?;
+        let scored = self.ask(&ports.score, request).await?;
         let score_seconds = scoring.elapsed().as_secs_f64();
 
         let entered = self.enter(Phase::Train).await?;
         enter_seconds += entered.seconds;
         let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
-        let report = ports.update.ask(request).await?;
+        let report = self.ask(&ports.update, request).await?;
 
         let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
         Ok(Aligned {

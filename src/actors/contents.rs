@@ -213,6 +213,8 @@ pub enum FailureKind {
     Device,
     /// An actor did not answer, or was stopped.
     Actor,
+    /// The work was wanted by a Director that has died since.
+    Stale,
     /// Three steps in a row had no finite loss or gradient.
     NotFinite,
     /// Anything else.

@@ -65,6 +65,62 @@ fn a_director_checkpointer_or_device_that_panics_goes_on_from_the_last_commit() 
 }
 
 #[test]
+fn a_director_that_dies_after_any_of_its_requests_changes_nothing() {
+    let undisturbed = Place::new();
+    let expected = undisturbed.run(&Disturbance::default());
+    let names = |done: &super::Result| done.named("stage-end").len();
+    // Every third of its requests, from the first on, until none is left to die in.
+    for number in (1..).step_by(3) {
+        let inject: &'static str = format!("panic:director:{number}").leak();
+        let place = Place::new();
+        let done = place.run(&Disturbance { inject, ..Disturbance::default() });
+        assert_eq!(done.outcome, Outcome::Done, "{inject}");
+        let witness = done.named("inject");
+        let died = witness.first().and_then(|event| event.text("message"));
+        assert_eq!(done.steps(), all_steps(), "{inject}: {died:?}");
+        assert_eq!(place.weights(), undisturbed.weights(), "{inject}: {died:?}");
+        assert_eq!(names(&done), names(&expected), "{inject}: {died:?}");
+        let rollouts = rollout_keys(&place.run_folder());
+        assert_eq!(rollouts, rollout_keys(&undisturbed.run_folder()), "{inject}: {died:?}");
+        if witness.is_empty() {
+            assert!(number > 60, "the Director sends more than {number} requests");
+            return;
+        }
+        assert_eq!(done.named("restart").len(), usize::from(died != Some("EndRun")), "{inject}");
+    }
+}
+
+#[test]
+fn an_update_that_a_dead_director_wanted_is_refused_however_late_it_comes() {
+    let two_updates = &["stage.align.updates=2"];
+    let undisturbed = Place::new();
+    let expected = undisturbed.run(&Disturbance { set: two_updates, ..Disturbance::default() });
+    let first = expected.calls.iter().filter(|call| call.starts_with("train")).count() - 6 + 1;
+    let place = Place::new();
+    // The first step of the stage: what the next Director prepares is not restored afterwards, so
+    // that a late update would be trained on top of it.
+    let script = Script { late_after_train: Some(first as u64), ..Script::default() };
+    let watched = script.clone();
+    let disturbance = Disturbance {
+        inject: "panic:director:UpdatePolicy:1",
+        script,
+        set: two_updates,
+        ..Disturbance::default()
+    };
+    let done =
+        place.run_visited(&disturbance, |seats| watched.watch(&seats.desk("worker").unwrap()));
+    assert_eq!(done.outcome, Outcome::Done);
+    assert_eq!(place.weights(), undisturbed.weights());
+    let refused = done.named("refused");
+    assert_eq!((refused.len(), refused[0].text("message")), (1, Some("Train")));
+    let reason = refused[0].text("reason").unwrap();
+    assert_eq!(
+        reason,
+        "Train of director 1 came after work of director 2, which has taken its place"
+    );
+}
+
+#[test]
 fn who_waits_for_whom_is_named_when_a_deadline_passes() {
     let place = Place::new();
     let script = Script { stuck_in_train: Some(11), ..Script::default() };

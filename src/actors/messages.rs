@@ -175,7 +175,7 @@ messages! {
         groups: Vec<ScoredGroup>,
         /// The stage's settings.
         settings: GrpoStage,
-    } -> StepReport;
+    } -> PolicyUpdate;
     /// Pretrainer, FineTuner and PolicyUpdater to Worker: one optimizer step.
     Train {
         /// Id of the work.

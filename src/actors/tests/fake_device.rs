@@ -39,6 +39,7 @@ pub struct Script {
     pub late_after_train: Option<u64>,
     pub panic_in_train: Option<u64>,
     pub not_finite_from: Option<u64>,
+    pub not_finite: Vec<u64>,
     pub signal_in_train: Option<(u64, Arc<AtomicI32>)>,
     pub shared: Arc<Shared>,
 }
@@ -276,7 +277,9 @@ impl Device for FakeDevice {
         let digest = hash(&self.weights, &serde_json::to_string(job)?);
         self.call(format!("train {}", blake3::Hash::from(digest).to_hex()));
         let grpo = matches!(job, TrainJob::Grpo { .. }).then(GrpoReport::default);
-        if self.script.not_finite_from.is_some_and(|from| number >= from) {
+        if self.script.not_finite_from.is_some_and(|from| number >= from)
+            || self.script.not_finite.contains(&number)
+        {
             let policy_version = self.state.policy_version;
             return Ok(StepReport {
                 loss: f64::NAN,

@@ -188,3 +188,21 @@ fn three_steps_without_a_finite_loss_roll_back_once_and_then_stop_with_advice() 
     assert!(failed.failure().text.contains("stage \"talk\": steps 1 to 3"), "{:?}", failed.outcome);
     assert_eq!(failed.named("skipped").len(), 6, "no commit was made in the midst of them");
 }
+
+#[test]
+fn a_step_with_one_skipped_update_of_two_is_no_skipped_step() {
+    let place = Place::new();
+    // The second update of each of the three steps of the last stage.
+    let script = Script { not_finite: vec![11, 13, 15], ..Script::default() };
+    let set = &["stage.align.updates=2", "checkpoint.every_steps=1"];
+    let done = place.run(&Disturbance { script, set, ..Disturbance::default() });
+    assert_eq!(done.outcome, Outcome::Done);
+    assert!(done.named("skipped").is_empty() && done.named("rollback").is_empty());
+    for step in done.named("step").iter().filter(|event| event.text("stage") == Some("align")) {
+        let counted = (step.whole("updates"), step.whole("skipped_updates"));
+        assert_eq!(counted, (Some(2), Some(1)));
+        assert_eq!(step.get("skipped").and_then(|skipped| skipped.as_bool()), Some(false));
+    }
+    let commits = done.named("commit").iter().filter(|e| e.text("stage") == Some("align")).count();
+    assert_eq!(commits, 3, "a commit after every step");
+}

@@ -178,8 +178,6 @@ impl Keeper {
             optimizer_step: state.optimizer_step,
             seed: self.config.seed,
             config_identity: self.config.identity(),
-            // Batches and prompts are functions of (seed, stage, step): the step is the cursor.
-            data_cursor: place.step,
             ..Manifest::default()
         }
     }

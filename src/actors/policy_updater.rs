@@ -61,7 +61,6 @@ fn loss_settings(stage: &GrpoStage) -> GrpoSettings {
         ratio_level: stage.ratio_level,
         length_norm: stage.length_norm,
         max_new_tokens: stage.max_new_tokens,
-        deviation: stage.deviation,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::tiny::config;
 use rehearsal::config::engine::AttentionForm;
-use rehearsal::config::stage::{Deviation, LengthNorm, OptimizerConfig, RatioLevel};
+use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
 use rehearsal::config::{Bytes, EngineConfig, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
@@ -261,7 +261,6 @@ fn trainer_and_sampler_agree_and_advantage_moves_the_policy() {
         ratio_level: RatioLevel::Token,
         length_norm: LengthNorm::PerOutput,
         max_new_tokens: 6,
-        deviation: Deviation::Population,
     };
     engine.enter_phase(Phase::Train).unwrap();
     let groups = scored(groups, &[1.4, -0.7, -0.7]);

@@ -118,7 +118,7 @@ mod tests {
         };
         ScoredGroup {
             group: Group { slot: 0, prompt, policy_version: 1, rollouts: vec![rollout] },
-            components: vec![vec![1.0]],
+            components: vec![vec![Some(1.0)]],
             rewards: vec![1.0],
             advantages: vec![0.0],
             reference: Vec::new(),

@@ -232,7 +232,7 @@ fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
         };
         let count = group.rollouts.len();
         ScoredGroup {
-            components: vec![vec![0.0]; count],
+            components: vec![vec![Some(0.0)]; count],
             rewards: vec![0.0; count],
             advantages: advantages.to_vec(),
             reference: Vec::new(),

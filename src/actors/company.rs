@@ -200,6 +200,7 @@ impl Seats {
             bench: setup.bench.clone(),
             injection: Arc::clone(&setup.injection),
             journal_writer: "monitor",
+            deadline: setup.limits.deadline,
         })
     }
 

@@ -32,7 +32,6 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Script {
     pub await_judge: bool,
     pub wrong_slot: bool,
-    pub stuck_in_generate: bool,
     pub stuck_in_train: Option<u64>,
     /// In this update the device waits until the watched worker has taken a `PrepareDevice`, and in
     /// that one until it has taken a `Train`: which comes too late.
@@ -213,9 +212,6 @@ impl Device for FakeDevice {
         let began = Instant::now();
         let mut new_tokens = 0;
         for (number, request) in job.requests.iter().enumerate() {
-            if self.script.stuck_in_generate {
-                self.script.stick();
-            }
             let rollout = |sample: u32| {
                 let key = format!("{} {} {sample} {:?}", job.step, request.prompt, request.tokens);
                 let token = 5 + u32::from(hash(&self.weights, &key)[0]);

@@ -3,7 +3,7 @@
 use super::fake_device::Script;
 use super::{Disturbance, Place, all_steps, rollout_keys};
 use crate::actors::messages::*;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 #[test]
 fn an_actor_that_panics_loses_and_duplicates_nothing() {
@@ -134,26 +134,42 @@ fn who_waits_for_whom_is_named_when_a_deadline_passes() {
 }
 
 #[test]
-fn an_actor_that_is_stopped_by_name_is_named_and_a_busy_one_answers() {
-    let place = Place::new();
-    let script = Script { stuck_in_generate: true, ..Script::default() };
-    let (release, reached) = (script.clone(), script.clone());
-    let failed = place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
-        let (stop, status) = (seats.port_to_stop(), seats.port_to_ask_worker());
-        actix::spawn(async move {
-            reached.reached().await;
-            let pulse = status.ask(AskStatus {}).await.unwrap();
-            assert_eq!(
-                (pulse.state, pulse.last_message.as_deref()),
-                (ActorState::Busy, Some("Generate"))
-            );
-            stop.ask(StopActor { name: "reward-scorer".to_string() }).await.unwrap();
-            release.release();
-        });
-    });
-    let text = &failed.failure().text;
-    assert_eq!(text, "reward-scorer was stopped by name");
-    assert!(failed.named("restart").is_empty());
+fn any_actor_that_is_stopped_by_name_ends_its_work_by_name_and_a_busy_one_answers() {
+    for name in [
+        "supervisor",
+        "director",
+        "pretrainer",
+        "fine-tuner",
+        "rollout-generator",
+        "reward-scorer",
+        "policy-updater",
+        "worker",
+        "checkpointer",
+        "monitor",
+    ] {
+        let place = Place::new();
+        // The device is held in the first update: everybody's work is still to come.
+        let script = Script { stuck_in_train: Some(1), ..Script::default() };
+        let (release, reached) = (script.clone(), script.clone());
+        let began = Instant::now();
+        let failed =
+            place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
+                let (stop, status) = (seats.port_to_stop(), seats.port_to_ask_worker());
+                actix::spawn(async move {
+                    reached.reached().await;
+                    let pulse = status.ask(AskStatus {}).await.unwrap();
+                    assert_eq!(
+                        (pulse.state, pulse.last_message.as_deref()),
+                        (ActorState::Busy, Some("Train"))
+                    );
+                    stop.ask(StopActor { name: name.to_string() }).await.unwrap();
+                    release.release();
+                });
+            });
+        assert_eq!(failed.failure().text, format!("{name} was stopped by name"));
+        assert!(began.elapsed() < Duration::from_secs(30), "{name}: no deadline was waited for");
+        assert!(failed.named("restart").is_empty(), "{name}");
+    }
 }
 
 #[test]

@@ -2,8 +2,8 @@
 //!
 //! A [`Seat`] is an actor's place; the supervisor points it at the actor that holds it now. A
 //! [`Port`] is a seat seen by one asker for one message. `ask` waits for a place in the mailbox and
-//! for the reply, both within one deadline; if the actor dies meanwhile, it waits for the next one
-//! and asks again. Knows no actor by type and no work.
+//! for the reply; if the actor dies meanwhile, it waits for the next one and asks again, all within
+//! one deadline. Knows no actor by type and no work.
 //!
 //! Invariants:
 //!   * nothing is sent past a mailbox's bound, and no wait is without deadline
@@ -25,7 +25,7 @@ use tokio::time::timeout_at;
 pub struct Limits {
     /// Messages in a mailbox or a channel at most.
     pub mailbox: usize,
-    /// How long one attempt of a request may take.
+    /// How long a request may take, all its attempts together.
     pub deadline: Duration,
     /// How often a request is sent at most, counting the first time.
     pub attempts: usize,
@@ -308,9 +308,9 @@ where
     /// Sends a message and waits for the reply.
     pub async fn ask(&self, message: M) -> Result<R, Failure> {
         let _waiting = self.asker.wait_for(self.target.name(), M::NAME);
+        let deadline = tokio::time::Instant::now() + self.limits.deadline;
         let mut lost_with = 0;
         for _ in 0..self.limits.attempts.max(1) {
-            let deadline = tokio::time::Instant::now() + self.limits.deadline;
             let (generation, recipient) = self.holder_after(lost_with, deadline).await?;
             self.target.enqueued();
             match timeout_at(deadline, recipient.send(message.clone())).await {

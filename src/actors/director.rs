@@ -413,7 +413,11 @@ impl Direction {
         let mut asked = Box::pin(port.ask(message));
         if self.hazard.is_due(M::NAME) {
             // The request is on its way; whom it is for takes it while the journal is written.
-            poll_fn(|context| Poll::Ready(drop(asked.as_mut().poll(context)))).await;
+            let send = poll_fn(|context| {
+                let _reply = asked.as_mut().poll(context);
+                Poll::Ready(())
+            });
+            send.await;
             self.hazard.strike(M::NAME).await?;
         }
         asked.await

@@ -72,8 +72,8 @@ pub fn start(request: RunRequest) -> Result<()> {
     }
 }
 
-/// How long the device's thread may take to put away its device; never longer than a request may
-/// take.
+/// How long the actors' thread may take to end, and the device's to put away its device; never
+/// longer than a request may take.
 const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What a company is set up with.
@@ -128,10 +128,13 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     drop(system);
     let (outcome, arbiter) = outcome?;
     drop(link);
-    // A device that is stuck in a job would be waited for in vain; the process's end takes it
+    // An actor or a device that is stuck would be waited for in vain; the process's end takes it
     // along.
-    if arbiter.join().is_ok() {
-        farewell.wait(FAREWELL.min(setup.limits.deadline));
+    let longest = FAREWELL.min(setup.limits.deadline);
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || ended.send(arbiter.join()));
+    if let Ok(Ok(())) = end.recv_timeout(longest) {
+        farewell.wait(longest);
     }
     Ok(outcome)
 }

@@ -11,7 +11,7 @@
 //!   * a message is sent again only after the actor that had it is gone, and at most `attempts`
 //!     times in all
 
-use super::messages::{ActorState, Failure, FailureKind, Named, Pulse, Wait};
+use super::messages::{ActorState, AskStatus, Failure, FailureKind, Named, Pulse, Wait};
 use actix::dev::ToEnvelope;
 use actix::{Actor, Addr, Context, Handler, MailboxError, Message, Recipient};
 use std::collections::BTreeMap;
@@ -49,6 +49,8 @@ struct DeskState {
     doing: Option<String>,
     waits: BTreeMap<u64, (String, &'static str, Instant)>,
     next_wait: u64,
+    /// The message whose handler holds the actor's thread, and since when.
+    running: Option<(&'static str, Instant)>,
 }
 
 impl Desk {
@@ -66,6 +68,7 @@ impl Desk {
             doing: None,
             waits: BTreeMap::new(),
             next_wait: 0,
+            running: None,
         };
         Arc::new(Desk { name: name.to_string(), state: Mutex::new(state) })
     }
@@ -100,6 +103,16 @@ impl Desk {
     /// The actor says what it is doing.
     pub fn say(&self, doing: &str) {
         self.lock().doing = Some(doing.to_string());
+    }
+
+    /// A handler gets the actor's thread, or gives it back.
+    pub fn runs(&self, message: Option<&'static str>) {
+        self.lock().running = message.map(|message| (message, Instant::now()));
+    }
+
+    /// The message whose handler holds the actor's thread, and for how long.
+    pub fn running(&self) -> Option<(&'static str, Duration)> {
+        self.lock().running.map(|(message, since)| (message, since.elapsed()))
     }
 
     /// The actor takes a message out of its mailbox; it is busy until the guard is dropped.
@@ -312,7 +325,10 @@ where
         let mut lost_with = 0;
         for _ in 0..self.limits.attempts.max(1) {
             let (generation, recipient) = self.holder_after(lost_with, deadline).await?;
-            self.target.enqueued();
+            // A question that is answered on the spot is no work that waits.
+            if M::NAME != AskStatus::NAME {
+                self.target.enqueued();
+            }
             match timeout_at(deadline, recipient.send(message.clone())).await {
                 Ok(Ok(reply)) => return reply,
                 Ok(Err(MailboxError::Closed)) => lost_with = generation,

@@ -33,8 +33,9 @@ pub struct Death {
     pub generation: u64,
 }
 
-/// A panic that a test wants: `REHEARSAL_INJECT=panic:ACTOR:N`, in the actor's N-th work message, or
-/// `panic:ACTOR:MESSAGE:N`, in its N-th of that name. The Director is given one message only, so the
+/// A fault that a test wants: `REHEARSAL_INJECT=panic:ACTOR:N`, in the actor's N-th work message,
+/// or `panic:ACTOR:MESSAGE:N`, in its N-th of that name; with `hang` the actor does not die but
+/// blocks for ever, and its thread with it. The Director is given one message only, so the
 /// requests that it sends count as well: it dies while the reply is awaited.
 #[derive(Debug, Default)]
 pub struct Injection {
@@ -44,6 +45,7 @@ pub struct Injection {
 
 #[derive(Debug)]
 struct Target {
+    hangs: bool,
     actor: String,
     message: Option<String>,
     nth: u64,
@@ -55,20 +57,22 @@ impl Injection {
         Injection::parse(&std::env::var("REHEARSAL_INJECT").unwrap_or_default())
     }
 
-    /// Reads `panic:ACTOR:N` or `panic:ACTOR:MESSAGE:N`; an empty text injects nothing.
+    /// Reads `panic:ACTOR:N`, `panic:ACTOR:MESSAGE:N` or the like with `hang`; an empty text
+    /// injects nothing.
     pub fn parse(text: &str) -> anyhow::Result<Injection> {
         if text.is_empty() {
             return Ok(Injection::default());
         }
         let parts: Vec<&str> = text.split(':').collect();
         let (actor, message, nth) = match parts[..] {
-            ["panic", actor, nth] => (actor, None, nth),
-            ["panic", actor, message, nth] => (actor, Some(message.to_string()), nth),
+            ["panic" | "hang", actor, nth] => (actor, None, nth),
+            ["panic" | "hang", actor, message, nth] => (actor, Some(message.to_string()), nth),
             _ => ("", None, ""),
         };
         match nth.parse::<u64>() {
             Ok(nth) if nth > 0 => {
-                let target = Some(Target { actor: actor.to_string(), message, nth });
+                let (hangs, actor) = (parts[0] == "hang", actor.to_string());
+                let target = Some(Target { hangs, actor, message, nth });
                 Ok(Injection { target, seen: AtomicU64::new(0) })
             }
             _ => Err(Fault::user(format!(
@@ -77,7 +81,7 @@ impl Injection {
         }
     }
 
-    /// Counts a message of `actor`; true if the panic is due in it, which happens once.
+    /// Counts a message of `actor`; true if the fault is due in it, which happens once.
     fn is_due(&self, actor: &str, message: &str) -> bool {
         let Some(target) = &self.target else { return false };
         target.actor == actor
@@ -96,16 +100,19 @@ pub struct Hazard {
 }
 
 impl Hazard {
-    /// Counts a message; true if the actor is to panic in it.
+    /// Counts a message; true if the fault is due in it.
     pub fn is_due(&self, message: &str) -> bool {
         self.injection.is_due(&self.actor, message)
     }
 
-    /// Panics, once the journal has the witness.
+    /// Panics or hangs, once the journal has the witness.
     pub async fn strike(&self, message: &str) -> Result<Infallible, Failure> {
         if let Some(journal) = &self.journal {
             let event = Event::new("inject").with("actor", &self.actor).with("message", message);
             journal.ask(Record { event }).await?;
+        }
+        while self.injection.target.as_ref().is_some_and(|target| target.hangs) {
+            std::thread::park();
         }
         panic!("injected fault in {message}");
     }
@@ -186,7 +193,7 @@ impl Post {
             }
             work.await
         };
-        Box::pin(wrap_future(Observed { work: Box::pin(work), desk }))
+        Box::pin(wrap_future(Observed { work: Box::pin(work), desk, message }))
     }
 }
 
@@ -200,18 +207,23 @@ impl Drop for Post {
     }
 }
 
-/// A future whose panic leaves its reason at the desk before it goes on to kill the actor.
+/// A future that shows at the desk while it holds the actor's thread, and whose panic leaves its
+/// reason there before it goes on to kill the actor.
 struct Observed<T> {
     work: Pin<Box<dyn Future<Output = T>>>,
     desk: Arc<Desk>,
+    message: &'static str,
 }
 
 impl<T> Future for Observed<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        self.desk.runs(Some(self.message));
         let work = self.work.as_mut();
-        match catch_unwind(AssertUnwindSafe(|| work.poll(context))) {
+        let polled = catch_unwind(AssertUnwindSafe(|| work.poll(context)));
+        self.desk.runs(None);
+        match polled {
             Ok(poll) => poll,
             Err(panic) => {
                 self.desk.died(&format!("it panicked: {}", panic_text(panic.as_ref())));

@@ -1,6 +1,7 @@
 //! Supervisor: starts, watches, restarts and stops every actor, and ends the run.
 //!
-//! 1. An actor that dies is known by its [`Death`], or at the next look at its mailbox.
+//! 1. An actor that dies is known by its [`Death`], or at the next look at its mailbox; one that
+//!    hangs, at the next roll call.
 //! 2. Its seat gets a new holder and the journal a `restart`; whoever had asked the dead one asks
 //!    the new one.
 //! 3. An actor that dies too often is given up: its seat is closed, and the run fails with its
@@ -15,6 +16,7 @@
 use super::messages::*;
 use super::port::{Desk, Port, Seat};
 use super::post::{Death, Injection, Post};
+use super::roll_call::RollCall;
 use super::staff::Staff;
 use crate::console::Event;
 use actix::fut::wrap_future;
@@ -108,6 +110,7 @@ impl Actor for Supervisor {
         for member in self.inner.staff.borrow_mut().iter_mut() {
             self.inner.seat(member.as_mut());
         }
+        self.inner.call_the_roll();
         Rc::clone(&self.inner).begin_run();
         let deaths = self.deaths.take().expect("an actor starts once");
         context.spawn(wrap_future(Rc::clone(&self.inner).watch(deaths)));
@@ -148,6 +151,34 @@ impl Inner {
             let journal = (desk.name() != self.journal_writer).then(|| self.record.clone());
             Post::new(desk, generation, &self.deaths, &self.injection, journal)
         });
+    }
+
+    /// Asks every actor how it is, for as long as the run lasts.
+    fn call_the_roll(self: &Rc<Self>) {
+        let staff = self.staff.borrow();
+        let everybody: Vec<Arc<Desk>> = staff.iter().map(|m| Arc::clone(m.desk())).collect();
+        for member in staff.iter() {
+            let roll = RollCall {
+                status: member.status(),
+                desk: Arc::clone(member.desk()),
+                everybody: everybody.clone(),
+                deadline: self.deadline,
+            };
+            let inner = Rc::clone(self);
+            actix::spawn(async move {
+                if let Err(failure) = roll.keep(|event| inner.tell(event)).await {
+                    inner.end(Outcome::Failed(failure));
+                }
+            });
+        }
+    }
+
+    /// Says an event to the person and to the journal, whose writer may be the one it is about.
+    fn tell(&self, event: Event) {
+        eprintln!("{}", event.remark().expect("the event is a remark"));
+        let record = self.record.clone();
+        // What the journal does not take is not lost: it has been said.
+        actix::spawn(async move { drop(record.ask(Record { event }).await) });
     }
 
     /// Sets the Director off. It answers at once, so this waits for its mailbox only.

@@ -173,6 +173,39 @@ fn any_actor_that_is_stopped_by_name_ends_its_work_by_name_and_a_busy_one_answer
 }
 
 #[test]
+fn an_actor_that_hangs_is_named_though_it_stops_every_clock_of_its_thread() {
+    let place = Place::new();
+    let hung = place.run(&Disturbance {
+        inject: "hang:reward-scorer:JudgeGroup:2",
+        deadline: Some(Duration::from_millis(1500)),
+        ..Disturbance::default()
+    });
+    let text = &hung.failure().text;
+    assert!(text.starts_with("reward-scorer has not answered for "), "{text}");
+    assert!(text.contains("JudgeGroup has held its thread for "), "{text}");
+    assert_eq!(hung.named("inject").len(), 1);
+}
+
+#[test]
+fn a_question_how_an_actor_is_waits_in_no_mailbox() {
+    let place = Place::new();
+    let script = Script { stuck_in_train: Some(1), ..Script::default() };
+    let (release, reached) = (script.clone(), script.clone());
+    place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
+        let (desk, status) = (seats.desk("worker").unwrap(), seats.port_to_ask_worker());
+        actix::spawn(async move {
+            reached.reached().await;
+            for _ in 0..3 {
+                status.ask(AskStatus {}).await.unwrap();
+            }
+            let pulse = desk.pulse();
+            assert_eq!((pulse.queued, pulse.last_message.as_deref()), (0, Some("Train")));
+            release.release();
+        });
+    });
+}
+
+#[test]
 fn an_actor_that_dies_again_and_again_ends_the_run_with_its_name() {
     let place = Place::new();
     let script = Script { wrong_slot: true, ..Script::default() };

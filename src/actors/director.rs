@@ -15,8 +15,8 @@ use super::director_ports::DirectorPorts;
 use super::evals::Moment;
 use super::journal_lines::{describe, step_event};
 use super::messages::*;
-use super::port::Desk;
-use super::post::{Post, answers_for_itself};
+use super::port::{Desk, Port};
+use super::post::{Hazard, Post, answers_for_itself};
 use super::stage_plan::{Folders, INITIAL, artefact_name, prepare_stage, source};
 use crate::checkpoint::Commit;
 use crate::config::RunConfig;
@@ -28,9 +28,11 @@ use crate::engine::phase::{ModelSource, Phase, PhaseReport};
 use actix::fut::ActorFutureExt;
 use actix::{AsyncContext, Handler};
 use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 /// Steps in a row without a finite loss or gradient before the run goes back to its last commit.
@@ -53,7 +55,10 @@ pub struct Direction {
     stop: StopSignal,
     /// Where the phase is shown.
     desk: Arc<Desk>,
-    /// Number of the next request.
+    hazard: Hazard,
+    /// Which Director in turn this is: work of the ones before it is stale.
+    generation: u64,
+    /// Number of the last request.
     numbers: Cell<u64>,
     /// Steps computed so far, those that the journal had already included.
     computed_steps: Cell<u64>,
@@ -70,12 +75,18 @@ impl Director {
         ports: DirectorPorts,
         stop: StopSignal,
     ) -> Director {
-        // Requests of a director that died must not be taken for this one's.
-        let numbers = Cell::new(post.generation() << 32);
-        let desk = Arc::clone(post.desk());
-        let (computed_steps, phase) = (Cell::new(0), RefCell::default());
-        let direction =
-            Direction { config, folders, ports, stop, desk, numbers, computed_steps, phase };
+        let direction = Direction {
+            config,
+            folders,
+            ports,
+            stop,
+            desk: Arc::clone(post.desk()),
+            hazard: post.hazard().clone(),
+            generation: post.generation(),
+            numbers: Cell::default(),
+            computed_steps: Cell::new(0),
+            phase: RefCell::default(),
+        };
         Director { post, direction: Rc::new(direction) }
     }
 }
@@ -92,7 +103,7 @@ impl Handler<BeginRun> for Director {
                 None => direction.run().await,
                 Some(bench) => direction.bench(bench).await,
             };
-            direction.ports.end.ask(EndRun { outcome }).await
+            direction.ask(&direction.ports.end, EndRun { outcome }).await
         });
         // The run outlives the reply; a failed farewell means that the supervisor is gone, and with
         // it the run.
@@ -155,7 +166,7 @@ impl Direction {
     /// All stages that are not done, from the newest commit.
     async fn pass(&self) -> Result<Next, Failure> {
         self.phase.replace(None);
-        let commit = self.ports.find_commit.ask(FindCommit {}).await?;
+        let commit = self.ask(&self.ports.find_commit, FindCommit {}).await?;
         let is_done = |index: usize| self.folders.artefact(&self.config, index).exists();
         let resumed = commit.is_some() || (0..self.config.stages.len()).any(is_done);
         let stages: Vec<_> = self.config.stages.iter().map(describe).collect();
@@ -164,7 +175,7 @@ impl Direction {
             .with("seed", self.config.seed)
             .with("stages", stages);
         self.record(event).await?;
-        let data = self.ports.prepare_data.ask(PrepareData {}).await?;
+        let data = self.ask(&self.ports.prepare_data, PrepareData {}).await?;
         for text in data.notes {
             self.record(Event::new("note").with("text", text)).await?;
         }
@@ -174,6 +185,9 @@ impl Direction {
                 last_policy = Some(index);
             }
             if is_done(index) {
+                // A kill may have come between the artefact and its line.
+                let end = Event::new("stage-end").of_stage(&stage.name, stage.kind.name());
+                self.record(end).await?;
                 continue;
             }
             // What is finished has been kept: between two stages there is nothing to commit.
@@ -191,7 +205,7 @@ impl Direction {
             && !self.folders.run.join("export").exists()
         {
             let from = self.folders.artefact(&self.config, index);
-            self.ports.export.ask(ExportModel { from }).await?;
+            self.ask(&self.ports.export, ExportModel { from }).await?;
         }
         Ok(Next::Finished)
     }
@@ -205,7 +219,7 @@ impl Direction {
             StageKind::Sft(_) | StageKind::RewardModel(_) => &self.ports.fine_tuner.open,
             StageKind::Grpo(_) => &self.ports.open_prompts,
         };
-        let steps = open.ask(OpenStage { stage: index }).await?.steps;
+        let steps = self.ask(open, OpenStage { stage: index }).await?.steps;
         self.record(
             Event::new("stage-start").of_stage(&stage.name, stage.kind.name()).with("steps", steps),
         )
@@ -229,7 +243,8 @@ impl Direction {
             self.calibrate(index).await?;
         }
         let name = artefact_name(&self.config, index);
-        self.ports.keep.ask(KeepArtefact { id: self.id(), name, place: self.place(&at) }).await?;
+        self.ask(&self.ports.keep, KeepArtefact { id: self.id(), name, place: self.place(&at) })
+            .await?;
         let end = Event::new("stage-end").of_stage(&stage.name, stage.kind.name());
         self.record(end.with("steps", steps).with("seconds", began.elapsed().as_secs_f64()))
             .await?;
@@ -256,22 +271,22 @@ impl Direction {
             let mut fresh = plan.clone();
             (fresh.policy, fresh.reference, fresh.optimizer) = (ModelSource::Fresh, None, None);
             fresh.rewards.clear();
-            self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: fresh }).await?;
-            let place = Place { stage: index, name: INITIAL.to_string(), step: 0, finished: true };
-            self.ports
-                .keep
-                .ask(KeepArtefact { id: self.id(), name: INITIAL.to_string(), place })
+            self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage: fresh })
                 .await?;
+            let place = Place { stage: index, name: INITIAL.to_string(), step: 0, finished: true };
+            self.ask(
+                &self.ports.keep,
+                KeepArtefact { id: self.id(), name: INITIAL.to_string(), place },
+            )
+            .await?;
         }
-        self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: plan }).await?;
+        self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage: plan }).await?;
         if let Some(Commit { folder, manifest }) = commit {
             let state = crate::engine::hybrid::SavedState {
                 policy_version: manifest.policy_version,
                 optimizer_step: manifest.optimizer_step,
             };
-            self.ports
-                .restore
-                .ask(Restore { id: self.id(), folder: folder.clone(), state })
+            self.ask(&self.ports.restore, Restore { id: self.id(), folder: folder.clone(), state })
                 .await?;
         }
         self.phase.replace(None);
@@ -320,7 +335,7 @@ impl Direction {
             let event = aligned.event(stage, at.step + 1);
             let groups = aligned.scored.groups;
             let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };
-            self.ports.record_rollouts.ask(rollouts).await?;
+            self.ask(&self.ports.record_rollouts, rollouts).await?;
             return Ok((aligned.report, event));
         }
         let began = Instant::now();
@@ -330,7 +345,7 @@ impl Direction {
         };
         let entered = self.enter(Phase::Train).await?;
         let report =
-            trainer.ask(TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
+            self.ask(trainer, TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
         let event =
             step_event(stage, at.step + 1, &report, began.elapsed().as_secs_f64(), &entered);
         let event = event.with("phase_seconds", serde_json::json!({"train": report.seconds}));
@@ -358,9 +373,7 @@ impl Direction {
     async fn commit(&self, at: &Position) -> Result<(), Failure> {
         let stage = &self.config.stages[at.index];
         let commit = self
-            .ports
-            .commit
-            .ask(CommitCheckpoint { id: self.id(), place: self.place(at) })
+            .ask(&self.ports.commit, CommitCheckpoint { id: self.id(), place: self.place(at) })
             .await?;
         let event =
             Event::new("commit").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
@@ -370,8 +383,9 @@ impl Direction {
     /// Fits and keeps the scale of a reward model's scores.
     async fn calibrate(&self, index: usize) -> Result<(), Failure> {
         self.enter(Phase::Score).await?;
-        let scale = self.ports.fit_scale.ask(FitScale { id: self.id(), stage: index }).await?;
-        self.ports.calibrate.ask(Calibrate { id: self.id(), scale }).await
+        let scale =
+            self.ask(&self.ports.fit_scale, FitScale { id: self.id(), stage: index }).await?;
+        self.ask(&self.ports.calibrate, Calibrate { id: self.id(), scale }).await
     }
 
     /// Has the device change its phase, unless it is there.
@@ -383,7 +397,7 @@ impl Direction {
             return Ok(PhaseReport { seconds: 0.0, bytes_in: 0, bytes_out: 0, ..report });
         }
         self.desk.say(&format!("{phase:?}").to_lowercase());
-        let report = self.ports.enter_phase.ask(EnterPhase { id: self.id(), phase }).await?;
+        let report = self.ask(&self.ports.enter_phase, EnterPhase { id: self.id(), phase }).await?;
         self.phase.replace(Some((phase, report.clone())));
         Ok(report)
     }
@@ -391,11 +405,30 @@ impl Direction {
     /// The id of the next request.
     pub(super) fn id(&self) -> WorkId {
         self.numbers.set(self.numbers.get() + 1);
-        WorkId { number: self.numbers.get(), part: 0 }
+        WorkId { director: self.generation, number: self.numbers.get(), part: 0 }
+    }
+
+    /// Sends a request and waits for the reply.
+    pub(super) async fn ask<M, R>(&self, port: &Port<M>, message: M) -> Result<R, Failure>
+    where
+        M: actix::Message<Result = Result<R, Failure>> + Named + Clone + Send + 'static,
+        R: Send + 'static,
+    {
+        let mut asked = Box::pin(port.ask(message));
+        if self.hazard.is_due(M::NAME) {
+            // The request is on its way; whom it is for takes it while the journal is written.
+            let send = poll_fn(|context| {
+                let _reply = asked.as_mut().poll(context);
+                Poll::Ready(())
+            });
+            send.await;
+            self.hazard.strike(M::NAME).await?;
+        }
+        asked.await
     }
 
     pub(super) async fn record(&self, event: Event) -> Result<(), Failure> {
-        self.ports.record.ask(Record { event }).await
+        self.ask(&self.ports.record, Record { event }).await
     }
 
     fn place(&self, at: &Position) -> Place {

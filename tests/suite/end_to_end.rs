@@ -74,6 +74,27 @@ fn threads_change_no_byte_and_a_lost_scorer_or_generator_changes_none_either() {
     }
 }
 
+#[test]
+fn a_director_that_dies_in_mid_step_changes_no_byte() {
+    let folder = TempDir::new().unwrap();
+    // Two updates a step: the second is under way, or still to be sent, when the Director is gone.
+    let twice = ["--set", "stage.align.updates=2"];
+    let undisturbed = folder.path().join("undisturbed");
+    done(smoke(&undisturbed, &twice));
+    for place in ["ScoreGroups:2", "UpdatePolicy:3", "CommitCheckpoint:9", "KeepArtefact:6"] {
+        let out = folder.path().join(place.replace(':', "-"));
+        let mut command = smoke(&out, &twice);
+        command.env("REHEARSAL_INJECT", format!("panic:director:{place}"));
+        done(command);
+        assert!(weights(&out) == weights(&undisturbed), "{place}: other weights");
+        let message = place.split(':').next().unwrap();
+        assert!(events(&out, "inject").iter().any(|event| event["message"] == message));
+        let restarts = events(&out, "restart");
+        assert!(restarts.len() == 1 && restarts[0]["actor"] == "director", "{restarts:?}");
+        each_step_once(&out);
+    }
+}
+
 /// Where a run is killed: what the failpoint is called, and how often it is passed at least.
 const KILLS: [(&str, &str, u64); 5] = [
     ("mid-checkpoint", "checkpoint-write", 1200),

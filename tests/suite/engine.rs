@@ -2,7 +2,7 @@
 
 use crate::tiny::config;
 use rehearsal::config::engine::AttentionForm;
-use rehearsal::config::stage::{Deviation, LengthNorm, OptimizerConfig, RatioLevel};
+use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
 use rehearsal::config::{Bytes, EngineConfig, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
@@ -235,7 +235,6 @@ pub fn settings() -> GrpoSettings {
         ratio_level: RatioLevel::Token,
         length_norm: LengthNorm::PerOutput,
         max_new_tokens: 6,
-        deviation: Deviation::Population,
     }
 }
 
@@ -251,7 +250,7 @@ pub fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
         };
         let count = group.rollouts.len();
         ScoredGroup {
-            components: vec![vec![0.0]; count],
+            components: vec![vec![Some(0.0)]; count],
             rewards: vec![0.0; count],
             advantages: advantages.to_vec(),
             reference: Vec::new(),

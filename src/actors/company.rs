@@ -346,6 +346,7 @@ impl Seats {
             export: self.checkpointer.port(desk),
             record: self.monitor.port(desk),
             record_rollouts: self.monitor.port(desk),
+            sync_journal: self.monitor.port(desk),
             end: self.supervisor.port(desk),
         }
     }

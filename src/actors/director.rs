@@ -372,6 +372,7 @@ impl Direction {
 
     async fn commit(&self, at: &Position) -> Result<(), Failure> {
         let stage = &self.config.stages[at.index];
+        self.ask(&self.ports.sync_journal, SyncJournal {}).await?;
         let commit = self
             .ask(&self.ports.commit, CommitCheckpoint { id: self.id(), place: self.place(at) })
             .await?;

@@ -200,6 +200,8 @@ messages! {
         /// What was sampled and what it earned.
         groups: Vec<ScoredGroup>,
     } -> ();
+    /// Director to Monitor: bring the journal to the disk, before a commit that relies on its steps.
+    SyncJournal {} -> ();
     /// Director to Checkpointer: commit policy, optimizer and counters; drop old commits.
     CommitCheckpoint {
         /// Id of the work.

@@ -2,17 +2,23 @@
 
 use super::offload::Parked;
 use super::phase::{ModelSource, Role};
+use crate::checkpoint::model_json::CONFIG_FILE;
 use crate::checkpoint::tensors::MODEL_FILE;
 use crate::checkpoint::{
     TensorEntry, TensorFolder, read_model_config, write_model_config, write_tensors,
 };
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
-use crate::model::{Params, Transformer};
+use crate::model::{Layout, ParamSpec, Params, Transformer};
 use anyhow::{Context, Result, bail};
 use rehearsal_kernels::{Kernels, Kind, Slab};
 use serde::{Deserialize, Serialize};
+use std::collections::HashMap;
 use std::path::Path;
+
+/// The scalar head of a reward model, and the file of its calibration.
+const HEAD: &str = "score.weight";
+const REWARD_FILE: &str = "reward.json";
 
 /// Mean and deviation that calibrate a reward model's score; saved beside its weights as `reward.json`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,10 +47,22 @@ pub struct Resident {
 
 /// The config of a model that starts from `source`: the run's, with the positions of the folder it continues.
 pub fn config_of(run: &ModelConfig, source: &ModelSource) -> Result<ModelConfig> {
-    Ok(match source {
-        ModelSource::Fresh => run.clone(),
-        ModelSource::Folder(folder) => run.with_positions_of(&read_model_config(folder)?),
-    })
+    let ModelSource::Folder(folder) = source else { return Ok(run.clone()) };
+    run.continued_from(&read_model_config(folder)?)
+        .map_err(|difference| Fault::user(difference.told(&folder.join(CONFIG_FILE))))
+}
+
+/// Refuses a reward model where a policy is wanted.
+pub fn require_policy(source: &ModelSource) -> Result<()> {
+    match source {
+        ModelSource::Folder(folder) if folder.join(REWARD_FILE).exists() => {
+            Err(Fault::user(format!(
+                "{}: a reward model and no policy (it has a {REWARD_FILE}); name another folder",
+                folder.display()
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Resident {
@@ -82,37 +100,51 @@ impl Resident {
     }
 }
 
-/// Fills `params` from the tensors of `folder`; every tensor must be there in its shape, and none too many.
+/// Fills `params` from the tensors of `folder`.
 fn load_weights(kernels: &dyn Kernels, params: &mut Params, folder: &Path) -> Result<()> {
     let tensors = TensorFolder::open(folder)?;
     let layout = params.layout.clone();
-    let known = |name: &str| name == "score.weight" || layout.specs.iter().any(|s| s.name == name);
-    if let Some(extra) = tensors.names().iter().find(|name| !known(name)) {
+    check_tensors(&layout, &tensors, folder)?;
+    params.load(kernels, |spec| match tensors.shape(&spec.name) {
+        Some(_) => tensors.read_f32(&spec.name),
+        None => Ok(vec![0.0; spec.rows * spec.cols]),
+    })
+}
+
+/// Compares the tensors of `folder` with those of a model: every one must be there in its shape, and none too many. Only
+/// a scalar head may be missing or be there in vain.
+pub fn check_tensors(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> Result<()> {
+    let known: HashMap<&str, &ParamSpec> =
+        layout.specs.iter().map(|spec| (spec.name.as_str(), spec)).collect();
+    let is_known = |name: &str| name == HEAD || known.contains_key(name);
+    if let Some(extra) = tensors.names().iter().find(|name| !is_known(name)) {
         let wanted = layout.specs.len();
         bail!(Fault::User(format!(
             "{}: tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights",
             folder.display()
         )));
     }
-    params.load(kernels, |spec| {
+    for spec in &layout.specs {
         let Some(shape) = tensors.shape(&spec.name) else {
-            if spec.name == "score.weight" {
-                return Ok(vec![0.0; spec.rows * spec.cols]);
+            if spec.name == HEAD {
+                continue;
             }
             bail!(Fault::User(format!("{}: tensor {} is missing", folder.display(), spec.name)));
         };
         if shape != spec.shape() {
             bail!(Fault::User(format!(
                 "{}: tensor {} has shape {shape:?}, the config wants {:?}; check [model] against the weights",
-                folder.display(), spec.name, spec.shape()
+                folder.display(),
+                spec.name,
+                spec.shape()
             )));
         }
-        tensors.read_f32(&spec.name)
-    })
+    }
+    Ok(())
 }
 
 fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
-    let path = folder.join("reward.json");
+    let path = folder.join(REWARD_FILE);
     if !path.exists() {
         return Ok(None);
     }
@@ -135,7 +167,7 @@ pub fn save_model(
     write_slabs(kernels, params, &[("", &params.slab)], &folder.join(MODEL_FILE))?;
     if params.layout.score.is_some() {
         let text = serde_json::to_string_pretty(&calibration).expect("two numbers are JSON");
-        let path = folder.join("reward.json");
+        let path = folder.join(REWARD_FILE);
         std::fs::write(&path, text)
             .with_context(|| format!("failed to write {}", path.display()))?;
     }

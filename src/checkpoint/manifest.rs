@@ -40,7 +40,7 @@ pub struct Manifest {
     pub optimizer_step: u64,
     /// The run's seed: with the counters above it is the whole state of the random numbers.
     pub seed: u64,
-    /// Hash of the run's configuration, threads, console and place apart.
+    /// Hash of the run's configuration, threads, console, gates and place apart.
     pub config_identity: String,
     /// Examples of the stage that were used.
     pub data_cursor: u64,

@@ -30,6 +30,7 @@ mod reward_scorer;
 mod rollout_file;
 mod rollout_generator;
 mod staff;
+pub mod stage_data;
 pub mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -37,3 +38,4 @@ pub mod worker;
 
 pub use bench::{BenchRequest, bench_grpo};
 pub use company::{RunRequest, start};
+pub use stage_data::check_stage_data;

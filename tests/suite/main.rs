@@ -2,6 +2,7 @@
 
 mod tiny;
 
+mod edges;
 mod end_to_end;
 mod engine;
 mod model;

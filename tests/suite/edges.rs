@@ -222,7 +222,7 @@ fn a_start_from_that_does_not_fit_is_refused_before_anything_is_written() {
     let refused = |extra: &[&str], wanted: &str| {
         for command in [&["check", "run.toml"][..], &["run", "run.toml", "--out", "out"]] {
             let text = told(&place.rehearsal(&[command, extra].concat()), 2);
-            assert!(text.contains(wanted) && text.contains("run.toml:36:1: "), "{text}");
+            assert!(text.contains(wanted) && text.contains("run.toml:35:1: "), "{text}");
             assert!(!place.path("out").exists());
         }
     };
@@ -305,7 +305,7 @@ fn what_the_machine_cannot_hold_is_refused_before_anything_is_written() {
     );
     let text = told(&place.run(&["--set", "model.num_hidden_layers=1000000000000"]), 2);
     assert!(text.contains("more than any model has"), "{text}");
-    let bench = "bench train --model $MODEL --steps 1 --threads 1";
+    let bench = "bench train --model $MODEL --steps 1";
     for (limit, line, code, wanted) in [
         (
             "ulimit -v 4000000",

@@ -25,6 +25,8 @@ use std::time::Instant;
 pub(super) struct Aligned {
     pub(super) scored: ScoredGroups,
     pub(super) report: StepReport,
+    updates: u64,
+    skipped_updates: u64,
     pub(super) seconds: f64,
     sampled: GenerateReport,
     /// Start and end of sampling and judging, in seconds since the step began.
@@ -58,24 +60,26 @@ impl Direction {
             prompts,
             policy_version,
         };
-        let generated = ports.generate.ask(request).await?;
+        let generated = self.ask(&ports.generate, request).await?;
 
         enter_seconds += self.enter(Phase::Score).await?.seconds;
         let scoring = Instant::now();
         let request =
             ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
-        let scored = ports.score.ask(request).await?;
+        let scored = self.ask(&ports.score, request).await?;
         let score_seconds = scoring.elapsed().as_secs_f64();
 
         let entered = self.enter(Phase::Train).await?;
         enter_seconds += entered.seconds;
         let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
-        let report = ports.update.ask(request).await?;
+        let update = self.ask(&ports.update, request).await?;
 
         let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
         Ok(Aligned {
             scored,
-            report,
+            report: update.report,
+            updates: update.updates,
+            skipped_updates: update.skipped_updates,
             seconds: began.elapsed().as_secs_f64(),
             sampled: generated.report,
             intervals: [since(generated.generate), since(generated.judge)],
@@ -110,6 +114,8 @@ impl Aligned {
         let grpo = self.report.grpo.clone().unwrap_or_default();
         let [generate, judge] = self.intervals;
         step_event(stage, step, &self.report, self.seconds, &self.entered)
+            .with("updates", self.updates)
+            .with("skipped_updates", self.skipped_updates)
             .with("reward_mean", statistics.reward_mean)
             .with("reward_deviation", statistics.reward_deviation)
             .with("rewards", rewards)

@@ -138,7 +138,7 @@ impl Direction {
             form: crate::config::engine::AttentionForm::Absorbed,
             balance: 0.0,
         };
-        self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage }).await?;
+        self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage }).await?;
         let (mut version, mut steps) = (0, Vec::new());
         for step in 0..=bench.steps {
             let prompts =

@@ -3,8 +3,12 @@
 //! It readies a folder, has the worker write the policy into it, adds the tokenizer and hands it to
 //! the store, which syncs, hashes and renames. Knows no tensor and no step's meaning.
 //!
-//! Invariant: a request that is repeated after a restart saves again (its job has another id), for
-//! the store has cleared away what the dead actor began.
+//! Invariants:
+//!   * requests are served one at a time, in order of arrival: whoever asks for the newest commit
+//!     after a Director's death is told of the one that was being made, and nothing is written
+//!     under it any more
+//!   * a request that is repeated after a restart saves again (its job has another id), for the
+//!     store has cleared away what the dead actor began
 
 use super::messages::*;
 use super::port::Port;
@@ -23,6 +27,8 @@ pub struct Checkpointer {
     post: Post,
     keeper: Arc<Keeper>,
     ports: CheckpointerPorts,
+    /// Held from the first to the last touch of the folder; it is fair.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// Whom a [`Checkpointer`] asks.
@@ -54,6 +60,7 @@ impl Checkpointer {
             post,
             keeper: Arc::new(Keeper { config, folder, store: Mutex::default() }),
             ports,
+            turn: Arc::default(),
         }
     }
 }
@@ -65,7 +72,9 @@ impl Handler<FindCommit> for Checkpointer {
 
     fn handle(&mut self, _: FindCommit, _: &mut Self::Context) -> Self::Result {
         let (keeper, record) = (Arc::clone(&self.keeper), self.ports.record.clone());
+        let turn = Arc::clone(&self.turn);
         self.post.work(FindCommit::NAME, async move {
+            let _turn = turn.lock().await;
             let Latest { commit, rejected } =
                 aside(move || keeper.with_store(Store::latest)).await?;
             for one in rejected {
@@ -85,7 +94,9 @@ impl Handler<CommitCheckpoint> for Checkpointer {
         let CommitCheckpoint { id, place } = message;
         let (keeper, save) = (Arc::clone(&self.keeper), self.ports.save.clone());
         let id = id.part(self.post.generation() as u32);
+        let turn = Arc::clone(&self.turn);
         self.post.work(CommitCheckpoint::NAME, async move {
+            let _turn = turn.lock().await;
             let name = format!("{}-{}", place.name, place.step);
             let begun = Arc::clone(&keeper);
             let staging = aside(move || begun.with_store(|store| store.begin(&name))).await?;
@@ -103,7 +114,9 @@ impl Handler<KeepArtefact> for Checkpointer {
         let KeepArtefact { id, name, place } = message;
         let (keeper, save) = (Arc::clone(&self.keeper), self.ports.save.clone());
         let id = id.part(self.post.generation() as u32);
+        let turn = Arc::clone(&self.turn);
         self.post.work(KeepArtefact::NAME, async move {
+            let _turn = turn.lock().await;
             let begun = Arc::clone(&keeper);
             let staging =
                 aside(move || begun.with_store(|store| store.begin_artefact(&name))).await?;
@@ -119,7 +132,11 @@ impl Handler<ExportModel> for Checkpointer {
 
     fn handle(&mut self, message: ExportModel, _: &mut Self::Context) -> Self::Result {
         let out = self.keeper.folder.join("export");
-        self.post.work(ExportModel::NAME, aside(move || Ok(export_hf(&message.from, &out)?.folder)))
+        let turn = Arc::clone(&self.turn);
+        self.post.work(ExportModel::NAME, async move {
+            let _turn = turn.lock().await;
+            aside(move || Ok(export_hf(&message.from, &out)?.folder)).await
+        })
     }
 }
 
@@ -161,8 +178,6 @@ impl Keeper {
             optimizer_step: state.optimizer_step,
             seed: self.config.seed,
             config_identity: self.config.identity(),
-            // Batches and prompts are functions of (seed, stage, step): the step is the cursor.
-            data_cursor: place.step,
             ..Manifest::default()
         }
     }

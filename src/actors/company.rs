@@ -76,8 +76,8 @@ pub fn start(request: RunRequest) -> Result<()> {
     }
 }
 
-/// How long the device's thread may take to put away its device; never longer than a request may
-/// take.
+/// How long the actors' thread may take to end, and the device's to put away its device; never
+/// longer than a request may take.
 const FAREWELL: Duration = Duration::from_secs(10);
 
 /// What a company is set up with.
@@ -98,6 +98,16 @@ pub struct Setup {
     pub bench: Option<Bench>,
     /// Set by a signal.
     pub stop: StopSignal,
+}
+
+impl Setup {
+    /// Makes readers: each actor reads for itself, so that a panic in one leaves the others whole.
+    fn reader(&self) -> impl Fn() -> Arc<Reader> + Send + Sync + 'static {
+        let (config, folders) = (Arc::clone(&self.config), self.folders.clone());
+        move || {
+            Arc::new(Reader::new(Arc::clone(&config), folders.run.clone(), folders.config.clone()))
+        }
+    }
 }
 
 impl Limits {
@@ -140,10 +150,13 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     drop(system);
     let (outcome, arbiter) = outcome?;
     drop(link);
-    // A device that is stuck in a job would be waited for in vain; the process's end takes it
+    // An actor or a device that is stuck would be waited for in vain; the process's end takes it
     // along.
-    if arbiter.join().is_ok() {
-        farewell.wait(FAREWELL.min(setup.limits.deadline));
+    let longest = FAREWELL.min(setup.limits.deadline);
+    let (ended, end) = std::sync::mpsc::channel();
+    std::thread::spawn(move || ended.send(arbiter.join()));
+    if let Ok(Ok(())) = end.recv_timeout(longest) {
+        farewell.wait(longest);
     }
     Ok(outcome)
 }
@@ -219,10 +232,11 @@ impl Seats {
             bench: setup.bench.clone(),
             injection: Arc::clone(&setup.injection),
             journal_writer: "monitor",
+            deadline: setup.limits.deadline,
         })
     }
 
-    #[allow(clippy::too_many_lines, reason = "the one list of who works for whom")]
+    /// Everybody on the staff, in the order in which they are seated.
     fn staff(
         &self,
         setup: &Setup,
@@ -237,15 +251,43 @@ impl Seats {
             intensity: Intensity { restarts: engine.restarts, window },
             supervisor: self.supervisor.desk(),
         };
-        let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
-        // Each actor reads for itself: a panic in one reader leaves the others whole.
-        let read = move || {
-            Arc::new(Reader::new(Arc::clone(&config), folders.run.clone(), folders.config.clone()))
+        let mut staff = self.keepers(&hiring, setup, link)?;
+        staff.extend(self.trainers(&hiring, setup));
+        staff.extend(self.aligners(&hiring, setup));
+        staff.push(self.lead(&hiring, setup));
+        Ok(staff)
+    }
+
+    /// Who keeps the journal, the device and the checkpoints.
+    fn keepers(
+        &self,
+        hiring: &Hiring,
+        setup: &Setup,
+        link: &DeviceLink,
+    ) -> Result<Vec<Box<dyn Staff>>> {
+        let (link, run) = (link.clone(), setup.folders.run.clone());
+        let budget = setup.config.engine.budget.map(|bytes| bytes.0);
+        let notes =
+            Arc::new(Notes::open(setup.console, &run, self.desks(), setup.limits.mailbox, budget)?);
+        let groups = self.rollout_generator.port(self.worker.desk());
+        let config = Arc::clone(&setup.config);
+        let checkpointer = CheckpointerPorts {
+            save: self.worker.port(self.checkpointer.desk()),
+            record: self.monitor.port(self.checkpointer.desk()),
         };
-        let (config, folders, stop) =
-            (Arc::clone(&setup.config), setup.folders.clone(), Arc::clone(&setup.stop));
-        let (kept, run) = (Arc::clone(&setup.config), setup.folders.run.clone());
-        let director = self.director_ports();
+        Ok(vec![
+            hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
+            hiring
+                .member(&self.worker, move |post| Worker::new(post, link.clone(), groups.clone())),
+            hiring.member(&self.checkpointer, move |post| {
+                Checkpointer::new(post, Arc::clone(&config), run.clone(), checkpointer.clone())
+            }),
+        ])
+    }
+
+    /// Who trains on given examples.
+    fn trainers(&self, hiring: &Hiring, setup: &Setup) -> [Box<dyn Staff>; 2] {
+        let (read_pages, read_pairs) = (setup.reader(), setup.reader());
         let pretrainer = PretrainerPorts {
             train: self.worker.port(self.pretrainer.desk()),
             score: self.worker.port(self.pretrainer.desk()),
@@ -254,55 +296,43 @@ impl Seats {
             train: self.worker.port(self.fine_tuner.desk()),
             score: self.worker.port(self.fine_tuner.desk()),
         };
-        let generator = RolloutGeneratorPorts {
-            generate: self.worker.port(self.rollout_generator.desk()),
-            judge: self.reward_scorer.port(self.rollout_generator.desk()),
-        };
-        let checkpointer = CheckpointerPorts {
-            save: self.worker.port(self.checkpointer.desk()),
-            record: self.monitor.port(self.checkpointer.desk()),
-        };
-        let score = self.worker.port(self.reward_scorer.desk());
-        let train = self.worker.port(self.policy_updater.desk());
-        let groups = self.rollout_generator.port(self.worker.desk());
-        let link = link.clone();
-        let notes = Arc::new(Notes::open(
-            setup.console,
-            &setup.folders.run,
-            self.desks(),
-            setup.limits.mailbox,
-            engine.budget.map(|b| b.0),
-        )?);
-        let (read_pages, read_pairs, read_prompts) = (read.clone(), read.clone(), read);
-        Ok(vec![
-            hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
-            hiring
-                .member(&self.worker, move |post| Worker::new(post, link.clone(), groups.clone())),
-            hiring.member(&self.checkpointer, move |post| {
-                Checkpointer::new(post, Arc::clone(&kept), run.clone(), checkpointer.clone())
-            }),
+        [
             hiring.member(&self.pretrainer, move |post| {
                 Pretrainer::new(post, read_pages(), pretrainer.clone())
             }),
             hiring.member(&self.fine_tuner, move |post| {
                 FineTuner::new(post, read_pairs(), fine_tuner.clone())
             }),
+        ]
+    }
+
+    /// Who samples, judges and updates.
+    fn aligners(&self, hiring: &Hiring, setup: &Setup) -> [Box<dyn Staff>; 3] {
+        let read = setup.reader();
+        let generator = RolloutGeneratorPorts {
+            generate: self.worker.port(self.rollout_generator.desk()),
+            judge: self.reward_scorer.port(self.rollout_generator.desk()),
+        };
+        let score = self.worker.port(self.reward_scorer.desk());
+        let train = self.worker.port(self.policy_updater.desk());
+        [
             hiring.member(&self.reward_scorer, move |post| RewardScorer::new(post, score.clone())),
             hiring.member(&self.rollout_generator, move |post| {
-                RolloutGenerator::new(post, read_prompts(), generator.clone())
+                RolloutGenerator::new(post, read(), generator.clone())
             }),
             hiring
                 .member(&self.policy_updater, move |post| PolicyUpdater::new(post, train.clone())),
-            hiring.member(&self.director, move |post| {
-                Director::new(
-                    post,
-                    Arc::clone(&config),
-                    folders.clone(),
-                    director.clone(),
-                    Arc::clone(&stop),
-                )
-            }),
-        ])
+        ]
+    }
+
+    /// Who leads them all.
+    fn lead(&self, hiring: &Hiring, setup: &Setup) -> Box<dyn Staff> {
+        let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
+        let (ports, stop) = (self.director_ports(), Arc::clone(&setup.stop));
+        hiring.member(&self.director, move |post| {
+            let (config, stop) = (Arc::clone(&config), Arc::clone(&stop));
+            Director::new(post, config, folders.clone(), ports.clone(), stop)
+        })
     }
 
     fn director_ports(&self) -> DirectorPorts {
@@ -335,6 +365,7 @@ impl Seats {
             export: self.checkpointer.port(desk),
             record: self.monitor.port(desk),
             record_rollouts: self.monitor.port(desk),
+            sync_journal: self.monitor.port(desk),
             end: self.supervisor.port(desk),
         }
     }

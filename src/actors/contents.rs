@@ -4,7 +4,7 @@
 //! how the run goes on and with which exit code it ends.
 
 use crate::config::{ConfigError, Fault};
-use crate::engine::phase::GenerateReport;
+use crate::engine::phase::{GenerateReport, StepReport};
 use crate::rl::rollout::{JudgedGroup, ScoredGroup};
 use crate::rl::stats::StepStatistics;
 use serde::{Deserialize, Serialize};
@@ -69,6 +69,17 @@ pub struct ScoredGroups {
     pub groups: Vec<ScoredGroup>,
     /// Their statistics.
     pub statistics: StepStatistics,
+}
+
+/// What the updates on one batch of rollouts did.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PolicyUpdate {
+    /// All of them as one step; `skipped` only if none of them changed a weight.
+    pub report: StepReport,
+    /// How many there were.
+    pub updates: u64,
+    /// How many of them were skipped for want of a finite loss or gradient.
+    pub skipped_updates: u64,
 }
 
 /// One eval's result.
@@ -211,6 +222,8 @@ pub enum FailureKind {
     Device,
     /// An actor did not answer, or was stopped.
     Actor,
+    /// The work was wanted by a Director that has died since.
+    Stale,
     /// Three steps in a row had no finite loss or gradient.
     NotFinite,
     /// Anything else.

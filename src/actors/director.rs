@@ -15,8 +15,8 @@ use super::director_ports::DirectorPorts;
 use super::evals::Moment;
 use super::journal_lines::{describe, step_event};
 use super::messages::*;
-use super::port::Desk;
-use super::post::{Post, answers_for_itself};
+use super::port::{Desk, Port};
+use super::post::{Hazard, Post, answers_for_itself};
 use super::stage_plan::{
     Folders, INITIAL, artefact_name, prepare_stage, require_artefacts, source,
 };
@@ -31,9 +31,11 @@ use crate::engine::phase::{ModelSource, Phase, PhaseReport};
 use actix::fut::ActorFutureExt;
 use actix::{AsyncContext, Handler};
 use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 /// Steps in a row without a finite loss or gradient before the run goes back to its last commit.
@@ -56,8 +58,13 @@ pub struct Direction {
     stop: StopSignal,
     /// Where the phase is shown.
     desk: Arc<Desk>,
-    /// Number of the next request.
+    hazard: Hazard,
+    /// Which Director in turn this is: work of the ones before it is stale.
+    generation: u64,
+    /// Number of the last request.
     numbers: Cell<u64>,
+    /// Steps computed so far, those that the journal had already included.
+    computed_steps: Cell<u64>,
     /// Phase of the device, and what it held when it got there.
     phase: RefCell<Option<(Phase, PhaseReport)>>,
 }
@@ -71,11 +78,18 @@ impl Director {
         ports: DirectorPorts,
         stop: StopSignal,
     ) -> Director {
-        // Requests of a director that died must not be taken for this one's.
-        let numbers = Cell::new(post.generation() << 32);
-        let desk = Arc::clone(post.desk());
-        let direction =
-            Direction { config, folders, ports, stop, desk, numbers, phase: RefCell::default() };
+        let direction = Direction {
+            config,
+            folders,
+            ports,
+            stop,
+            desk: Arc::clone(post.desk()),
+            hazard: post.hazard().clone(),
+            generation: post.generation(),
+            numbers: Cell::default(),
+            computed_steps: Cell::new(0),
+            phase: RefCell::default(),
+        };
         Director { post, direction: Rc::new(direction) }
     }
 }
@@ -92,7 +106,7 @@ impl Handler<BeginRun> for Director {
                 None => direction.run().await,
                 Some(bench) => direction.bench(bench).await,
             };
-            direction.ports.end.ask(EndRun { outcome }).await
+            direction.ask(&direction.ports.end, EndRun { outcome }).await
         });
         // The run outlives the reply; a failed farewell means that the supervisor is gone, and with
         // it the run.
@@ -141,6 +155,8 @@ impl Direction {
         let export = matches!(outcome, Outcome::Done).then(|| self.folders.run.join("export"));
         let end =
             Event::new("end").with("state", state).with("reason", reason).with("export", export);
+        // More than the new steps in the journal: what a resume had to compute again.
+        let end = end.with("computed_steps", self.computed_steps.get());
         match (self.record(end).await, outcome) {
             // The journal's failure is news only if there is no earlier one.
             (Err(failure), Outcome::Done | Outcome::Timed(_) | Outcome::Stopped(_)) => {
@@ -153,7 +169,7 @@ impl Direction {
     /// All stages that are not done, from the newest commit.
     async fn pass(&self) -> Result<Next, Failure> {
         self.phase.replace(None);
-        let commit = self.ports.find_commit.ask(FindCommit {}).await?;
+        let commit = self.ask(&self.ports.find_commit, FindCommit {}).await?;
         let is_done = |index: usize| self.folders.artefact(&self.config, index).exists();
         if let Some(commit) = &commit {
             require_artefacts(&self.config, commit.manifest.stage_index, is_done)?;
@@ -165,7 +181,7 @@ impl Direction {
             .with("seed", self.config.seed)
             .with("stages", stages);
         self.record(event).await?;
-        let data = self.ports.prepare_data.ask(PrepareData {}).await?;
+        let data = self.ask(&self.ports.prepare_data, PrepareData {}).await?;
         for text in data.notes {
             self.record(Event::new("note").with("text", text)).await?;
         }
@@ -175,6 +191,9 @@ impl Direction {
                 last_policy = Some(index);
             }
             if is_done(index) {
+                // A kill may have come between the artefact and its line.
+                let end = Event::new("stage-end").of_stage(&stage.name, stage.kind.name());
+                self.record(end).await?;
                 continue;
             }
             // What is finished has been kept: between two stages there is nothing to commit.
@@ -192,7 +211,7 @@ impl Direction {
             && !self.folders.run.join("export").exists()
         {
             let from = self.folders.artefact(&self.config, index);
-            self.ports.export.ask(ExportModel { from }).await?;
+            self.ask(&self.ports.export, ExportModel { from }).await?;
         }
         Ok(Next::Finished)
     }
@@ -206,7 +225,7 @@ impl Direction {
             StageKind::Sft(_) | StageKind::RewardModel(_) => &self.ports.fine_tuner.open,
             StageKind::Grpo(_) => &self.ports.open_prompts,
         };
-        let steps = open.ask(OpenStage { stage: index }).await?.steps;
+        let steps = self.ask(open, OpenStage { stage: index }).await?.steps;
         self.record(
             Event::new("stage-start").of_stage(&stage.name, stage.kind.name()).with("steps", steps),
         )
@@ -230,7 +249,8 @@ impl Direction {
             self.calibrate(index).await?;
         }
         let name = artefact_name(&self.config, index);
-        self.ports.keep.ask(KeepArtefact { id: self.id(), name, place: self.place(&at) }).await?;
+        self.ask(&self.ports.keep, KeepArtefact { id: self.id(), name, place: self.place(&at) })
+            .await?;
         let end = Event::new("stage-end").of_stage(&stage.name, stage.kind.name());
         self.record(end.with("steps", steps).with("seconds", began.elapsed().as_secs_f64()))
             .await?;
@@ -257,22 +277,22 @@ impl Direction {
             let mut fresh = plan.clone();
             (fresh.policy, fresh.reference, fresh.optimizer) = (ModelSource::Fresh, None, None);
             fresh.rewards.clear();
-            self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: fresh }).await?;
-            let place = Place { stage: index, name: INITIAL.to_string(), step: 0, finished: true };
-            self.ports
-                .keep
-                .ask(KeepArtefact { id: self.id(), name: INITIAL.to_string(), place })
+            self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage: fresh })
                 .await?;
+            let place = Place { stage: index, name: INITIAL.to_string(), step: 0, finished: true };
+            self.ask(
+                &self.ports.keep,
+                KeepArtefact { id: self.id(), name: INITIAL.to_string(), place },
+            )
+            .await?;
         }
-        self.ports.prepare_device.ask(PrepareDevice { id: self.id(), stage: plan }).await?;
+        self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage: plan }).await?;
         if let Some(Commit { folder, manifest }) = commit {
             let state = crate::engine::hybrid::SavedState {
                 policy_version: manifest.policy_version,
                 optimizer_step: manifest.optimizer_step,
             };
-            self.ports
-                .restore
-                .ask(Restore { id: self.id(), folder: folder.clone(), state })
+            self.ask(&self.ports.restore, Restore { id: self.id(), folder: folder.clone(), state })
                 .await?;
         }
         self.phase.replace(None);
@@ -287,6 +307,7 @@ impl Direction {
         let (mut not_finite, mut is_due) = (0, false);
         while at.step < at.steps {
             let (report, event) = self.step(at).await?;
+            self.computed_steps.set(self.computed_steps.get() + 1);
             at.step += 1;
             at.version = report.policy_version;
             self.record(event).await?;
@@ -320,7 +341,7 @@ impl Direction {
             let event = aligned.event(stage, at.step + 1);
             let groups = aligned.scored.groups;
             let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };
-            self.ports.record_rollouts.ask(rollouts).await?;
+            self.ask(&self.ports.record_rollouts, rollouts).await?;
             return Ok((aligned.report, event));
         }
         let began = Instant::now();
@@ -330,7 +351,7 @@ impl Direction {
         };
         let entered = self.enter(Phase::Train).await?;
         let report =
-            trainer.ask(TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
+            self.ask(trainer, TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
         let event =
             step_event(stage, at.step + 1, &report, began.elapsed().as_secs_f64(), &entered);
         let event = event.with("phase_seconds", serde_json::json!({"train": report.seconds}));
@@ -357,10 +378,9 @@ impl Direction {
 
     async fn commit(&self, at: &Position) -> Result<(), Failure> {
         let stage = &self.config.stages[at.index];
+        self.ask(&self.ports.sync_journal, SyncJournal {}).await?;
         let commit = self
-            .ports
-            .commit
-            .ask(CommitCheckpoint { id: self.id(), place: self.place(at) })
+            .ask(&self.ports.commit, CommitCheckpoint { id: self.id(), place: self.place(at) })
             .await?;
         let event =
             Event::new("commit").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
@@ -370,8 +390,9 @@ impl Direction {
     /// Fits and keeps the scale of a reward model's scores.
     async fn calibrate(&self, index: usize) -> Result<(), Failure> {
         self.enter(Phase::Score).await?;
-        let scale = self.ports.fit_scale.ask(FitScale { id: self.id(), stage: index }).await?;
-        self.ports.calibrate.ask(Calibrate { id: self.id(), scale }).await
+        let scale =
+            self.ask(&self.ports.fit_scale, FitScale { id: self.id(), stage: index }).await?;
+        self.ask(&self.ports.calibrate, Calibrate { id: self.id(), scale }).await
     }
 
     /// Has the device change its phase, unless it is there.
@@ -383,7 +404,7 @@ impl Direction {
             return Ok(PhaseReport { seconds: 0.0, bytes_in: 0, bytes_out: 0, ..report });
         }
         self.desk.say(&format!("{phase:?}").to_lowercase());
-        let report = self.ports.enter_phase.ask(EnterPhase { id: self.id(), phase }).await?;
+        let report = self.ask(&self.ports.enter_phase, EnterPhase { id: self.id(), phase }).await?;
         self.phase.replace(Some((phase, report.clone())));
         Ok(report)
     }
@@ -391,11 +412,30 @@ impl Direction {
     /// The id of the next request.
     pub(super) fn id(&self) -> WorkId {
         self.numbers.set(self.numbers.get() + 1);
-        WorkId { number: self.numbers.get(), part: 0 }
+        WorkId { director: self.generation, number: self.numbers.get(), part: 0 }
+    }
+
+    /// Sends a request and waits for the reply.
+    pub(super) async fn ask<M, R>(&self, port: &Port<M>, message: M) -> Result<R, Failure>
+    where
+        M: actix::Message<Result = Result<R, Failure>> + Named + Clone + Send + 'static,
+        R: Send + 'static,
+    {
+        let mut asked = Box::pin(port.ask(message));
+        if self.hazard.is_due(M::NAME) {
+            // The request is on its way; whom it is for takes it while the journal is written.
+            let send = poll_fn(|context| {
+                let _reply = asked.as_mut().poll(context);
+                Poll::Ready(())
+            });
+            send.await;
+            self.hazard.strike(M::NAME).await?;
+        }
+        asked.await
     }
 
     pub(super) async fn record(&self, event: Event) -> Result<(), Failure> {
-        self.ports.record.ask(Record { event }).await
+        self.ask(&self.ports.record, Record { event }).await
     }
 
     fn place(&self, at: &Position) -> Place {

@@ -44,6 +44,8 @@ pub struct DirectorPorts {
     pub record: Port<Record>,
     /// The rollouts' file.
     pub record_rollouts: Port<RecordRollouts>,
+    /// The journal, brought to the disk.
+    pub sync_journal: Port<SyncJournal>,
     /// The supervisor.
     pub end: Port<EndRun>,
 }

@@ -50,7 +50,7 @@ impl Direction {
                 eval: number,
                 policy_version: at.version,
             };
-            let result = port.ask(request).await?;
+            let result = self.ask(port, request).await?;
             self.record(eval_event(stage, eval, at.step, &result)?).await?;
             figures.push((eval.name.clone(), result.value));
         }

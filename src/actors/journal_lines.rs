@@ -25,7 +25,7 @@ pub(super) fn step_event(
         .with("tokens_per_second", report.tokens as f64 / seconds.max(1e-9))
         .with("seconds", seconds)
         .with("memory", &entered.held)
-        .with("memory_high_water", entered.high_water)
+        .with("memory_high_water", entered.high_water.max(report.memory_high_water))
         .with("expert_load", &report.expert_load)
 }
 

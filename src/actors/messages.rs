@@ -175,7 +175,7 @@ messages! {
         groups: Vec<ScoredGroup>,
         /// The stage's settings.
         settings: GrpoStage,
-    } -> StepReport;
+    } -> PolicyUpdate;
     /// Pretrainer, FineTuner and PolicyUpdater to Worker: one optimizer step.
     Train {
         /// Id of the work.
@@ -200,6 +200,8 @@ messages! {
         /// What was sampled and what it earned.
         groups: Vec<ScoredGroup>,
     } -> ();
+    /// Director to Monitor: bring the journal to the disk, before a commit that relies on its steps.
+    SyncJournal {} -> ();
     /// Director to Checkpointer: commit policy, optimizer and counters; drop old commits.
     CommitCheckpoint {
         /// Id of the work.
@@ -284,12 +286,15 @@ messages! {
     Halt {} -> ();
 }
 
-/// Names one piece of work on a device. The Director numbers its requests; an actor that serves one
-/// numbers the device jobs that it needs for it, always in the same way, so that a repeated request
-/// repeats no job.
+/// Names one piece of work on a device, and whose it is. The Director numbers its requests; an
+/// actor that serves one numbers the device jobs that it needs for it, always in the same way, so
+/// that a repeated request repeats no job. A device that has seen a later Director's work refuses
+/// that of the ones before it, whoever brings it and however late.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct WorkId {
-    /// Number of the Director's request.
+    /// Which Director in turn wants it, counting from 1.
+    pub director: u64,
+    /// Number of that Director's request.
     pub number: u64,
     /// Number of the job within it; 0 is the request itself.
     pub part: u32,

@@ -1,7 +1,7 @@
 //! Who acts: thin, asynchronous actors that hold no tensor.
 //! A run is made by [`start`]; `bench grpo` drives the same actors through [`bench_grpo`]. Read
 //! `director` for the loop and `messages` for everything that is said; actors reach each other
-//! through ports only.
+//! through ports only, and `supervisor` and `roll_call` keep them at work.
 
 // What is said, and how.
 mod contents;
@@ -27,6 +27,7 @@ mod policy_updater;
 mod pretrainer;
 mod reader;
 mod reward_scorer;
+mod roll_call;
 mod rollout_file;
 mod rollout_generator;
 mod staff;

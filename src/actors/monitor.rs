@@ -1,6 +1,6 @@
 //! Monitor: the journal's one writer, the board's keeper, and what a person sees.
 //!
-//! Events come as acknowledged messages and are on disk before the reply; what actors are doing is
+//! Events come as acknowledged messages and are written before the reply; what actors are doing is
 //! read from their desks, where the latest value wins. Knows nothing of what an event means to the
 //! run.
 //!
@@ -60,6 +60,15 @@ impl Handler<RecordRollouts> for Monitor {
     }
 }
 
+impl Handler<SyncJournal> for Monitor {
+    type Result = ResponseActFuture<Self, Result<(), Failure>>;
+
+    fn handle(&mut self, _: SyncJournal, _: &mut Self::Context) -> Self::Result {
+        let notes = Arc::clone(&self.notes);
+        self.post.work(SyncJournal::NAME, aside(move || notes.sync()))
+    }
+}
+
 /// What has been noted of a run. It outlives the actor, so that a new one goes on with it.
 pub struct Notes {
     folder: PathBuf,
@@ -111,7 +120,13 @@ impl Notes {
         Ok(Notes { folder: folder.to_path_buf(), desks, mailbox, open: Mutex::new(open) })
     }
 
-    /// Writes an event; it is on disk when this returns.
+    /// Brings the journal to the disk.
+    fn sync(&self) -> Result<()> {
+        let mut open = self.open.lock().expect(PROOF);
+        open.as_mut().map_or(Ok(()), |open| open.journal.sync())
+    }
+
+    /// Writes an event. What no resumed run would make again is on the disk when this returns.
     fn record(&self, event: &Event) -> Result<()> {
         let mut open = self.open.lock().expect(PROOF);
         let Some(open) = &mut *open else { return Ok(()) };

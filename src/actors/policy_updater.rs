@@ -26,13 +26,13 @@ impl PolicyUpdater {
 answers_for_itself!(PolicyUpdater);
 
 impl Handler<UpdatePolicy> for PolicyUpdater {
-    type Result = ResponseActFuture<Self, Result<StepReport, Failure>>;
+    type Result = ResponseActFuture<Self, Result<PolicyUpdate, Failure>>;
 
     fn handle(&mut self, message: UpdatePolicy, _: &mut Self::Context) -> Self::Result {
         let train = self.train.clone();
         let UpdatePolicy { id, groups, settings } = message;
         self.post.work(UpdatePolicy::NAME, async move {
-            let mut total: Option<StepReport> = None;
+            let mut total: Option<PolicyUpdate> = None;
             for update in 1..=settings.updates.max(1) {
                 let job = TrainJob::Grpo {
                     groups: groups.clone(),
@@ -40,9 +40,11 @@ impl Handler<UpdatePolicy> for PolicyUpdater {
                     micro_batch: settings.micro_batch,
                 };
                 let report = train.ask(Train { id: id.part(update as u32), job }).await?;
+                let skipped_updates = u64::from(report.skipped);
+                let last = PolicyUpdate { report, updates: 1, skipped_updates };
                 total = Some(match total {
-                    None => report,
-                    Some(before) => join(before, report),
+                    None => last,
+                    Some(before) => join(before, last),
                 });
             }
             Ok(total.expect("at least one update is made"))
@@ -59,26 +61,27 @@ fn loss_settings(stage: &GrpoStage) -> GrpoSettings {
         ratio_level: stage.ratio_level,
         length_norm: stage.length_norm,
         max_new_tokens: stage.max_new_tokens,
-        deviation: stage.deviation,
     }
 }
 
-/// Two updates on the same rollouts as one report: the last one's figures, sums of work, and the
-/// sampler's gap of the first, before which no weight had moved.
-fn join(before: StepReport, last: StepReport) -> StepReport {
-    let grpo = last.grpo.map(|mut grpo| {
-        if let Some(first) = &before.grpo {
-            (grpo.logprob_gap_max, grpo.logprob_gap_mean) =
-                (first.logprob_gap_max, first.logprob_gap_mean);
+/// Updates on the same rollouts as one: the figures of the last that changed a weight, sums of
+/// work, and the sampler's gap of the first, before which no weight had moved.
+fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
+    let policy_version = last.report.policy_version;
+    let (tokens, seconds) =
+        (before.report.tokens + last.report.tokens, before.report.seconds + last.report.seconds);
+    let gap = before.report.grpo.as_ref().map(|grpo| (grpo.logprob_gap_max, grpo.logprob_gap_mean));
+    let shown = if last.report.skipped { before.report } else { last.report };
+    let grpo = shown.grpo.map(|mut grpo| {
+        if let Some(gap) = gap {
+            (grpo.logprob_gap_max, grpo.logprob_gap_mean) = gap;
         }
         grpo
     });
-    StepReport {
-        tokens: before.tokens + last.tokens,
-        seconds: before.seconds + last.seconds,
-        skipped: before.skipped || last.skipped,
-        grpo,
-        ..last
+    PolicyUpdate {
+        report: StepReport { tokens, seconds, policy_version, grpo, ..shown },
+        updates: before.updates + last.updates,
+        skipped_updates: before.skipped_updates + last.skipped_updates,
     }
 }
 
@@ -87,17 +90,36 @@ mod tests {
     use super::*;
     use crate::engine::phase::GrpoReport;
 
-    #[test]
-    fn the_sampler_gap_of_several_updates_is_that_of_the_first() {
-        let report = |gap, tokens, skipped| StepReport {
-            tokens,
+    fn update(gap: f64, policy_version: u64, skipped: bool) -> PolicyUpdate {
+        let grpo = GrpoReport { logprob_gap_max: gap, kl: gap, ..GrpoReport::default() };
+        let report = StepReport {
+            tokens: 10,
+            loss: if skipped { f64::NAN } else { gap },
+            policy_version,
             skipped,
-            grpo: Some(GrpoReport { logprob_gap_max: gap, kl: gap, ..GrpoReport::default() }),
+            grpo: Some(grpo),
             ..StepReport::default()
         };
-        let joined = join(report(0.25, 10, true), report(0.5, 10, false));
-        let grpo = joined.grpo.unwrap();
+        PolicyUpdate { report, updates: 1, skipped_updates: u64::from(skipped) }
+    }
+
+    #[test]
+    fn the_sampler_gap_of_several_updates_is_that_of_the_first() {
+        let joined = join(update(0.25, 1, false), update(0.5, 2, false));
+        let grpo = joined.report.grpo.unwrap();
         assert_eq!((grpo.logprob_gap_max, grpo.kl), (0.25, 0.5));
-        assert_eq!((joined.tokens, joined.skipped), (20, true));
+        assert_eq!((joined.report.tokens, joined.updates, joined.skipped_updates), (20, 2, 0));
+    }
+
+    #[test]
+    fn a_step_is_skipped_only_if_none_of_its_updates_changed_a_weight() {
+        let changed_last = join(update(0.25, 0, true), update(0.5, 1, false));
+        let changed_first = join(update(0.25, 1, false), update(0.5, 1, true));
+        for (joined, loss) in [(&changed_last, 0.5), (&changed_first, 0.25)] {
+            assert_eq!((joined.report.skipped, joined.report.policy_version), (false, 1));
+            assert_eq!((joined.report.loss, joined.skipped_updates), (loss, 1));
+        }
+        let never = join(update(0.25, 0, true), update(0.5, 0, true));
+        assert_eq!((never.report.skipped, never.updates, never.skipped_updates), (true, 2, 2));
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A [`Seat`] is an actor's place; the supervisor points it at the actor that holds it now. A
 //! [`Port`] is a seat seen by one asker for one message. `ask` waits for a place in the mailbox and
-//! for the reply, both within one deadline; if the actor dies meanwhile, it waits for the next one
-//! and asks again. Knows no actor by type and no work.
+//! for the reply; if the actor dies meanwhile, it waits for the next one and asks again, all within
+//! one deadline. Knows no actor by type and no work.
 //!
 //! Invariants:
 //!   * nothing is sent past a mailbox's bound, and no wait is without deadline
@@ -11,7 +11,7 @@
 //!   * a message is sent again only after the actor that had it is gone, and at most `attempts`
 //!     times in all
 
-use super::messages::{ActorState, Failure, FailureKind, Named, Pulse, Wait};
+use super::messages::{ActorState, AskStatus, Failure, FailureKind, Named, Pulse, Wait};
 use actix::dev::ToEnvelope;
 use actix::{Actor, Addr, Context, Handler, MailboxError, Message, Recipient};
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ use tokio::time::timeout_at;
 pub struct Limits {
     /// Messages in a mailbox or a channel at most.
     pub mailbox: usize,
-    /// How long one attempt of a request may take.
+    /// How long a request may take, all its attempts together.
     pub deadline: Duration,
     /// How often a request is sent at most, counting the first time.
     pub attempts: usize,
@@ -49,6 +49,8 @@ struct DeskState {
     doing: Option<String>,
     waits: BTreeMap<u64, (String, &'static str, Instant)>,
     next_wait: u64,
+    /// The message whose handler holds the actor's thread, and since when.
+    running: Option<(&'static str, Instant)>,
 }
 
 impl Desk {
@@ -66,6 +68,7 @@ impl Desk {
             doing: None,
             waits: BTreeMap::new(),
             next_wait: 0,
+            running: None,
         };
         Arc::new(Desk { name: name.to_string(), state: Mutex::new(state) })
     }
@@ -100,6 +103,16 @@ impl Desk {
     /// The actor says what it is doing.
     pub fn say(&self, doing: &str) {
         self.lock().doing = Some(doing.to_string());
+    }
+
+    /// A handler gets the actor's thread, or gives it back.
+    pub fn runs(&self, message: Option<&'static str>) {
+        self.lock().running = message.map(|message| (message, Instant::now()));
+    }
+
+    /// The message whose handler holds the actor's thread, and for how long.
+    pub fn running(&self) -> Option<(&'static str, Duration)> {
+        self.lock().running.map(|(message, since)| (message, since.elapsed()))
     }
 
     /// The actor takes a message out of its mailbox; it is busy until the guard is dropped.
@@ -308,11 +321,14 @@ where
     /// Sends a message and waits for the reply.
     pub async fn ask(&self, message: M) -> Result<R, Failure> {
         let _waiting = self.asker.wait_for(self.target.name(), M::NAME);
+        let deadline = tokio::time::Instant::now() + self.limits.deadline;
         let mut lost_with = 0;
         for _ in 0..self.limits.attempts.max(1) {
-            let deadline = tokio::time::Instant::now() + self.limits.deadline;
             let (generation, recipient) = self.holder_after(lost_with, deadline).await?;
-            self.target.enqueued();
+            // A question that is answered on the spot is no work that waits.
+            if M::NAME != AskStatus::NAME {
+                self.target.enqueued();
+            }
             match timeout_at(deadline, recipient.send(message.clone())).await {
                 Ok(Ok(reply)) => return reply,
                 Ok(Err(MailboxError::Closed)) => lost_with = generation,

@@ -15,6 +15,7 @@ use crate::console::Event;
 use actix::fut::wrap_future;
 use actix::{Actor, ResponseActFuture};
 use std::any::Any;
+use std::convert::Infallible;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::Pin;
@@ -32,11 +33,22 @@ pub struct Death {
     pub generation: u64,
 }
 
-/// A panic that a test wants: `REHEARSAL_INJECT=panic:ACTOR:N`, in the actor's N-th work message.
+/// A fault that a test wants: `REHEARSAL_INJECT=panic:ACTOR:N`, in the actor's N-th work message,
+/// or `panic:ACTOR:MESSAGE:N`, in its N-th of that name; with `hang` the actor does not die but
+/// blocks for ever, and its thread with it. The Director is given one message only, so the
+/// requests that it sends count as well: it dies while the reply is awaited.
 #[derive(Debug, Default)]
 pub struct Injection {
-    target: Option<(String, u64)>,
+    target: Option<Target>,
     seen: AtomicU64,
+}
+
+#[derive(Debug)]
+struct Target {
+    hangs: bool,
+    actor: String,
+    message: Option<String>,
+    nth: u64,
 }
 
 impl Injection {
@@ -45,30 +57,64 @@ impl Injection {
         Injection::parse(&std::env::var("REHEARSAL_INJECT").unwrap_or_default())
     }
 
-    /// Reads `panic:ACTOR:N`; an empty text injects nothing.
+    /// Reads `panic:ACTOR:N`, `panic:ACTOR:MESSAGE:N` or the like with `hang`; an empty text
+    /// injects nothing.
     pub fn parse(text: &str) -> anyhow::Result<Injection> {
         if text.is_empty() {
             return Ok(Injection::default());
         }
         let parts: Vec<&str> = text.split(':').collect();
-        if let ["panic", actor, nth] = parts[..]
-            && let Ok(nth) = nth.parse::<u64>()
-            && nth > 0
-        {
-            return Ok(Injection {
-                target: Some((actor.to_string(), nth)),
-                seen: AtomicU64::new(0),
-            });
+        let (actor, message, nth) = match parts[..] {
+            ["panic" | "hang", actor, nth] => (actor, None, nth),
+            ["panic" | "hang", actor, message, nth] => (actor, Some(message.to_string()), nth),
+            _ => ("", None, ""),
+        };
+        match nth.parse::<u64>() {
+            Ok(nth) if nth > 0 => {
+                let (hangs, actor) = (parts[0] == "hang", actor.to_string());
+                let target = Some(Target { hangs, actor, message, nth });
+                Ok(Injection { target, seen: AtomicU64::new(0) })
+            }
+            _ => Err(Fault::user(format!(
+                "REHEARSAL_INJECT = {text:?}: expected panic:ACTOR:N or panic:ACTOR:MESSAGE:N with N at least 1"
+            ))),
         }
-        Err(Fault::user(format!(
-            "REHEARSAL_INJECT = {text:?}: expected panic:ACTOR:N with N at least 1"
-        )))
     }
 
-    /// Counts a work message of `actor`; true if the panic is due in it, which happens once.
-    fn is_due(&self, actor: &str) -> bool {
-        let Some((target, nth)) = &self.target else { return false };
-        target == actor && self.seen.fetch_add(1, Ordering::Relaxed) + 1 == *nth
+    /// Counts a message of `actor`; true if the fault is due in it, which happens once.
+    fn is_due(&self, actor: &str, message: &str) -> bool {
+        let Some(target) = &self.target else { return false };
+        target.actor == actor
+            && target.message.as_deref().is_none_or(|name| name == message)
+            && self.seen.fetch_add(1, Ordering::Relaxed) + 1 == target.nth
+    }
+}
+
+/// The fault that a test has planted, as one actor carries it.
+#[derive(Clone)]
+pub struct Hazard {
+    actor: String,
+    injection: Arc<Injection>,
+    /// The journal, for the fault's witness; the Monitor writes its own.
+    journal: Option<Port<Record>>,
+}
+
+impl Hazard {
+    /// Counts a message; true if the fault is due in it.
+    pub fn is_due(&self, message: &str) -> bool {
+        self.injection.is_due(&self.actor, message)
+    }
+
+    /// Panics or hangs, once the journal has the witness.
+    pub async fn strike(&self, message: &str) -> Result<Infallible, Failure> {
+        if let Some(journal) = &self.journal {
+            let event = Event::new("inject").with("actor", &self.actor).with("message", message);
+            journal.ask(Record { event }).await?;
+        }
+        while self.injection.target.as_ref().is_some_and(|target| target.hangs) {
+            std::thread::park();
+        }
+        panic!("injected fault in {message}");
     }
 }
 
@@ -77,9 +123,7 @@ pub struct Post {
     desk: Arc<Desk>,
     generation: u64,
     deaths: mpsc::Sender<Death>,
-    injection: Arc<Injection>,
-    /// The journal, for the witness of an injected fault; the Monitor writes its own.
-    journal: Option<Port<Record>>,
+    hazard: Hazard,
 }
 
 impl Post {
@@ -95,8 +139,11 @@ impl Post {
             desk: Arc::clone(desk),
             generation,
             deaths: deaths.clone(),
-            injection: Arc::clone(injection),
-            journal,
+            hazard: Hazard {
+                actor: desk.name().to_string(),
+                injection: Arc::clone(injection),
+                journal,
+            },
         }
     }
 
@@ -108,6 +155,16 @@ impl Post {
     /// What others can see of the actor.
     pub fn desk(&self) -> &Arc<Desk> {
         &self.desk
+    }
+
+    /// The fault that a test has planted.
+    pub fn hazard(&self) -> &Hazard {
+        &self.hazard
+    }
+
+    /// The journal; the Monitor, who writes it, has none.
+    pub fn journal(&self) -> Option<Port<Record>> {
+        self.hazard.journal.clone()
     }
 
     /// Which holder of its seat the actor is.
@@ -128,21 +185,15 @@ impl Post {
     {
         let working = self.desk.take(message);
         let desk = Arc::clone(&self.desk);
-        let fault = self
-            .injection
-            .is_due(desk.name())
-            .then(|| (desk.name().to_string(), self.journal.clone()));
+        let hazard = self.hazard.is_due(message).then(|| self.hazard.clone());
         let work = async move {
             let _working = working;
-            if let Some((actor, journal)) = fault {
-                if let Some(journal) = journal {
-                    journal.ask(injected(&actor, message)).await?;
-                }
-                panic!("injected fault in {message}");
+            if let Some(hazard) = hazard {
+                hazard.strike(message).await?;
             }
             work.await
         };
-        Box::pin(wrap_future(Observed { work: Box::pin(work), desk }))
+        Box::pin(wrap_future(Observed { work: Box::pin(work), desk, message }))
     }
 }
 
@@ -156,23 +207,23 @@ impl Drop for Post {
     }
 }
 
-/// The journal's witness of an injected fault.
-fn injected(actor: &str, message: &str) -> Record {
-    Record { event: Event::new("inject").with("actor", actor).with("message", message) }
-}
-
-/// A future whose panic leaves its reason at the desk before it goes on to kill the actor.
+/// A future that shows at the desk while it holds the actor's thread, and whose panic leaves its
+/// reason there before it goes on to kill the actor.
 struct Observed<T> {
     work: Pin<Box<dyn Future<Output = T>>>,
     desk: Arc<Desk>,
+    message: &'static str,
 }
 
 impl<T> Future for Observed<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<T> {
+        self.desk.runs(Some(self.message));
         let work = self.work.as_mut();
-        match catch_unwind(AssertUnwindSafe(|| work.poll(context))) {
+        let polled = catch_unwind(AssertUnwindSafe(|| work.poll(context)));
+        self.desk.runs(None);
+        match polled {
             Ok(poll) => poll,
             Err(panic) => {
                 self.desk.died(&format!("it panicked: {}", panic_text(panic.as_ref())));
@@ -261,14 +312,23 @@ mod tests {
     #[test]
     fn an_injected_panic_is_due_once_in_the_message_it_names() {
         let injection = Injection::parse("panic:reward-scorer:3").unwrap();
-        let due: Vec<bool> = (0..5).map(|_| injection.is_due("reward-scorer")).collect();
+        let due: Vec<bool> =
+            (0..5).map(|_| injection.is_due("reward-scorer", "JudgeGroup")).collect();
         assert_eq!(due, [false, false, true, false, false]);
-        assert!(!Injection::parse("panic:reward-scorer:1").unwrap().is_due("monitor"));
+        assert!(!Injection::parse("panic:reward-scorer:1").unwrap().is_due("monitor", "Record"));
+        let injection = Injection::parse("panic:director:UpdatePolicy:2").unwrap();
+        let sent = ["UpdatePolicy", "Record", "UpdatePolicy", "UpdatePolicy"];
+        assert_eq!(
+            sent.map(|message| injection.is_due("director", message)),
+            [false, false, true, false]
+        );
     }
 
     #[test]
     fn a_malformed_injection_is_refused() {
-        for text in ["panic", "panic:monitor:0", "panic:monitor:x", "kill:monitor:1"] {
+        for text in
+            ["panic", "panic:monitor:0", "panic:monitor:x", "kill:monitor:1", "panic:a:b:1:2"]
+        {
             assert!(Injection::parse(text).is_err(), "{text}");
         }
     }

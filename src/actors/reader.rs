@@ -24,6 +24,8 @@ pub struct Reader {
     config: Arc<RunConfig>,
     folder: PathBuf,
     sources: Sources,
+    /// Held while data is readied: a second request finds it done.
+    readying: Mutex<()>,
     opened: Mutex<Option<(Arc<Tokenizer>, Arc<ChatTemplate>)>>,
     stages: Mutex<BTreeMap<usize, Arc<Mutex<StageData>>>>,
 }
@@ -33,7 +35,14 @@ impl Reader {
     pub fn new(config: Arc<RunConfig>, folder: PathBuf, config_dir: PathBuf) -> Reader {
         let sources =
             Sources { data: config.data.clone(), base: config_dir, generated: folder.join("data") };
-        Reader { config, folder, sources, opened: Mutex::default(), stages: Mutex::default() }
+        Reader {
+            config,
+            folder,
+            sources,
+            readying: Mutex::default(),
+            opened: Mutex::default(),
+            stages: Mutex::default(),
+        }
     }
 
     /// The run's config.
@@ -43,6 +52,7 @@ impl Reader {
 
     /// Readies the run's data; what is done already is left as it is.
     pub fn prepare(&self) -> Result<DataReport> {
+        let _readying = self.readying.lock().expect("a panic here ends the actor that shares it");
         self.write_generated()?;
         self.write_tokenizer()?;
         let (tokenizer, _) = self.language()?;

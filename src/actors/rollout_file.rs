@@ -1,7 +1,11 @@
 //! `rollouts/<stage>.jsonl`: every sampled reply with its reward and advantage, one line each.
 //!
-//! Invariant: a step stands in it once. A resumed run first drops the lines of steps that the
-//! journal does not have, for they are computed again.
+//! Invariants:
+//!   * a step stands in it once, also if it is brought again because the Director died before the
+//!     journal had it; a resumed run first drops the lines of steps that the journal does not have,
+//!     for they are computed again
+//!   * `append` returns when the lines are on the disk: the step's line in the journal comes after
+//!     them, and a power cut must not leave it alone
 
 use crate::rl::rollout::ScoredGroup;
 use anyhow::{Context, Result};
@@ -15,6 +19,8 @@ pub struct RolloutFile {
     stage: String,
     path: PathBuf,
     file: File,
+    /// The last step that is in it, or that need not be.
+    last: u64,
 }
 
 impl RolloutFile {
@@ -29,7 +35,13 @@ impl RolloutFile {
         }
         let file = OpenOptions::new().create(true).append(true).open(&path);
         let file = file.with_context(|| format!("failed to open {}", path.display()))?;
-        Ok(RolloutFile { stage: stage.to_string(), path, file })
+        // The file's name and its folder's are to survive what its content survives.
+        for parent in [folder.as_path(), run] {
+            File::open(parent)
+                .and_then(|parent| parent.sync_all())
+                .with_context(|| format!("failed to sync {}", parent.display()))?;
+        }
+        Ok(RolloutFile { stage: stage.to_string(), path, file, last })
     }
 
     /// The stage's name.
@@ -37,8 +49,11 @@ impl RolloutFile {
         &self.stage
     }
 
-    /// Appends a step's rollouts.
+    /// Appends a step's rollouts unless it has them; they are on the disk when this returns.
     pub fn append(&mut self, step: u64, groups: &[ScoredGroup]) -> Result<()> {
+        if step <= self.last {
+            return Ok(());
+        }
         let mut lines = Vec::new();
         for scored in groups {
             for (index, rollout) in scored.group.rollouts.iter().enumerate() {
@@ -60,7 +75,10 @@ impl RolloutFile {
         }
         self.file
             .write_all(&lines)
-            .with_context(|| format!("failed to append to {}", self.path.display()))
+            .and_then(|()| self.file.sync_data())
+            .with_context(|| format!("failed to append to {}", self.path.display()))?;
+        self.last = step;
+        Ok(())
     }
 }
 
@@ -77,7 +95,7 @@ fn trim(path: &Path, last: u64) -> Result<()> {
                 kept.write_all(line)?;
             }
         }
-        kept.flush()?;
+        kept.into_inner()?.sync_all()?;
         std::fs::rename(&aside, path)
     };
     write().with_context(|| format!("failed to trim {}", path.display()))
@@ -100,7 +118,7 @@ mod tests {
         };
         ScoredGroup {
             group: Group { slot: 0, prompt, policy_version: 1, rollouts: vec![rollout] },
-            components: vec![vec![1.0]],
+            components: vec![vec![Some(1.0)]],
             rewards: vec![1.0],
             advantages: vec![0.0],
             reference: Vec::new(),
@@ -114,6 +132,7 @@ mod tests {
         for step in 1..=3 {
             file.append(step, &[group(&format!("reply {step}"))]).unwrap();
         }
+        file.append(3, &[group("brought again")]).unwrap();
         let path = folder.path().join("rollouts/align.jsonl");
         let mut bytes = std::fs::read(&path).unwrap();
         bytes.extend(b"{\"step\":1");

@@ -1,16 +1,22 @@
 //! Supervisor: starts, watches, restarts and stops every actor, and ends the run.
 //!
-//! 1. An actor that dies is known by its [`Death`], or at the next look at its mailbox.
+//! 1. An actor that dies is known by its [`Death`], or at the next look at its mailbox; one that
+//!    hangs, at the next roll call.
 //! 2. Its seat gets a new holder and the journal a `restart`; whoever had asked the dead one asks
 //!    the new one.
 //! 3. An actor that dies too often is given up: its seat is closed, and the run fails with its
 //!    name.
+//! 4. An actor that is stopped by name is not replaced: whoever asks it is told. Nobody asks the
+//!    Director, so that the run ends with it.
 //!
-//! Knows no work. Invariant: a run has exactly one outcome, the first.
+//! Knows no work. Invariants:
+//!   * a run has exactly one outcome, the first
+//!   * a run without an outcome has somebody at work, or it fails after the deadline
 
 use super::messages::*;
 use super::port::{Desk, Port, Seat};
 use super::post::{Death, Injection, Post};
+use super::roll_call::RollCall;
 use super::staff::Staff;
 use crate::console::Event;
 use actix::fut::wrap_future;
@@ -26,6 +32,9 @@ use tokio::sync::mpsc;
 
 /// How often every actor is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// Who leads the run.
+const DIRECTOR: &str = "director";
 
 /// What the supervisor is made with.
 pub struct Charge {
@@ -47,17 +56,19 @@ pub struct Charge {
     pub injection: Arc<Injection>,
     /// The name of the actor that writes the journal.
     pub journal_writer: &'static str,
+    /// How long a request may take.
+    pub deadline: Duration,
 }
 
 /// See the module.
 pub struct Supervisor {
-    desk: Arc<Desk>,
     inner: Rc<Inner>,
     deaths: Option<mpsc::Receiver<Death>>,
 }
 
 /// What the handlers and the watch share.
 struct Inner {
+    desk: Arc<Desk>,
     staff: RefCell<Vec<Box<dyn Staff>>>,
     deaths: mpsc::Sender<Death>,
     ending: mpsc::Sender<Outcome>,
@@ -67,6 +78,7 @@ struct Inner {
     bench: Option<Bench>,
     injection: Arc<Injection>,
     journal_writer: &'static str,
+    deadline: Duration,
     ended: Cell<bool>,
 }
 
@@ -75,6 +87,7 @@ impl Supervisor {
     pub fn new(seat: &Seat<Supervisor>, charge: Charge) -> Supervisor {
         let (deaths, received) = charge.deaths;
         let inner = Inner {
+            desk: Arc::clone(seat.desk()),
             staff: RefCell::new(charge.staff),
             deaths,
             ending: charge.ending,
@@ -84,9 +97,10 @@ impl Supervisor {
             bench: charge.bench,
             injection: charge.injection,
             journal_writer: charge.journal_writer,
+            deadline: charge.deadline,
             ended: Cell::new(false),
         };
-        Supervisor { desk: Arc::clone(seat.desk()), inner: Rc::new(inner), deaths: Some(received) }
+        Supervisor { inner: Rc::new(inner), deaths: Some(received) }
     }
 }
 
@@ -97,6 +111,7 @@ impl Actor for Supervisor {
         for member in self.inner.staff.borrow_mut().iter_mut() {
             self.inner.seat(member.as_mut());
         }
+        self.inner.call_the_roll();
         Rc::clone(&self.inner).begin_run();
         let deaths = self.deaths.take().expect("an actor starts once");
         context.spawn(wrap_future(Rc::clone(&self.inner).watch(deaths)));
@@ -116,7 +131,7 @@ impl Handler<AskStatus> for Supervisor {
     type Result = Result<Pulse, Failure>;
 
     fn handle(&mut self, _: AskStatus, _: &mut Self::Context) -> Self::Result {
-        Ok(self.desk.pulse())
+        Ok(self.inner.desk.pulse())
     }
 }
 
@@ -137,6 +152,34 @@ impl Inner {
             let journal = (desk.name() != self.journal_writer).then(|| self.record.clone());
             Post::new(desk, generation, &self.deaths, &self.injection, journal)
         });
+    }
+
+    /// Asks every actor how it is, for as long as the run lasts.
+    fn call_the_roll(self: &Rc<Self>) {
+        let staff = self.staff.borrow();
+        let everybody: Vec<Arc<Desk>> = staff.iter().map(|m| Arc::clone(m.desk())).collect();
+        for member in staff.iter() {
+            let roll = RollCall {
+                status: member.status(),
+                desk: Arc::clone(member.desk()),
+                everybody: everybody.clone(),
+                deadline: self.deadline,
+            };
+            let inner = Rc::clone(self);
+            actix::spawn(async move {
+                if let Err(failure) = roll.keep(|event| inner.tell(event)).await {
+                    inner.end(Outcome::Failed(failure));
+                }
+            });
+        }
+    }
+
+    /// Says an event to the person and to the journal, whose writer may be the one it is about.
+    fn tell(&self, event: Event) {
+        eprintln!("{}", event.remark().expect("the event is a remark"));
+        let record = self.record.clone();
+        // What the journal does not take is not lost: it has been said.
+        actix::spawn(async move { drop(record.ask(Record { event }).await) });
     }
 
     /// Sets the Director off. It answers at once, so this waits for its mailbox only.
@@ -186,6 +229,11 @@ impl Inner {
             .map(|m| dead(m.as_ref()))
             .collect();
         gone.iter().for_each(|death| self.replace(death));
+        let pulses = self.staff.borrow().iter().map(|m| m.desk().pulse()).collect::<Vec<_>>();
+        if is_deserted(&pulses, self.deadline) {
+            let text = "no actor has been at work for so long as a request may take, and the run has no outcome";
+            self.end(Outcome::Failed(Failure::new(FailureKind::Actor, text)));
+        }
     }
 
     /// Puts a new actor on a dead one's seat, or gives up.
@@ -213,7 +261,7 @@ impl Inner {
             .with("reason", reason)
             .with("count", count);
         // Apart from the watch: the journal's writer may be the next to die.
-        let (inner, is_director) = (Rc::clone(self), death.name == "director");
+        let (inner, is_director) = (Rc::clone(self), death.name == DIRECTOR);
         actix::spawn(async move {
             if let Err(failure) = inner.record.ask(Record { event }).await {
                 inner.end(Outcome::Failed(failure));
@@ -226,6 +274,10 @@ impl Inner {
     /// Stops one actor for good.
     async fn stop_actor(&self, name: &str) -> Result<(), Failure> {
         let failure = Failure::new(FailureKind::Actor, format!("{name} was stopped by name"));
+        if name == self.desk.name() {
+            self.end(Outcome::Failed(failure));
+            return Ok(());
+        }
         let halt = {
             let staff = self.staff.borrow();
             let Some(member) = staff.iter().find(|member| member.name() == name) else {
@@ -239,7 +291,10 @@ impl Inner {
         };
         let halted = halt.ask(Halt {}).await;
         if let Some(member) = self.staff.borrow().iter().find(|member| member.name() == name) {
-            member.close(failure);
+            member.close(failure.clone());
+        }
+        if name == DIRECTOR {
+            self.end(Outcome::Failed(failure));
         }
         halted
     }
@@ -266,6 +321,12 @@ impl Inner {
     }
 }
 
+/// True if nobody has been at work for longer than `deadline`.
+fn is_deserted(pulses: &[Pulse], deadline: Duration) -> bool {
+    let deadline = deadline.as_secs_f64();
+    pulses.iter().all(|pulse| pulse.state != ActorState::Busy && pulse.since > deadline)
+}
+
 fn listen(kind: SignalKind) -> std::io::Result<Signal> {
     signal(kind)
 }
@@ -290,4 +351,19 @@ async fn hung_up(hangup: &mut Option<Signal>) {
 
 fn libc_number(kind: SignalKind) -> i32 {
     kind.as_raw_value()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_deserted_once_nobody_has_been_at_work_for_the_deadline() {
+        let pulse = |state, since| Pulse { state, since, ..Pulse::default() };
+        let (idle, stopped) = (pulse(ActorState::Idle, 9.0), pulse(ActorState::Stopped, 9.0));
+        let deserted = |pulses: &[Pulse]| is_deserted(pulses, Duration::from_secs(8));
+        assert!(deserted(&[idle.clone(), stopped.clone()]));
+        assert!(!deserted(&[idle.clone(), pulse(ActorState::Busy, 900.0)]), "long work is work");
+        assert!(!deserted(&[stopped, pulse(ActorState::Idle, 7.0)]), "the deadline is to come");
+    }
 }

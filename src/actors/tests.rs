@@ -7,6 +7,7 @@
 mod fake_device;
 mod faults;
 mod plans;
+mod ports;
 
 use super::bench::{self, BenchRequest};
 use super::company::{Seats, Setup, run};

@@ -8,12 +8,15 @@
 //!
 //! Invariants:
 //!   * only the thread touches the device, and it runs one job at a time, in order of arrival
+//!   * once a Director's work has come, that of an earlier Director is refused: its device was made
+//!     ready anew
 //!   * a panic in a job becomes a failure of kind `Device`; the device is then made anew before the
 //!     next stage
 
 use super::messages::*;
 use super::port::{Limits, Port};
 use super::post::{Post, answers_for_itself, panic_text, seconds_now};
+use crate::console::Event;
 use crate::engine::hybrid::{HybridEngine, SavedState};
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
@@ -148,7 +151,15 @@ impl Work {
 #[derive(Clone)]
 pub struct DeviceLink {
     queue: Sender<Arc<Work>>,
-    recent: Arc<Mutex<VecDeque<Arc<Work>>>>,
+    taken: Arc<Mutex<Taken>>,
+}
+
+/// What has been taken on.
+#[derive(Default)]
+struct Taken {
+    /// The newest Director whose work has come.
+    director: u64,
+    recent: VecDeque<Arc<Work>>,
 }
 
 impl DeviceLink {
@@ -163,13 +174,23 @@ impl DeviceLink {
                 own_device(&make, &jobs);
             },
         )?;
-        Ok((DeviceLink { queue, recent: Arc::default() }, Farewell(ended)))
+        Ok((DeviceLink { queue, taken: Arc::default() }, Farewell(ended)))
     }
 
     /// The work under this id: the one that is known, or a new one on its way to the device.
     fn submit(&self, id: WorkId, job: Job) -> Result<Arc<Work>, Failure> {
-        let mut recent = self.recent.lock().expect("the list is only read and changed");
-        if let Some(known) = recent.iter().find(|work| work.id == id) {
+        let mut taken = self.taken.lock().expect("the list is only read and changed");
+        if id.director < taken.director {
+            let text = format!(
+                "{} of director {} came after work of director {}, which has taken its place",
+                job.name(),
+                id.director,
+                taken.director
+            );
+            return Err(Failure::new(FailureKind::Stale, text));
+        }
+        taken.director = id.director;
+        if let Some(known) = taken.recent.iter().find(|work| work.id == id) {
             return Ok(Arc::clone(known));
         }
         let work = Work::new(id, job);
@@ -186,8 +207,8 @@ impl DeviceLink {
             }
         })?;
         // Only the request at hand and the one before it can be asked for again.
-        recent.retain(|old| old.id.number + 1 >= id.number);
-        recent.push_back(Arc::clone(&work));
+        taken.recent.retain(|old| old.id.director == id.director && old.id.number + 1 >= id.number);
+        taken.recent.push_back(Arc::clone(&work));
         Ok(work)
     }
 }
@@ -302,9 +323,18 @@ impl Worker {
         expect: fn(Yield) -> Option<R>,
     ) -> ResponseActFuture<Self, Result<R, Failure>> {
         let (link, groups) = (self.link.clone(), self.groups.clone());
-        let name = job.name();
+        let (name, journal) = (job.name(), self.post.journal());
         self.post.work(name, async move {
-            let work = link.submit(id, job)?;
+            let work = match (link.submit(id, job), journal) {
+                (Err(stale), Some(journal)) if stale.kind == FailureKind::Stale => {
+                    // Who brings it has nobody left to tell.
+                    let event = Event::new("refused").with("actor", "worker");
+                    let event = event.with("message", name).with("reason", &stale.text);
+                    journal.ask(Record { event }).await?;
+                    return Err(stale);
+                }
+                (submitted, _) => submitted?,
+            };
             let mut changed = work.changed.subscribe();
             let mut handed_out = 0;
             loop {

@@ -30,7 +30,8 @@ pub struct Manifest {
     pub stage: String,
     /// Its index in the run.
     pub stage_index: usize,
-    /// Steps of the stage that are done.
+    /// Steps of the stage that are done. This is the cursor of its data too: batches, prompts and
+    /// draws are functions of (seed, stage, step), and the next step takes the next ones.
     pub step: u64,
     /// True if the stage is done.
     pub finished_stage: bool,
@@ -42,14 +43,8 @@ pub struct Manifest {
     pub seed: u64,
     /// Hash of the run's configuration, threads, console, gates and place apart.
     pub config_identity: String,
-    /// Examples of the stage that were used.
-    pub data_cursor: u64,
-    /// Lines of the journal at the commit.
-    pub journal_lines: u64,
     /// The files, by name; filled when the folder is committed.
     pub files: BTreeMap<String, FileRecord>,
-    /// What else the run wants back (skipped steps, counters of evals).
-    pub extra: serde_json::Value,
 }
 
 /// One file's length and content.

@@ -9,7 +9,7 @@ use crate::checkpoint::{TensorFolder, read_model_config};
 use crate::config::{ConfigError, Fault, Loaded, RunConfig, load_model};
 use crate::data::audit::{audit, repeats};
 use crate::data::{ChatTemplate, Loader, Sources, Tokenizer, check_set};
-use crate::engine::check_tensors;
+use crate::engine::check_weights;
 use crate::model::Layout;
 use anyhow::Result;
 use clap::Args;
@@ -211,7 +211,7 @@ fn check_starts(loaded: &Loaded, tokenizer: Option<&Tokenizer>) -> Result<()> {
         }
         let whole = || {
             let layout = Layout::new(&read_model_config(&folder)?, false);
-            check_tensors(&layout, &TensorFolder::open(&folder)?, &folder)
+            check_weights(&layout, &TensorFolder::open(&folder)?, &folder)
         };
         whole().map_err(|error| fault(format!("which cannot be used: {error:#}")))?;
         let difference =

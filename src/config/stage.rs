@@ -143,7 +143,7 @@ pub struct PretrainStage {
     /// Share of the stage's tokens over which the batch grows linearly in tokens from `batch_start` to `batch`.
     #[serde(default)]
     pub batch_ramp: f64,
-    /// Rows that go through the model at once; 0 for all. Changes no result.
+    /// Documents that go through the model at once; 0 for all. Changes no result.
     #[serde(default)]
     pub micro_batch: usize,
     /// Optimizer.
@@ -175,7 +175,7 @@ pub struct LongContextStage {
     /// YaRN mscale and mscale_all_dim.
     #[serde(default = "mscale")]
     pub mscale: f64,
-    /// Rows at once; 0 for all.
+    /// Documents at once; 0 for all.
     #[serde(default)]
     pub micro_batch: usize,
     /// Optimizer.

@@ -86,7 +86,7 @@ pub struct Board {
     pub commit: Option<String>,
     /// Folder of the exported model.
     pub export: Option<String>,
-    /// Restarts, rejected checkpoints, skipped steps: the last ones.
+    /// Notes and remarks (restarts, skipped steps, rejected checkpoints): the last ones.
     pub notes: Vec<String>,
 }
 
@@ -249,16 +249,14 @@ impl Board {
                 self.export = event.text("export").map(str::to_string);
                 self.rest();
             }
-            "restart" | "rejected" | "note" => {
-                let said: Vec<&str> = ["actor", "folder", "reason", "text"]
-                    .iter()
-                    .filter_map(|key| event.text(key))
-                    .collect();
-                self.notes.push(format!("{}: {}", event.name(), said.join(": ")));
-                keep_last(&mut self.notes, NOTES);
-            }
-            _ => {}
+            "note" => self.note(event.text("text").unwrap_or_default().to_string()),
+            _ => event.remark().into_iter().for_each(|remark| self.note(remark)),
         }
+    }
+
+    fn note(&mut self, text: String) {
+        self.notes.push(text);
+        keep_last(&mut self.notes, NOTES);
     }
 
     /// Reads the picture of a run from its folder: the file, or what the journal tells.

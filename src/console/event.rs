@@ -11,9 +11,12 @@
 //!     `zero_variance_groups`, `logprob_gap_max`
 //!   * `eval`: `name`, one of `pass_at_1`, `perplexity`, `accuracy`, `rate`, and `samples`;
 //!     optionally `replies` (list of `{prompt, text, answer, score}`)
-//!   * `commit`: `folder`; `rejected`: `folder`, `reason`; `restart`: `actor`, `reason`; `note`:
-//!     `text`
-//!   * `end`: `state` (`finished`, `stopped`, `failed`), `reason`, `export`
+//!   * `commit`: `folder`; `note`: `text`
+//!   * remarks, which are shown as one sentence: `rejected`: `folder`, `reason`; `restart`, `silent`:
+//!     `actor`, `reason`; `refused`, `inject`: `actor`, `message`; `skipped`: `in_a_row`; `rollback`:
+//!     `reason`
+//!   * `end`: `state` (`finished`, `stopped`, `failed`), `reason`, `export`, `computed_steps` (steps
+//!     computed since the start or resume, those that the journal had already included)
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -34,6 +37,31 @@ impl Event {
             keys.insert(key.to_string(), Value::Null);
         }
         Event(keys)
+    }
+
+    /// What a remark says to a person, as one sentence; `None` for other events.
+    pub fn remark(&self) -> Option<String> {
+        let [actor, reason, message] =
+            ["actor", "reason", "message"].map(|key| self.text(key).unwrap_or_default());
+        let whole = |key| self.whole(key).unwrap_or_default();
+        Some(match self.name() {
+            "restart" => format!("{actor} restarted: {reason}"),
+            "rejected" => {
+                let folder = self.text("folder").unwrap_or_default();
+                format!("{folder} checkpoint rejected: {reason}")
+            }
+            "silent" => format!("{actor} does not answer: {reason}"),
+            "refused" => format!("{actor} refused {message}, which came too late: {reason}"),
+            "inject" => format!("{actor} was given a fault in {message}, as a test wants"),
+            "skipped" => format!(
+                "{} step {} skipped: no finite loss or gradient, {} in a row",
+                self.text("stage").unwrap_or_default(),
+                whole("step"),
+                whole("in_a_row")
+            ),
+            "rollback" => format!("going back to the last commit: {reason}"),
+            _ => return None,
+        })
     }
 
     /// An event out of a JSON object that names one; keys that every line has are added. Anything

@@ -86,11 +86,12 @@ impl Plain {
             }
             "eval" => self.eval_line(event),
             "stage-end" => self.before_and_after(&stage),
-            "restart" => self.warn("restarted", event, "actor"),
-            "rejected" => self.warn("checkpoint rejected", event, "folder"),
             "note" => self.line(&format!("note: {}", event.text("text").unwrap_or_default())),
             "end" => self.summary(),
-            _ => return,
+            _ => match event.remark() {
+                Some(remark) => self.warn(&remark),
+                None => return,
+            },
         }
         self.show_bar(event);
     }
@@ -198,11 +199,8 @@ impl Plain {
         }
     }
 
-    fn warn(&mut self, what: &str, event: &Event, key: &str) {
-        let (subject, reason) =
-            (event.text(key).unwrap_or_default(), event.text("reason").unwrap_or_default());
-        let text = format!("!! {subject} {what}: {reason}");
-        wrapped(&text, WIDTH).iter().for_each(|line| self.line(line));
+    fn warn(&mut self, remark: &str) {
+        wrapped(&format!("!! {remark}"), WIDTH).iter().for_each(|line| self.line(line));
     }
 
     /// The table of the stages, and what to do next.
@@ -321,6 +319,8 @@ fn step_figures(event: &Event) -> String {
     parts.extend(event.number("tokens_per_second").map(|rate| format!("{rate:.0} tok/s")));
     if event.get("skipped").and_then(|v| v.as_bool()) == Some(true) {
         parts.push("SKIPPED: not finite".to_string());
+    } else if let Some(skipped) = event.whole("skipped_updates").filter(|skipped| *skipped > 0) {
+        parts.push(format!("{skipped} of its updates SKIPPED: not finite"));
     }
     parts.join("  ")
 }

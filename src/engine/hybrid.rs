@@ -165,7 +165,7 @@ impl HybridEngine {
         let began = Instant::now();
         let (mut bytes_out, mut bytes_in) = (0, 0);
         if phase != self.phase {
-            self.leave()?;
+            bytes_out += self.leave()?;
             self.phase = phase;
             bytes_out += self.park()?;
             self.kernels.arena().trim();
@@ -355,11 +355,11 @@ impl HybridEngine {
         self.policy.as_ref().map(|p| &p.model.config)
     }
 
-    /// Drops the phase's memory.
-    fn leave(&mut self) -> Result<()> {
-        self.unload_scored()?;
+    /// Drops the phase's memory. Returns the bytes moved off the device.
+    fn leave(&mut self) -> Result<u64> {
+        let bytes = self.unload_scored()?;
         self.working = Working::default();
-        Ok(())
+        Ok(bytes)
     }
 
     /// Moves off the device what `engine.offload` names and no phase is using. Returns the bytes moved.
@@ -382,19 +382,15 @@ impl HybridEngine {
         Ok(bytes)
     }
 
-    fn unload_scored(&mut self) -> Result<()> {
-        if let Some((role, params, packed)) = self.working.scored.take() {
-            drop(packed);
-            let resident = if role == Role::Policy {
-                self.policy.as_mut()
-            } else {
-                self.others.get_mut(&role)
-            };
-            resident.expect("a scored model is held").weights.put(params.slab);
-            // A reward model or reference makes room for the next one at once.
-            self.park()?;
-        }
-        Ok(())
+    /// Puts back the model that was scored last. Returns the bytes moved off the device.
+    fn unload_scored(&mut self) -> Result<u64> {
+        let Some((role, params, packed)) = self.working.scored.take() else { return Ok(0) };
+        drop(packed);
+        let resident =
+            if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
+        resident.expect("a scored model is held").weights.put(params.slab);
+        // A reward model or reference makes room for the next one at once.
+        self.park()
     }
 
     fn pack_policy(&mut self, pack: PackFor) -> Result<()> {

@@ -9,15 +9,13 @@ use crate::checkpoint::{
 };
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
-use crate::model::{Layout, ParamSpec, Params, Transformer};
-use anyhow::{Context, Result, bail};
+use crate::model::{Layout, Params, Transformer};
+use anyhow::{Context, Result};
 use rehearsal_kernels::{Kernels, Kind, Slab};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
 use std::path::Path;
 
-/// The scalar head of a reward model, and the file of its calibration.
-const HEAD: &str = "score.weight";
+/// The file of a reward model's calibration.
 const REWARD_FILE: &str = "reward.json";
 
 /// Mean and deviation that calibrate a reward model's score; saved beside its weights as `reward.json`.
@@ -100,44 +98,42 @@ impl Resident {
     }
 }
 
-/// Fills `params` from the tensors of `folder`.
+/// Fills `params` from the tensors of `folder`; a scalar head that is not there stays zero.
 fn load_weights(kernels: &dyn Kernels, params: &mut Params, folder: &Path) -> Result<()> {
     let tensors = TensorFolder::open(folder)?;
     let layout = params.layout.clone();
-    check_tensors(&layout, &tensors, folder)?;
+    check_weights(&layout, &tensors, folder)?;
     params.load(kernels, |spec| match tensors.shape(&spec.name) {
         Some(_) => tensors.read_f32(&spec.name),
         None => Ok(vec![0.0; spec.rows * spec.cols]),
     })
 }
 
-/// Compares the tensors of `folder` with those of a model: every one must be there in its shape, and none too many. Only
-/// a scalar head may be missing or be there in vain.
-pub fn check_tensors(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> Result<()> {
-    let known: HashMap<&str, &ParamSpec> =
-        layout.specs.iter().map(|spec| (spec.name.as_str(), spec)).collect();
-    let is_known = |name: &str| name == HEAD || known.contains_key(name);
-    if let Some(extra) = tensors.names().iter().find(|name| !is_known(name)) {
+/// Refuses weights that are not those of `layout`: every tensor must be there in its shape, and none too many. The
+/// scalar head alone may be missing, or left over.
+pub fn check_weights(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> Result<()> {
+    const HEAD: &str = "score.weight";
+    let fault = |text: String| Err(Fault::user(format!("{}: {text}", folder.display())));
+    let known = |name: &str| name == HEAD || layout.specs.iter().any(|s| s.name == name);
+    if let Some(extra) = tensors.names().iter().find(|name| !known(name)) {
         let wanted = layout.specs.len();
-        bail!(Fault::User(format!(
-            "{}: tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights",
-            folder.display()
-        )));
+        return fault(format!(
+            "tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights"
+        ));
     }
-    for spec in &layout.specs {
-        let Some(shape) = tensors.shape(&spec.name) else {
-            if spec.name == HEAD {
-                continue;
+    for spec in layout.specs.iter() {
+        match tensors.shape(&spec.name) {
+            Some(shape) if shape != spec.shape() => {
+                return fault(format!(
+                    "tensor {} has shape {shape:?}, the config wants {:?}; check [model] against the weights",
+                    spec.name,
+                    spec.shape()
+                ));
             }
-            bail!(Fault::User(format!("{}: tensor {} is missing", folder.display(), spec.name)));
-        };
-        if shape != spec.shape() {
-            bail!(Fault::User(format!(
-                "{}: tensor {} has shape {shape:?}, the config wants {:?}; check [model] against the weights",
-                folder.display(),
-                spec.name,
-                spec.shape()
-            )));
+            None if spec.name != HEAD => {
+                return fault(format!("tensor {} is missing", spec.name));
+            }
+            _ => {}
         }
     }
     Ok(())

@@ -57,9 +57,9 @@ pub struct GenerateReport {
     pub prompt_tokens: u64,
     /// Sampled tokens.
     pub new_tokens: u64,
-    /// Seconds until the last prompt was in the cache, and in all.
+    /// Seconds of the passes that took prompts in.
     pub prefill_seconds: f64,
-    /// See `prefill_seconds`.
+    /// Seconds in all.
     pub seconds: f64,
     /// Most cache pages in use at once.
     pub pages_high_water: usize,

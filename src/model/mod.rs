@@ -26,6 +26,6 @@ pub mod transformer;
 pub mod cache;
 
 pub use cache::{DecodeRows, LatentCache};
-pub use params::{Gradients, Layout, ParamSpec, Params};
+pub use params::{Gradients, Layout, Params};
 pub use pass::{Documents, Pass};
 pub use transformer::{PackFor, PackedModel, Transformer};

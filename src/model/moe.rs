@@ -47,8 +47,8 @@ pub struct MoePending {
 /// What a layer's routing did.
 #[derive(Clone, Debug)]
 pub struct Routing {
-    /// Share of the slots of each expert.
-    pub load: Vec<f32>,
+    /// Slots that were routed to each expert.
+    pub slots: Vec<u32>,
     /// Balance loss of this pass, weighted.
     pub balance_loss: f64,
 }
@@ -206,10 +206,8 @@ impl Moe {
         pending: &MoePending,
     ) -> Routing {
         let offsets = kernels.download_indices(&saved.routes.offsets);
-        let slots = f64::from(offsets[self.experts]).max(1.0);
-        let load =
-            offsets.windows(2).map(|pair| (f64::from(pair[1] - pair[0]) / slots) as f32).collect();
-        Routing { load, balance_loss: pending.balance_loss }
+        let slots = offsets.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        Routing { slots, balance_loss: pending.balance_loss }
     }
 
     fn balance(&self, pass: &Pass<'_>, saved: &MoeSaved, d_scores: &mut Buffer) -> f64 {

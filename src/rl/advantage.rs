@@ -1,8 +1,7 @@
 //! How much better a rollout did than its group (deepseek_v2.md 4.3).
 //!
-//! Outcome supervision: one advantage per rollout, (reward - mean) / (deviation + epsilon). Process
-//! supervision: step rewards of the whole group are normalised together, and a token's advantage is
-//! the sum over the steps that end at it or later.
+//! Outcome supervision: one advantage per rollout, (reward - mean) / (deviation + epsilon), which
+//! all its tokens share. Rewards of single steps of a reply (process supervision) are not offered.
 //!
 //! Invariants:
 //!   * a group whose rewards are all equal has advantages of exactly zero, never NaN
@@ -35,39 +34,6 @@ pub fn mean_and_deviation(values: &[f64], deviation: Deviation) -> (f64, f64) {
     let mean = values.iter().sum::<f64>() / count.max(1.0);
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
     (mean, (squares / divisor.max(1.0)).sqrt())
-}
-
-/// The reward of one step of a worked answer.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct StepReward {
-    /// Index of the step's last token in its reply.
-    pub end: usize,
-    /// The reward.
-    pub reward: f64,
-}
-
-/// Advantages per token of one group: `steps[i]` are the step rewards of rollout i, which has
-/// `lengths[i]` tokens.
-pub fn process_advantages(
-    steps: &[Vec<StepReward>],
-    lengths: &[usize],
-    deviation: Deviation,
-    epsilon: f64,
-) -> Vec<Vec<f64>> {
-    let rewards: Vec<f64> = steps.iter().flatten().map(|step| step.reward).collect();
-    let mut normalised = group_advantages(&rewards, deviation, epsilon).into_iter();
-    let mut advantages = Vec::with_capacity(steps.len());
-    for (steps, length) in steps.iter().zip(lengths) {
-        let mut at = vec![0.0; *length];
-        for step in steps {
-            at[step.end] += normalised.next().expect("one normalised reward per step");
-        }
-        for position in (1..*length).rev() {
-            at[position - 1] += at[position];
-        }
-        advantages.push(at);
-    }
-    advantages
 }
 
 #[cfg(test)]
@@ -114,30 +80,5 @@ mod tests {
     fn a_reward_that_is_not_a_number_is_not_hidden() {
         let advantages = group_advantages(&[1.0, f64::NAN, 0.0], Deviation::Population, 1e-4);
         assert!(advantages.iter().all(|advantage| advantage.is_nan()));
-    }
-
-    #[test]
-    fn process_advantages_are_suffix_sums_of_jointly_normalised_step_rewards() {
-        let step = |end, reward| StepReward { end, reward };
-        let steps =
-            [vec![step(1, 1.0), step(3, 0.0)], vec![step(0, 0.0), step(2, 1.0), step(3, 1.0)]];
-        let (high, low) = (0.816_496_580_927_726, -1.224_744_871_391_589);
-        let advantages = process_advantages(&steps, &[5, 4], Deviation::Population, 0.0);
-        assert_near(&advantages[0], &[high + low, high + low, low, low, 0.0], 1e-12);
-        assert_near(&advantages[1], &[low + 2.0 * high, 2.0 * high, 2.0 * high, high], 1e-12);
-    }
-
-    #[test]
-    fn one_step_at_the_end_of_each_reply_is_outcome_supervision() {
-        let steps: Vec<_> = GOLDEN
-            .iter()
-            .enumerate()
-            .map(|(i, reward)| vec![StepReward { end: i, reward: *reward }])
-            .collect();
-        let by_token = process_advantages(&steps, &[1, 2, 3, 4, 5], Deviation::Sample, 1e-4);
-        let outcome = group_advantages(&GOLDEN, Deviation::Sample, 1e-4);
-        for (tokens, advantage) in by_token.iter().zip(outcome) {
-            assert!(tokens.iter().all(|token| *token == advantage));
-        }
     }
 }

@@ -15,7 +15,7 @@
 //!   * where the clip is the smaller term the policy's slope is exactly zero
 //!   * a log-probability that is not a number makes loss and slope NaN: nothing here hides it
 
-use crate::config::stage::{Deviation, LengthNorm, RatioLevel};
+use crate::config::stage::{LengthNorm, RatioLevel};
 use serde::{Deserialize, Serialize};
 
 /// Largest |reference - new| log-probability that the KL term sees.
@@ -36,8 +36,6 @@ pub struct GrpoSettings {
     pub length_norm: LengthNorm,
     /// Used by `LengthNorm::Constant`.
     pub max_new_tokens: usize,
-    /// Deviation in the advantage.
-    pub deviation: Deviation,
 }
 
 /// One rollout's part of the loss.
@@ -173,7 +171,6 @@ mod tests {
             ratio_level: RatioLevel::Token,
             length_norm: LengthNorm::PerOutput,
             max_new_tokens: 20,
-            deviation: Deviation::Population,
         }
     }
 

@@ -28,16 +28,20 @@ pub fn clamp_model_score(score: f64) -> f64 {
     score.clamp(-MODEL_SCORE_LIMIT, MODEL_SCORE_LIMIT)
 }
 
-/// Σ weight * component.
-pub fn combine(weights: &[f64], components: &[f64]) -> f64 {
+/// Σ weight * component, over the components whose weight is not 0: those are there.
+pub fn combine(weights: &[f64], components: &[Option<f64>]) -> f64 {
     assert_eq!(weights.len(), components.len(), "one weight per component");
-    let used = weights.iter().zip(components).filter(|(weight, _)| **weight != 0.0);
-    used.fold(0.0, |sum, (weight, component)| sum + weight * component)
+    let used =
+        weights.iter().zip(components).enumerate().filter(|(_, (weight, _))| **weight != 0.0);
+    used.fold(0.0, |sum, (index, (weight, component))| match component {
+        Some(value) => sum + weight * value,
+        None => panic!("component {index} has weight {weight} and was never scored"),
+    })
 }
 
 /// Completes a judged group with rewards and advantages. `reference` are the reference's
 /// log-probabilities per rollout, empty if the KL weight is 0. A component that no model scored
-/// counts as 0 and must have weight 0.
+/// stays open and must have weight 0.
 pub fn finish_group(
     judged: JudgedGroup,
     weights: &[f64],
@@ -45,19 +49,7 @@ pub fn finish_group(
     epsilon: f64,
     reference: Vec<Vec<f32>>,
 ) -> ScoredGroup {
-    let slot = judged.group.slot;
-    let fill = |row: &Vec<Option<f64>>| -> Vec<f64> {
-        let each = row.iter().zip(weights).enumerate();
-        each.map(|(index, (component, weight))| match component {
-            Some(value) => *value,
-            None if *weight == 0.0 => 0.0,
-            None => {
-                panic!("component {index} of group {slot} has weight {weight} and was never scored")
-            }
-        })
-        .collect()
-    };
-    let components: Vec<Vec<f64>> = judged.components.iter().map(fill).collect();
+    let components = judged.components;
     let rewards: Vec<f64> = components.iter().map(|row| combine(weights, row)).collect();
     let advantages = group_advantages(&rewards, deviation, epsilon);
     ScoredGroup { group: judged.group, components, rewards, advantages, reference }
@@ -77,7 +69,7 @@ mod tests {
 
     #[test]
     fn a_reward_is_the_weighted_sum_and_each_weight_matters() {
-        let components = [0.5, -2.0, 1.0];
+        let components = [0.5, -2.0, 1.0].map(Some);
         assert_eq!(combine(&[1.0, 0.25, 3.0], &components), 3.0);
         for zeroed in 0..3 {
             let mut weights = [1.0, 0.25, 3.0];
@@ -88,9 +80,9 @@ mod tests {
 
     #[test]
     fn a_component_of_weight_zero_is_not_looked_at() {
-        assert_eq!(combine(&[2.0, 0.0], &[0.5, f64::NAN]), 1.0);
-        assert_eq!(combine(&[2.0, 0.0], &[0.5, f64::INFINITY]), 1.0);
-        assert!(combine(&[2.0, 1e-9], &[0.5, f64::NAN]).is_nan());
+        assert_eq!(combine(&[2.0, 0.0], &[Some(0.5), None]), 1.0);
+        assert_eq!(combine(&[2.0, 0.0], &[Some(0.5), Some(f64::INFINITY)]), 1.0);
+        assert!(combine(&[2.0, 1e-9], &[Some(0.5), Some(f64::NAN)]).is_nan());
     }
 
     #[test]
@@ -102,14 +94,19 @@ mod tests {
     #[test]
     fn a_finished_group_has_rewards_and_advantages_of_its_weighted_components() {
         let rows = vec![vec![Some(1.0), Some(2.0), None], vec![Some(0.0), Some(2.0), None]];
-        let scored =
-            finish_group(judged(rows), &[1.0, 0.5, 0.0], Deviation::Population, 0.0, Vec::new());
-        assert_eq!(scored.components, [[1.0, 2.0, 0.0], [0.0, 2.0, 0.0]]);
+        let scored = finish_group(
+            judged(rows.clone()),
+            &[1.0, 0.5, 0.0],
+            Deviation::Population,
+            0.0,
+            Vec::new(),
+        );
+        assert_eq!(scored.components, rows, "a model that nobody asked has no score");
         assert_eq!((scored.rewards, scored.advantages), (vec![2.0, 1.0], vec![1.0, -1.0]));
     }
 
     #[test]
-    #[should_panic(expected = "component 1 of group 4 has weight 0.5 and was never scored")]
+    #[should_panic(expected = "component 1 has weight 0.5 and was never scored")]
     fn a_missing_component_that_counts_is_our_own_mistake() {
         finish_group(
             judged(vec![vec![Some(1.0), None]]),

@@ -59,8 +59,9 @@ pub struct JudgedGroup {
 pub struct ScoredGroup {
     /// The group.
     pub group: Group,
-    /// `components[i][c]`: component c of rollout i, before weighting.
-    pub components: Vec<Vec<f64>>,
+    /// `components[i][c]`: component c of rollout i, before weighting; `None` for a model of weight 0,
+    /// which is not asked.
+    pub components: Vec<Vec<Option<f64>>>,
     /// Weighted sum per rollout.
     pub rewards: Vec<f64>,
     /// Advantage per rollout.

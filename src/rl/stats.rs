@@ -13,7 +13,8 @@ pub struct StepStatistics {
     pub reward_mean: f64,
     /// Its standard deviation (population).
     pub reward_deviation: f64,
-    /// Mean and deviation of each component before weighting, by name.
+    /// Mean and deviation of each component before weighting, by name; models of weight 0, which are
+    /// not asked, are left out.
     pub components: BTreeMap<String, ComponentStatistics>,
     /// Groups whose rewards are all equal: they teach nothing.
     pub zero_variance_groups: u64,
@@ -52,7 +53,7 @@ pub fn step_statistics(names: &[String], groups: &[ScoredGroup]) -> StepStatisti
         components: names
             .iter()
             .enumerate()
-            .map(|(i, name)| (name.clone(), component(groups, i)))
+            .filter_map(|(i, name)| Some((name.clone(), component(groups, i)?)))
             .collect(),
         zero_variance_groups: groups
             .iter()
@@ -66,11 +67,12 @@ pub fn step_statistics(names: &[String], groups: &[ScoredGroup]) -> StepStatisti
     }
 }
 
-fn component(groups: &[ScoredGroup], index: usize) -> ComponentStatistics {
-    let values: Vec<f64> =
-        groups.iter().flat_map(|scored| &scored.components).map(|row| row[index]).collect();
+/// `None` if nobody gave the component a value.
+fn component(groups: &[ScoredGroup], index: usize) -> Option<ComponentStatistics> {
+    let rows = groups.iter().flat_map(|scored| &scored.components);
+    let values: Vec<f64> = rows.filter_map(|row| row[index]).collect();
     let (mean, deviation) = mean_and_deviation(&values, Deviation::Population);
-    ComponentStatistics { mean, deviation }
+    (!values.is_empty()).then_some(ComponentStatistics { mean, deviation })
 }
 
 #[cfg(test)]
@@ -91,7 +93,7 @@ mod tests {
         let rollouts = lengths.iter().enumerate().map(rollout).collect();
         ScoredGroup {
             group: Group { slot, prompt, policy_version: 3, rollouts },
-            components: components.iter().map(|row| row.to_vec()).collect(),
+            components: components.iter().map(|row| row.map(Some).to_vec()).collect(),
             rewards: components.iter().map(|row| row[0] + row[1]).collect(),
             advantages: vec![0.0; lengths.len()],
             reference: Vec::new(),
@@ -119,12 +121,16 @@ mod tests {
     }
 
     #[test]
-    fn a_step_without_rollouts_has_zeros() {
-        let names = ["exact".to_string()];
-        let components = BTreeMap::from([("exact".to_string(), ComponentStatistics::default())]);
-        assert_eq!(
-            step_statistics(&names, &[]),
-            StepStatistics { components, ..StepStatistics::default() }
-        );
+    fn a_step_without_rollouts_has_zeros_and_no_components() {
+        assert_eq!(step_statistics(&["exact".to_string()], &[]), StepStatistics::default());
+    }
+
+    #[test]
+    fn a_component_that_nobody_gave_a_value_is_left_out() {
+        let mut groups = [group(0, &[2, 3], &[[1.0, 0.5], [0.0, 0.5]])];
+        groups[0].components.iter_mut().for_each(|row| row[1] = None);
+        let names = ["exact".to_string(), "safety".to_string()];
+        let statistics = step_statistics(&names, &groups);
+        assert_eq!(statistics.components.into_keys().collect::<Vec<_>>(), ["exact"]);
     }
 }

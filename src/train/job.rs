@@ -45,6 +45,8 @@ pub struct StepReport {
     pub seconds: f64,
     /// Examples that went through the model at once: fewer than asked for if the budget allowed no more.
     pub micro_batch: usize,
+    /// Most bytes that the device ever held, this step included.
+    pub memory_high_water: u64,
     /// True if loss or gradient was not finite: no weight was changed.
     pub skipped: bool,
     /// Version of the weights after the step.

@@ -96,6 +96,7 @@ pub fn train_step(
         tokens,
         seconds: began.elapsed().as_secs_f64(),
         micro_batch,
+        memory_high_water: trainee.kernels.arena().high_water(),
         skipped,
         policy_version: 0,
         expert_load: mean_load(&routings),
@@ -151,15 +152,35 @@ fn backpropagate(
     model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)
 }
 
-/// Per MoE layer, the mean over micro-batches of each expert's share of slots.
+/// Per MoE layer, each expert's share of the step's slots: counts are summed before they are
+/// divided, so that it does not depend on the micro-batch.
 fn mean_load(routings: &[Vec<Routing>]) -> Vec<Vec<f32>> {
     let Some(first) = routings.first() else { return Vec::new() };
-    let layer_mean = |layer: usize| {
-        let experts = first[layer].load.len();
-        let mean = |e: usize| {
-            routings.iter().map(|r| r[layer].load[e]).sum::<f32>() / routings.len() as f32
-        };
-        (0..experts).map(mean).collect()
+    let share = |layer: usize| {
+        let mut slots = vec![0u64; first[layer].slots.len()];
+        for routing in routings {
+            for (sum, count) in slots.iter_mut().zip(&routing[layer].slots) {
+                *sum += u64::from(*count);
+            }
+        }
+        let all = slots.iter().sum::<u64>().max(1) as f64;
+        slots.into_iter().map(|count| (count as f64 / all) as f32).collect()
     };
-    (0..first.len()).map(layer_mean).collect()
+    (0..first.len()).map(share).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_load_of_experts_does_not_depend_on_the_micro_batch() {
+        let routing = |slots: [u32; 3]| vec![Routing { slots: slots.to_vec(), balance_loss: 0.0 }];
+        let whole = mean_load(&[routing([5, 3, 2])]);
+        // Micro-batches of unequal lengths.
+        let parts = mean_load(&[routing([1, 0, 0]), routing([4, 3, 0]), routing([0, 0, 2])]);
+        assert_eq!(whole, [[0.5, 0.3, 0.2]]);
+        assert_eq!(parts, whole);
+        assert!(mean_load(&[]).is_empty());
+    }
 }

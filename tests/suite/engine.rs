@@ -2,7 +2,7 @@
 
 use crate::tiny::config;
 use rehearsal::config::engine::AttentionForm;
-use rehearsal::config::stage::{Deviation, LengthNorm, OptimizerConfig, RatioLevel};
+use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
 use rehearsal::config::{Bytes, EngineConfig, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
@@ -12,7 +12,7 @@ use rehearsal::rl::rollout::{Group, ScoredGroup};
 use std::collections::BTreeMap;
 use tempfile::TempDir;
 
-fn engine(folder: &TempDir, edit: impl FnOnce(&mut EngineConfig)) -> HybridEngine {
+pub fn engine(folder: &TempDir, edit: impl FnOnce(&mut EngineConfig)) -> HybridEngine {
     let mut engine = EngineConfig { threads: 2, page_tokens: 4, ..EngineConfig::default() };
     edit(&mut engine);
     HybridEngine::new(EngineSetup {
@@ -24,7 +24,7 @@ fn engine(folder: &TempDir, edit: impl FnOnce(&mut EngineConfig)) -> HybridEngin
     .unwrap()
 }
 
-fn stage(reference: Option<ModelSource>) -> PrepareStage {
+pub fn stage(reference: Option<ModelSource>) -> PrepareStage {
     PrepareStage {
         policy: ModelSource::Fresh,
         reference,
@@ -38,13 +38,13 @@ fn stage(reference: Option<ModelSource>) -> PrepareStage {
     }
 }
 
-fn batch() -> TrainJob {
+pub fn batch() -> TrainJob {
     let document = |d: u32| Sequence::all_targets((0..12).map(|i| (i * 5 + d) % 29).collect());
     let batch = Batch::Documents((0..3).map(document).collect());
     TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }
 }
 
-fn job(policy_version: u64) -> GenerateJob {
+pub fn job(policy_version: u64) -> GenerateJob {
     let request = |slot: u32| GenerateRequest {
         slot,
         tokens: vec![slot + 2, 3, 4, 5, 6],
@@ -64,7 +64,7 @@ fn job(policy_version: u64) -> GenerateJob {
     }
 }
 
-fn rollouts(engine: &mut HybridEngine, version: u64) -> Vec<TokenGroup> {
+pub fn rollouts(engine: &mut HybridEngine, version: u64) -> Vec<TokenGroup> {
     engine.enter_phase(Phase::Generate).unwrap();
     let mut groups = Vec::new();
     engine.generate(&job(version), &mut |group| groups.push(group)).unwrap();
@@ -72,7 +72,7 @@ fn rollouts(engine: &mut HybridEngine, version: u64) -> Vec<TokenGroup> {
     groups
 }
 
-fn held(report: &PhaseReport, kind: &str) -> u64 {
+pub fn held(report: &PhaseReport, kind: &str) -> u64 {
     report.held.iter().filter(|(name, _)| name.ends_with(kind)).map(|(_, bytes)| bytes).sum()
 }
 
@@ -93,6 +93,10 @@ fn each_phase_holds_what_it_needs_and_nothing_else() {
         assert_eq!((held(&train, "/cache"), held(&train, "reference/weights")), (0, 0));
 
         let version = engine.train(&batch()).unwrap().policy_version;
+        rollouts(&mut engine, version);
+        // A commit reads the moments; sampling goes on without them.
+        let place = TempDir::new().unwrap();
+        engine.save(place.path(), true).unwrap();
         rollouts(&mut engine, version);
         let generate = engine.holdings();
         assert!(held(&generate, "/cache") > 0 && held(&generate, "/packed") > 0);
@@ -222,8 +226,20 @@ fn a_budget_is_kept_or_refused_by_name() {
     assert!(text.contains("engine.budget"), "{text}");
 }
 
+/// Settings of the paper's loss without a KL term.
+pub fn settings() -> GrpoSettings {
+    GrpoSettings {
+        clip: 0.2,
+        kl_weight: 0.0,
+        temperature: 1.0,
+        ratio_level: RatioLevel::Token,
+        length_norm: LengthNorm::PerOutput,
+        max_new_tokens: 6,
+    }
+}
+
 /// The groups of a step as the update wants them, with given advantages.
-fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
+pub fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
     let requests = job(0).requests;
     let scored = |group: TokenGroup| {
         let prompt = Prompt {
@@ -234,7 +250,7 @@ fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
         };
         let count = group.rollouts.len();
         ScoredGroup {
-            components: vec![vec![0.0]; count],
+            components: vec![vec![Some(0.0)]; count],
             rewards: vec![0.0; count],
             advantages: advantages.to_vec(),
             reference: Vec::new(),
@@ -256,15 +272,7 @@ fn trainer_and_sampler_agree_and_advantage_moves_the_policy() {
     engine.prepare(&PrepareStage { balance: 0.0, ..stage(None) }).unwrap();
     let groups = rollouts(&mut engine, 0);
     let chosen = groups[0].rollouts[0].clone();
-    let settings = GrpoSettings {
-        clip: 0.2,
-        kl_weight: 0.0,
-        temperature: 1.0,
-        ratio_level: RatioLevel::Token,
-        length_norm: LengthNorm::PerOutput,
-        max_new_tokens: 6,
-        deviation: Deviation::Population,
-    };
+    let settings = settings();
     engine.enter_phase(Phase::Train).unwrap();
     let groups = scored(groups, &[1.4, -0.7, -0.7]);
     let report = engine.train(&TrainJob::Grpo { groups, settings, micro_batch: 0 }).unwrap();

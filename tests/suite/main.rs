@@ -1,10 +1,16 @@
 //! The suite: one binary, one module per capability.
 
+mod runs;
 mod tiny;
+mod training;
 
+mod alignment;
+mod budget;
 mod edges;
 mod end_to_end;
 mod engine;
+mod faults;
 mod model;
 mod oracle;
+mod signals;
 mod tidy;

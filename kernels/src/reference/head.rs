@@ -1,6 +1,6 @@
 //! The output head: log-probability of targets with its gradient, and sampling.
 //!
-//! Logits are z = x Wᵀ / T; the reference may hold a whole row of them.
+//! Logits are z = x Wᵀ / T, and x Wᵀ at T = 0; the reference may hold a whole row of them.
 
 use super::{add_scaled, dot, log_sum_exp, movement};
 use crate::buffer::Buffer;
@@ -20,7 +20,13 @@ pub struct Forward<'a> {
 fn scaled_logits(x: &[f64], head: &Packed, temperature: f64) -> Vec<f64> {
     assert_eq!(head.product, Product::Transposed, "the head's forward product");
     let weights = head.data.host::<f64>();
-    (0..head.outputs).map(|token| dot(x, weights.row(token)) / temperature).collect()
+    let divisor = divisor(temperature);
+    (0..head.outputs).map(|token| dot(x, weights.row(token)) / divisor).collect()
+}
+
+/// Greedy decoding (T = 0) tells its log-probabilities at T = 1.
+fn divisor(temperature: f64) -> f64 {
+    if temperature == 0.0 { 1.0 } else { temperature }
 }
 
 pub fn head_logprob(
@@ -56,7 +62,7 @@ pub fn head_logprob_backward(forward: &Forward<'_>, c: &Buffer, dx: &mut Buffer,
         let z = scaled_logits(x.row(r), forward.head, forward.temperature);
         for (token, z) in z.into_iter().enumerate() {
             let hit = if token == target as usize { 1.0 } else { 0.0 };
-            let dz = c.row(r)[0] / forward.temperature * (hit - (z - lse.row(r)[0]).exp());
+            let dz = c.row(r)[0] / divisor(forward.temperature) * (hit - (z - lse.row(r)[0]).exp());
             add_scaled(dz, weights.row(token), dx.row_mut(r));
             add_scaled(dz, x.row(r), dw.row_mut(token));
         }
@@ -72,7 +78,7 @@ pub fn sample(logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled> {
 /// Greedy takes the first of the largest logits. Otherwise the kept tokens, in the order of their
 /// ids, share [0, their mass) and the row's random number picks one.
 fn sample_row(logits: &[f64], row: &SampleRow) -> Sampled {
-    let temperature = if row.temperature == 0.0 { 1.0 } else { row.temperature };
+    let temperature = divisor(row.temperature);
     let z: Vec<f64> = logits.iter().map(|logit| logit / temperature).collect();
     let lse = log_sum_exp(&z);
     let mut order: Vec<usize> = (0..z.len()).collect();

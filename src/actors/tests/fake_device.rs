@@ -18,7 +18,7 @@ use crate::rl::rollout::{Rollout, Stop};
 use anyhow::Result;
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::Notify;
@@ -32,10 +32,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub struct Script {
     pub await_judge: bool,
     pub wrong_slot: bool,
-    pub stuck_in_generate: bool,
     pub stuck_in_train: Option<u64>,
+    /// In this update the device waits until the watched worker has taken a `PrepareDevice`, and in
+    /// that one until it has taken a `Train`: which comes too late.
+    pub late_after_train: Option<u64>,
     pub panic_in_train: Option<u64>,
     pub not_finite_from: Option<u64>,
+    pub not_finite: Vec<u64>,
     pub signal_in_train: Option<(u64, Arc<AtomicI32>)>,
     pub shared: Arc<Shared>,
 }
@@ -48,10 +51,11 @@ pub struct Shared {
     release: Condvar,
     reached: Notify,
     updates: AtomicU64,
+    awaits_late: AtomicBool,
 }
 
 impl Script {
-    /// The desk whose handled messages `await_judge` counts.
+    /// The desk whose handled messages `await_judge` counts, or the worker's.
     pub fn watch(&self, desk: &Arc<Desk>) {
         assert!(self.shared.desk.set(Arc::clone(desk)).is_ok(), "one desk is watched");
     }
@@ -65,6 +69,16 @@ impl Script {
     /// Waits until a device is stuck.
     pub async fn reached(&self) {
         self.shared.reached.notified().await;
+    }
+
+    /// Waits until the last message that the watched desk's actor took is this one.
+    fn await_message(&self, message: &str) {
+        let desk = self.shared.desk.get().expect("the worker's desk is watched");
+        let began = Instant::now();
+        while desk.pulse().last_message.as_deref() != Some(message) {
+            assert!(began.elapsed() < PATIENCE, "the worker is not asked for {message}");
+            std::thread::yield_now();
+        }
     }
 
     fn stick(&self) {
@@ -162,6 +176,9 @@ fn source_name(source: &ModelSource) -> String {
 
 impl Device for FakeDevice {
     fn prepare(&mut self, stage: &PrepareStage) -> Result<()> {
+        if self.script.shared.awaits_late.swap(false, Ordering::SeqCst) {
+            self.script.await_message("Train");
+        }
         let reference = stage.reference.as_ref().map(source_name).unwrap_or_default();
         let rewards: Vec<&String> = stage.rewards.keys().collect();
         self.call(format!(
@@ -195,9 +212,6 @@ impl Device for FakeDevice {
         let began = Instant::now();
         let mut new_tokens = 0;
         for (number, request) in job.requests.iter().enumerate() {
-            if self.script.stuck_in_generate {
-                self.script.stick();
-            }
             let rollout = |sample: u32| {
                 let key = format!("{} {} {sample} {:?}", job.step, request.prompt, request.tokens);
                 let token = 5 + u32::from(hash(&self.weights, &key)[0]);
@@ -251,11 +265,17 @@ impl Device for FakeDevice {
         if self.script.stuck_in_train == Some(number) {
             self.script.stick();
         }
+        if self.script.late_after_train == Some(number) {
+            self.script.await_message("PrepareDevice");
+            self.script.shared.awaits_late.store(true, Ordering::SeqCst);
+        }
         assert!(self.script.panic_in_train != Some(number), "a planted panic");
         let digest = hash(&self.weights, &serde_json::to_string(job)?);
         self.call(format!("train {}", blake3::Hash::from(digest).to_hex()));
         let grpo = matches!(job, TrainJob::Grpo { .. }).then(GrpoReport::default);
-        if self.script.not_finite_from.is_some_and(|from| number >= from) {
+        if self.script.not_finite_from.is_some_and(|from| number >= from)
+            || self.script.not_finite.contains(&number)
+        {
             let policy_version = self.state.policy_version;
             return Ok(StepReport {
                 loss: f64::NAN,

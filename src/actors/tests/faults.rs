@@ -3,7 +3,8 @@
 use super::fake_device::Script;
 use super::{Disturbance, Place, all_steps, rollout_keys};
 use crate::actors::messages::*;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 
 #[test]
 fn an_actor_that_panics_loses_and_duplicates_nothing() {
@@ -65,6 +66,61 @@ fn a_director_checkpointer_or_device_that_panics_goes_on_from_the_last_commit() 
 }
 
 #[test]
+fn a_director_that_dies_after_any_of_its_requests_changes_nothing() {
+    let undisturbed = Place::new();
+    let expected = undisturbed.run(&Disturbance::default());
+    let names = |done: &super::Result| done.named("stage-end").len();
+    // Every third of its requests, from the first on, until none is left to die in.
+    for number in (1..).step_by(3) {
+        let inject: &'static str = format!("panic:director:{number}").leak();
+        let place = Place::new();
+        let done = place.run(&Disturbance { inject, ..Disturbance::default() });
+        assert_eq!(done.outcome, Outcome::Done, "{inject}");
+        let witness = done.named("inject");
+        let died = witness.first().and_then(|event| event.text("message"));
+        assert_eq!(done.steps(), all_steps(), "{inject}: {died:?}");
+        assert_eq!(place.weights(), undisturbed.weights(), "{inject}: {died:?}");
+        assert_eq!(names(&done), names(&expected), "{inject}: {died:?}");
+        let rollouts = rollout_keys(&place.run_folder());
+        assert_eq!(rollouts, rollout_keys(&undisturbed.run_folder()), "{inject}: {died:?}");
+        if witness.is_empty() {
+            assert!(number > 60, "the Director sends more than {number} requests");
+            return;
+        }
+        assert_eq!(done.named("restart").len(), usize::from(died != Some("EndRun")), "{inject}");
+    }
+}
+
+#[test]
+fn an_update_that_a_dead_director_wanted_is_refused_however_late_it_comes() {
+    let two_updates = &["stage.align.updates=2"];
+    let undisturbed = Place::new();
+    let expected = undisturbed.run(&Disturbance { set: two_updates, ..Disturbance::default() });
+    let first = expected.calls.iter().filter(|call| call.starts_with("train")).count() - 6 + 1;
+    let place = Place::new();
+    // The first step of the stage: what the next Director prepares is not restored afterwards, so
+    // that a late update would be trained on top of it.
+    let script = Script { late_after_train: Some(first as u64), ..Script::default() };
+    let watched = script.clone();
+    let disturbance = Disturbance {
+        inject: "panic:director:UpdatePolicy:1",
+        script,
+        set: two_updates,
+        ..Disturbance::default()
+    };
+    let done =
+        place.run_visited(&disturbance, |seats| watched.watch(&seats.desk("worker").unwrap()));
+    assert_eq!(done.outcome, Outcome::Done);
+    assert_eq!(place.weights(), undisturbed.weights());
+    let restarts: Vec<_> = done.named("restart").iter().map(|event| event.text("actor")).collect();
+    assert_eq!(restarts, [Some("director")], "the device has nothing to complain of");
+    let told = |key| done.named("refused").iter().map(|e| e.text(key)).collect::<Vec<_>>();
+    assert_eq!(told("message"), [Some("Train")]);
+    let reason = "Train of director 1 came after work of director 2, which has taken its place";
+    assert_eq!(told("reason"), [Some(reason)]);
+}
+
+#[test]
 fn who_waits_for_whom_is_named_when_a_deadline_passes() {
     let place = Place::new();
     let script = Script { stuck_in_train: Some(11), ..Script::default() };
@@ -78,26 +134,78 @@ fn who_waits_for_whom_is_named_when_a_deadline_passes() {
 }
 
 #[test]
-fn an_actor_that_is_stopped_by_name_is_named_and_a_busy_one_answers() {
+fn any_actor_that_is_stopped_by_name_ends_its_work_by_name_and_a_busy_one_answers() {
+    for name in [
+        "supervisor",
+        "director",
+        "pretrainer",
+        "fine-tuner",
+        "rollout-generator",
+        "reward-scorer",
+        "policy-updater",
+        "worker",
+        "checkpointer",
+        "monitor",
+    ] {
+        let place = Place::new();
+        // The device is held in the first update: everybody's work is still to come.
+        let script = Script { stuck_in_train: Some(1), ..Script::default() };
+        let (release, reached) = (script.clone(), script.clone());
+        let began = Instant::now();
+        let failed =
+            place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
+                let (stop, status) = (seats.port_to_stop(), seats.port_to_ask_worker());
+                actix::spawn(async move {
+                    reached.reached().await;
+                    let pulse = status.ask(AskStatus {}).await.unwrap();
+                    assert_eq!(
+                        (pulse.state, pulse.last_message.as_deref()),
+                        (ActorState::Busy, Some("Train"))
+                    );
+                    stop.ask(StopActor { name: name.to_string() }).await.unwrap();
+                    release.release();
+                });
+            });
+        assert_eq!(failed.failure().text, format!("{name} was stopped by name"));
+        assert!(began.elapsed() < Duration::from_secs(30), "{name}: no deadline was waited for");
+        assert!(failed.named("restart").is_empty(), "{name}");
+    }
+}
+
+#[test]
+fn an_actor_that_hangs_is_named_though_it_stops_every_clock_of_its_thread() {
     let place = Place::new();
-    let script = Script { stuck_in_generate: true, ..Script::default() };
+    let hung = place.run(&Disturbance {
+        inject: "hang:reward-scorer:JudgeGroup:2",
+        deadline: Some(Duration::from_millis(1500)),
+        ..Disturbance::default()
+    });
+    let text = &hung.failure().text;
+    assert!(text.starts_with("reward-scorer has not answered for "), "{text}");
+    assert!(text.contains("JudgeGroup has held its thread for "), "{text}");
+    assert_eq!(hung.named("inject").len(), 1);
+}
+
+#[test]
+fn a_question_how_an_actor_is_waits_in_no_mailbox() {
+    let place = Place::new();
+    let script = Script { stuck_in_train: Some(1), ..Script::default() };
     let (release, reached) = (script.clone(), script.clone());
-    let failed = place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
-        let (stop, status) = (seats.port_to_stop(), seats.port_to_ask_worker());
+    let seen = Arc::new(OnceLock::new());
+    let pulse = Arc::clone(&seen);
+    place.run_visited(&Disturbance { script, ..Disturbance::default() }, |seats| {
+        let (desk, status) = (seats.desk("worker").unwrap(), seats.port_to_ask_worker());
         actix::spawn(async move {
             reached.reached().await;
-            let pulse = status.ask(AskStatus {}).await.unwrap();
-            assert_eq!(
-                (pulse.state, pulse.last_message.as_deref()),
-                (ActorState::Busy, Some("Generate"))
-            );
-            stop.ask(StopActor { name: "reward-scorer".to_string() }).await.unwrap();
+            for _ in 0..3 {
+                status.ask(AskStatus {}).await.unwrap();
+            }
+            pulse.set(desk.pulse()).unwrap();
             release.release();
         });
     });
-    let text = &failed.failure().text;
-    assert_eq!(text, "reward-scorer was stopped by name");
-    assert!(failed.named("restart").is_empty());
+    let pulse = seen.get().expect("the worker was looked at");
+    assert_eq!((pulse.queued, pulse.last_message.as_deref()), (0, Some("Train")));
 }
 
 #[test]
@@ -131,4 +239,22 @@ fn three_steps_without_a_finite_loss_roll_back_once_and_then_stop_with_advice() 
     assert_eq!(failed.named("rollback").len(), 1);
     assert!(failed.failure().text.contains("stage \"talk\": steps 1 to 3"), "{:?}", failed.outcome);
     assert_eq!(failed.named("skipped").len(), 6, "no commit was made in the midst of them");
+}
+
+#[test]
+fn a_step_with_one_skipped_update_of_two_is_no_skipped_step() {
+    let place = Place::new();
+    // The second update of each of the three steps of the last stage.
+    let script = Script { not_finite: vec![11, 13, 15], ..Script::default() };
+    let set = &["stage.align.updates=2", "checkpoint.every_steps=1"];
+    let done = place.run(&Disturbance { script, set, ..Disturbance::default() });
+    assert_eq!(done.outcome, Outcome::Done);
+    assert!(done.named("skipped").is_empty() && done.named("rollback").is_empty());
+    for step in done.named("step").iter().filter(|event| event.text("stage") == Some("align")) {
+        let counted = (step.whole("updates"), step.whole("skipped_updates"));
+        assert_eq!(counted, (Some(2), Some(1)));
+        assert_eq!(step.get("skipped").and_then(|skipped| skipped.as_bool()), Some(false));
+    }
+    let commits = done.named("commit").iter().filter(|e| e.text("stage") == Some("align")).count();
+    assert_eq!(commits, 3, "a commit after every step");
 }

@@ -11,7 +11,8 @@ fn folders() -> Folders {
 }
 
 fn plan(config: &RunConfig, index: usize) -> PrepareStage {
-    let model = config.stage_model(&folders().config, index).unwrap();
+    // A folder that is not there has no positions of its own: which it is plays no part here.
+    let model = config.stage_model(&folders().config, index).unwrap_or(config.model.clone());
     prepare_stage(config, &folders(), index, 10, &model)
 }
 

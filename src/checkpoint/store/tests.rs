@@ -14,7 +14,6 @@ fn manifest(step: u64) -> Manifest {
         optimizer_step: step,
         seed: 7,
         config_identity: "c0ffee".to_string(),
-        extra: serde_json::json!({"skipped": 0, "mean": 0.1}),
         ..Manifest::default()
     }
 }

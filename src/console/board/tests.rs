@@ -202,3 +202,36 @@ fn a_stopped_run_has_no_running_stage_and_names_the_whole_command() {
     );
     assert!(text.contains("  SIGINT\n"), "{text}");
 }
+
+/// Every kind of remark, and how it reads.
+fn remarks() -> Vec<(Event, &'static str)> {
+    let of = |name: &str| Event::new(name).with("actor", "worker").with("reason", "a panic");
+    vec![
+        (of("restart"), "worker restarted: a panic"),
+        (of("silent"), "worker does not answer: a panic"),
+        (of("rejected").with("folder", "c/1"), "c/1 checkpoint rejected: a panic"),
+        (
+            of("refused").with("message", "Train"),
+            "worker refused Train, which came too late: a panic",
+        ),
+        (
+            of("inject").with("message", "Train"),
+            "worker was given a fault in Train, as a test wants",
+        ),
+        (of("rollback"), "going back to the last commit: a panic"),
+        (
+            Event::new("skipped").of_stage("sft", "sft").with("step", 7).with("in_a_row", 2),
+            "sft step 7 skipped: no finite loss or gradient, 2 in a row",
+        ),
+    ]
+}
+
+#[test]
+fn remarks_become_notes_of_one_line() {
+    let mut board = filled();
+    remarks().iter().for_each(|(event, _)| board.take(event));
+    let expected: Vec<&str> = remarks().iter().map(|(_, text)| *text).collect();
+    assert_eq!(board.notes, expected);
+    let text = board.to_string();
+    assert!(expected.iter().all(|note| text.contains(&format!("  {note}\n"))), "{text}");
+}

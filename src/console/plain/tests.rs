@@ -179,3 +179,28 @@ fn a_run_that_ended_early_says_how_to_go_on_unless_it_cannot() {
     let lost = ended("failed", "no checkpoint can be used; start again with --fresh");
     assert!(!lost.contains("--resume"), "{lost}");
 }
+
+#[test]
+fn a_skipped_step_a_rollback_and_a_planted_fault_are_shown() {
+    let text = shown(
+        false,
+        &[
+            Event::step("sft", "sft", 7).with("loss", 1.0).with("skipped", true),
+            Event::new("skipped").of_stage("sft", "sft").with("step", 7).with("in_a_row", 3),
+            Event::new("rollback").with("reason", "steps 5 to 7 had no finite loss"),
+            Event::new("inject").with("actor", "worker").with("message", "Train"),
+            Event::step("align", "grpo", 1).with("reward_mean", 0.5).with("skipped_updates", 1),
+        ],
+    );
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(
+        lines,
+        [
+            "sft     7  loss 1.000  SKIPPED: not finite",
+            "!! sft step 7 skipped: no finite loss or gradient, 3 in a row",
+            "!! going back to the last commit: steps 5 to 7 had no finite loss",
+            "!! worker was given a fault in Train, as a test wants",
+            "align     1  reward 0.500  1 of its updates SKIPPED: not finite",
+        ]
+    );
+}

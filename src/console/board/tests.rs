@@ -64,8 +64,6 @@ fn events_fill_the_board() {
 #[test]
 fn the_text_is_ascii_of_at_most_eighty_columns_whatever_a_model_says() {
     let mut board = filled();
-    board.take(&Event::new("stage-start").of_stage("align", "grpo"));
-    assert!(board.running().is_some());
     let long = "x\u{1b}]52;c;\u{202e}é".repeat(40);
     board.run = long.clone();
     board.reason = Some(long.clone());
@@ -189,6 +187,8 @@ fn a_folder_that_is_no_run_is_refused() {
 #[test]
 fn a_stopped_run_has_no_running_stage_and_names_the_whole_command() {
     let mut board = filled();
+    board.take(&Event::new("stage-start").of_stage("align", "grpo"));
+    assert!(board.running().is_some());
     let long =
         "/a/place/with/a/name/that/is/longer/than/any/line/of/a/terminal/could/ever/be/runs/demo";
     board.take(&Event::new("end").with("state", "stopped").with("reason", "SIGINT"));

@@ -178,7 +178,8 @@ mod tests {
     #[test]
     fn every_key_that_changes_what_is_computed_must_be_that_of_the_weights() {
         let run = smoke(&[]).model;
-        let change: [(&str, fn(&mut ModelConfig)); 5] = [
+        type Change = fn(&mut ModelConfig);
+        let change: [(&str, Change); 5] = [
             ("num_experts_per_tok", |model| model.num_experts_per_tok = 1),
             ("rms_norm_eps", |model| model.rms_norm_eps = 1e-3),
             ("routed_scaling_factor", |model| model.routed_scaling_factor = 16.0),

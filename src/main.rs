@@ -3,6 +3,8 @@
 use clap::Parser;
 use rehearsal::cli::Cli;
 use rehearsal::cli::failure::{exit_code, is_closed_output};
+use rehearsal::console::text::visible;
+use std::io::Write;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -10,7 +12,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_output(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            // Nobody may be there to read it any more; and files and models have a say in the text.
+            let _ = writeln!(std::io::stderr(), "error: {}", visible(&format!("{error:#}")));
             ExitCode::from(exit_code(&error))
         }
     }

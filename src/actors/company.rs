@@ -21,7 +21,7 @@ use super::staff::{Intensity, Member, Staff};
 use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
-use crate::config::{ConsoleMode, EngineConfig, Fault, RunConfig};
+use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use actix::{Actor, Arbiter, ArbiterHandle};
 use anyhow::Result;
@@ -39,16 +39,20 @@ pub struct RunRequest {
     pub folder: PathBuf,
     /// The TOML's folder: relative paths in the config start here.
     pub config_dir: PathBuf,
+    /// Bytes that the arenas may hold if the config has no budget; `None` for no limit.
+    pub memory: Option<u64>,
     /// How progress is shown.
     pub console: ConsoleMode,
 }
 
 /// Makes a run, from its newest commit if there is one, to its end.
 pub fn start(request: RunRequest) -> Result<()> {
-    let RunRequest { config, folder, config_dir, console } = request;
+    let RunRequest { config, folder, config_dir, memory, console } = request;
+    let mut engine = config.engine.clone();
+    engine.budget = engine.budget.or(memory.map(Bytes));
     let setup = EngineSetup {
         model: config.model.clone(),
-        engine: config.engine.clone(),
+        engine,
         seed: config.seed,
         spill: folder.join("spill"),
     };
@@ -121,8 +125,16 @@ impl Limits {
 /// supervisor's seat before anything begins.
 pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     let system = actix::System::new();
-    let (link, farewell) = DeviceLink::start(Arc::clone(&setup.device), setup.limits)?;
+    let (link, farewell) =
+        DeviceLink::start(Arc::clone(&setup.device), setup.limits).map_err(|error| match error
+            .downcast()
+        {
+            Ok(error) => no_thread(error),
+            Err(error) => error,
+        })?;
     let outcome = system.block_on(async {
+        // The library would panic where the system gives no thread.
+        std::thread::Builder::new().spawn(|| {}).map_err(no_thread)?;
         let arbiter = Arbiter::new();
         let seats = Seats::new(setup.limits);
         visit(&seats);
@@ -147,6 +159,13 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
         farewell.wait(longest);
     }
     Ok(outcome)
+}
+
+/// A system without room for another thread.
+fn no_thread(error: std::io::Error) -> anyhow::Error {
+    Fault::resources(format!(
+        "the system gives no more threads: {error}; raise the limit of processes or of memory, or lower --threads"
+    ))
 }
 
 /// Everybody's seat.

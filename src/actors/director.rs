@@ -17,10 +17,13 @@ use super::journal_lines::{describe, step_event};
 use super::messages::*;
 use super::port::{Desk, Port};
 use super::post::{Hazard, Post, answers_for_itself};
-use super::stage_plan::{Folders, INITIAL, artefact_name, prepare_stage, source};
+use super::stage_plan::{
+    Folders, INITIAL, artefact_name, prepare_stage, require_artefacts, source,
+};
 use crate::checkpoint::Commit;
 use crate::config::RunConfig;
 use crate::config::failpoint::failpoint;
+use crate::config::fault::signal_name;
 use crate::config::stage::StageKind;
 use crate::console::Event;
 use crate::engine::phase::StepReport;
@@ -146,7 +149,7 @@ impl Direction {
         self.desk.say("");
         let (state, reason) = match &outcome {
             Outcome::Done | Outcome::Timed(_) => ("finished", None),
-            Outcome::Stopped(signal) => ("stopped", Some(format!("signal {signal}"))),
+            Outcome::Stopped(signal) => ("stopped", Some(signal_name(*signal))),
             Outcome::Failed(failure) => ("failed", Some(failure.text.clone())),
         };
         let export = matches!(outcome, Outcome::Done).then(|| self.folders.run.join("export"));
@@ -168,6 +171,9 @@ impl Direction {
         self.phase.replace(None);
         let commit = self.ask(&self.ports.find_commit, FindCommit {}).await?;
         let is_done = |index: usize| self.folders.artefact(&self.config, index).exists();
+        if let Some(commit) = &commit {
+            require_artefacts(&self.config, commit.manifest.stage_index, is_done)?;
+        }
         let resumed = commit.is_some() || (0..self.config.stages.len()).any(is_done);
         let stages: Vec<_> = self.config.stages.iter().map(describe).collect();
         let event = Event::new("run")

@@ -64,7 +64,8 @@ impl Direction {
             None => Ok(()),
             Some(what) => {
                 let text = format!(
-                    "stage {:?} did not reach its gate: {what}; train the stage for longer, or change its [stage.gate]",
+                    "stage {:?} did not reach its gate: {what}; change [stage.gate] and go on with --resume, or train the \
+                     stage for longer and start anew with --fresh",
                     stage.name
                 );
                 Err(Failure::new(FailureKind::Other, text))

@@ -31,6 +31,7 @@ mod roll_call;
 mod rollout_file;
 mod rollout_generator;
 mod staff;
+pub mod stage_data;
 pub mod supervisor;
 #[cfg(test)]
 mod tests;
@@ -38,3 +39,4 @@ pub mod worker;
 
 pub use bench::{BenchRequest, bench_grpo};
 pub use company::{RunRequest, start};
+pub use stage_data::check_stage_data;

@@ -6,7 +6,8 @@
 //! weights.
 
 use super::messages::{DataReport, StageShape};
-use crate::config::stage::{EvalConfig, Metric, MixtureEntry, StageKind};
+use super::stage_data::check_stage_data;
+use crate::config::stage::{EvalConfig, Metric, StageKind};
 use crate::config::{Fault, RunConfig};
 use crate::data::audit::{audit, repeats};
 use crate::data::chat::ChatTemplate;
@@ -14,7 +15,7 @@ use crate::data::word_machine_files::write_files;
 use crate::data::{Loader, Pair, Prompt, Sequence, Sources, StageData, Tokenizer};
 use crate::engine::phase::TrainJob;
 use anyhow::{Context, Result, ensure};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -61,13 +62,36 @@ impl Reader {
                 "model.vocab_size = {rows} is smaller than the tokenizer's {needed} tokens; set it to {needed} or more"
             )));
         }
-        Ok(DataReport { vocabulary: needed, notes: self.audits()? })
+        self.check_starts()?;
+        let notes = self.audits()?;
+        for (index, stage) in self.config.stages.iter().enumerate() {
+            check_stage_data(&self.loader(index)?, stage, &|_| true)?;
+        }
+        Ok(DataReport { vocabulary: needed, notes })
+    }
+
+    /// Refuses weights that were trained with another tokenizer than the run's.
+    fn check_starts(&self) -> Result<()> {
+        let (tokenizer, _) = self.language()?;
+        for (index, stage) in self.config.stages.iter().enumerate() {
+            let Some(folder) = self.config.start_folder(&self.sources.base, index) else {
+                continue;
+            };
+            if let Some(difference) = tokenizer.difference_from(&folder)? {
+                return Err(Fault::user(format!(
+                    "stage {:?} starts from {}, {difference}",
+                    stage.name,
+                    folder.display()
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// Searches what is trained on for what it must not hold.
     fn audits(&self) -> Result<Vec<String>> {
         let mut notes = Vec::new();
-        let trained = self.trained_sets();
+        let trained = self.config.trained_sets();
         let held_out = audit(&self.sources, &self.config.data.held_out, &trained.all())?;
         held_out.require_clean()?;
         if held_out.held_out > 0 {
@@ -220,45 +244,6 @@ impl Reader {
             rename(&aside, &self.folder.join(name))?;
         }
         Ok(())
-    }
-
-    fn trained_sets(&self) -> TrainedSets {
-        let mut sets = TrainedSets::default();
-        let mixture =
-            |data: &[MixtureEntry]| data.iter().map(|entry| entry.set.clone()).collect::<Vec<_>>();
-        for stage in &self.config.stages {
-            match &stage.kind {
-                StageKind::Pretrain(s) => sets.pretrained.extend(mixture(&s.data)),
-                StageKind::LongContext(s) => sets.pretrained.extend(mixture(&s.data)),
-                StageKind::Sft(s) => sets.tuned.push(s.data.clone()),
-                StageKind::RewardModel(s) => {
-                    sets.aligned.push(s.data.clone());
-                    sets.aligned.extend(s.calibration.clone());
-                }
-                StageKind::Grpo(s) => sets.aligned.push(s.data.clone()),
-            }
-        }
-        sets
-    }
-}
-
-/// The sets that any stage trains on.
-#[derive(Default)]
-struct TrainedSets {
-    /// By pretraining and long-context stages.
-    pretrained: Vec<String>,
-    /// By SFT.
-    tuned: Vec<String>,
-    /// By reward models (their calibration included) and GRPO.
-    aligned: Vec<String>,
-}
-
-impl TrainedSets {
-    /// All of them, each once.
-    fn all(&self) -> Vec<String> {
-        let sets: BTreeSet<_> =
-            [&self.pretrained, &self.tuned, &self.aligned].into_iter().flatten().cloned().collect();
-        sets.into_iter().collect()
     }
 }
 

@@ -8,7 +8,9 @@
 //!     weights
 //!   * the reference of a GRPO stage is the folder that the stage started from, also after a resume
 
+use super::contents::{Failure, FailureKind};
 use crate::config::engine::AttentionForm;
+use crate::config::fault::START_AGAIN;
 use crate::config::stage::{GrpoStage, OptimizerConfig, Stage, StageKind};
 use crate::config::{ModelConfig, RunConfig, model_folder};
 use crate::engine::phase::{ModelSource, PrepareStage};
@@ -42,6 +44,25 @@ pub const INITIAL: &str = "00-initial";
 /// `NN-name`, counted from 1.
 pub fn artefact_name(config: &RunConfig, index: usize) -> String {
     format!("{:02}-{}", index + 1, config.stages[index].name)
+}
+
+/// Refuses to train a stage again whose artefact is gone while checkpoints of stage number `reached` are kept: its new
+/// commits would push those out.
+pub fn require_artefacts(
+    config: &RunConfig,
+    reached: usize,
+    is_done: impl Fn(usize) -> bool,
+) -> Result<(), Failure> {
+    let Some(missing) = (0..reached.min(config.stages.len())).find(|index| !is_done(*index)) else {
+        return Ok(());
+    };
+    let text = format!(
+        "stages/{} is missing, and the run has checkpoints of the later stage {:?}; restore that folder from a copy, or \
+         {START_AGAIN}",
+        artefact_name(config, missing),
+        config.stages[reached].name
+    );
+    Err(Failure::new(FailureKind::User, text))
 }
 
 /// Where the weights of stage number `index` come from.

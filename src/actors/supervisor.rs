@@ -22,6 +22,7 @@ use crate::console::Event;
 use actix::fut::wrap_future;
 use actix::{Actor, AsyncContext, Context, Handler, ResponseActFuture};
 use std::cell::{Cell, RefCell};
+use std::io::Write;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, Ordering};
@@ -192,10 +193,10 @@ impl Inner {
 
     /// Deaths, signals, and a look at everybody now and then.
     async fn watch(self: Rc<Self>, mut deaths: mpsc::Receiver<Death>) {
-        let (Ok(mut interrupt), Ok(mut terminate)) =
-            (listen(SignalKind::interrupt()), listen(SignalKind::terminate()))
+        let (Ok(mut interrupt), Ok(mut terminate), Ok(mut hangup)) =
+            (listen(SignalKind::interrupt()), listen(SignalKind::terminate()), listen_for_hangup())
         else {
-            let text = "cannot listen for SIGINT and SIGTERM";
+            let text = "cannot listen for SIGINT, SIGTERM and SIGHUP";
             return self.end(Outcome::Failed(Failure::new(FailureKind::Other, text)));
         };
         let mut look = tokio::time::interval(WATCH_INTERVAL);
@@ -209,6 +210,7 @@ impl Inner {
                 _ = look.tick() => self.look_around(),
                 _ = interrupt.recv() => self.on_signal(libc_number(SignalKind::interrupt())),
                 _ = terminate.recv() => self.on_signal(libc_number(SignalKind::terminate())),
+                _ = hung_up(&mut hangup) => self.on_signal(libc_number(SignalKind::hangup())),
             }
         }
     }
@@ -301,7 +303,9 @@ impl Inner {
     /// once.
     fn on_signal(&self, number: i32) {
         if self.stop.swap(number, Ordering::SeqCst) == 0 {
-            eprintln!(
+            // After a hang-up nobody may be there to read it.
+            let _ = writeln!(
+                std::io::stderr(),
                 "stopping after this step and its commit; press Ctrl-C again to stop at once"
             );
         } else if number == libc_number(SignalKind::interrupt()) {
@@ -325,6 +329,24 @@ fn is_deserted(pulses: &[Pulse], deadline: Duration) -> bool {
 
 fn listen(kind: SignalKind) -> std::io::Result<Signal> {
     signal(kind)
+}
+
+/// Listens for a terminal that hangs up, unless the process was told to outlive it (`nohup`): then `None`.
+fn listen_for_hangup() -> std::io::Result<Option<Signal>> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).unwrap_or(0);
+    match mask & 1 {
+        1 => Ok(None),
+        _ => listen(SignalKind::hangup()).map(Some),
+    }
+}
+
+async fn hung_up(hangup: &mut Option<Signal>) {
+    match hangup {
+        Some(signal) => drop(signal.recv().await),
+        None => std::future::pending().await,
+    }
 }
 
 fn libc_number(kind: SignalKind) -> i32 {

@@ -1,7 +1,8 @@
 //! Writing so that it survives a power cut, and what the disk's errors mean to a person.
 //!
-//! A full disk, a quota or a read-only place is a lack of resources (exit code 4); every other
-//! error of the operating system is passed on with the path and what was being done.
+//! A full disk, a quota or a read-only place is a lack of resources (exit code 4), a place that cannot be a folder or
+//! may not be written is the user's to change (2); every other error of the operating system is passed on with the
+//! path and what was being done.
 
 use crate::config::Fault;
 use anyhow::{Context, Result};
@@ -10,7 +11,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::path::Path;
 
 /// Says what an error of the disk means.
-pub(super) fn disk_fault(doing: &str, path: &Path, error: std::io::Error) -> anyhow::Error {
+pub fn disk_fault(doing: &str, path: &Path, error: std::io::Error) -> anyhow::Error {
     let path = path.display();
     match error.kind() {
         ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
@@ -22,6 +23,9 @@ pub(super) fn disk_fault(doing: &str, path: &Path, error: std::io::Error) -> any
         ErrorKind::ReadOnlyFilesystem => Fault::resources(format!(
             "cannot {doing} {path}: {error}; choose another place with --out"
         )),
+        ErrorKind::NotADirectory | ErrorKind::AlreadyExists | ErrorKind::PermissionDenied => {
+            Fault::user(format!("cannot {doing} {path}: {error}; choose another place with --out"))
+        }
         _ => anyhow::Error::new(error).context(format!("failed to {doing} {path}")),
     }
 }
@@ -93,6 +97,19 @@ mod tests {
             matches!(error.downcast_ref(), Some(Fault::Resources(m)) if m.contains("/dev/full")),
             "{error:#}"
         );
+    }
+
+    #[test]
+    fn each_error_of_the_system_has_the_code_of_whose_it_is() {
+        let code = |kind: ErrorKind| {
+            let error = disk_fault("create", Path::new("x"), kind.into());
+            error.downcast_ref::<Fault>().map(Fault::exit_code)
+        };
+        assert_eq!(code(ErrorKind::ReadOnlyFilesystem), Some(4));
+        assert_eq!(code(ErrorKind::StorageFull), Some(4));
+        assert_eq!(code(ErrorKind::NotADirectory), Some(2));
+        assert_eq!(code(ErrorKind::PermissionDenied), Some(2));
+        assert_eq!(code(ErrorKind::TimedOut), None);
     }
 
     #[test]

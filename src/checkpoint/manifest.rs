@@ -41,7 +41,7 @@ pub struct Manifest {
     pub optimizer_step: u64,
     /// The run's seed: with the counters above it is the whole state of the random numbers.
     pub seed: u64,
-    /// Hash of the run's configuration, threads, console and place apart.
+    /// Hash of the run's configuration, threads, console, gates and place apart.
     pub config_identity: String,
     /// The files, by name; filled when the folder is committed.
     pub files: BTreeMap<String, FileRecord>,

@@ -24,6 +24,7 @@ pub mod store;
 // A folder that transformers loads.
 pub mod export;
 
+pub use disk::disk_fault;
 pub use export::{ExportReport, export_hf};
 pub use manifest::{FileRecord, Manifest};
 pub use model_json::{read_model_config, write_model_config};

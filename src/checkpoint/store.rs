@@ -15,6 +15,7 @@ use super::disk::{disk_fault, is_plain_name, rename_synced, sync_file, sync_fold
 use super::manifest::{MANIFEST_FILE, Manifest, list_files};
 use crate::config::Fault;
 use crate::config::failpoint::failpoint;
+use crate::config::fault::START_AGAIN;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -158,8 +159,7 @@ impl Store {
         }
         let reasons: Vec<&str> = latest.rejected.iter().map(|r| r.reason.as_str()).collect();
         Err(Fault::user(format!(
-            "no checkpoint in {} can be used: {}; restore one from a copy, or start again with \
-             --fresh",
+            "no checkpoint in {} can be used: {}; restore one from a copy, or {START_AGAIN}",
             self.checkpoints.display(),
             reasons.join("; ")
         )))

@@ -1,14 +1,15 @@
 //! `rehearsal bench`: our own hot paths, timed on random tokens.
 
 use super::command::Threads;
-use super::generate::at_least_one;
+use super::generate::{at_least_one, at_least_two};
+use super::machine::{free_memory, share_for_arenas};
 use super::open_model::{engine, spill_folder};
 use super::output::{say, say_json};
 use super::stopwatch::{Spent, Stopwatch};
 use crate::actors::{BenchRequest, bench_grpo};
 use crate::checkpoint::read_model_config;
 use crate::config::stage::{Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel};
-use crate::config::{EngineConfig, Fault, ModelConfig, load_model};
+use crate::config::{Bytes, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
 use anyhow::Result;
@@ -40,13 +41,13 @@ const EXAMPLES: &str = "Example:\n  \
 #[derive(Debug, Subcommand)]
 pub enum BenchWhat {
     /// Optimizer steps: forward, backward, update
-    #[command(after_help = EXAMPLES)]
+    #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
     Train(BenchTrainArgs),
     /// Sampling with a paged latent cache
-    #[command(after_help = EXAMPLES)]
+    #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
     Generate(BenchGenerateArgs),
     /// Alignment steps through the actors: generate, score, update
-    #[command(after_help = EXAMPLES)]
+    #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
     Grpo(BenchGrpoArgs),
 }
 
@@ -59,8 +60,8 @@ pub struct BenchTrainArgs {
     /// Sequences of a step
     #[arg(long, value_name = "B", default_value_t = 8, value_parser = at_least_one)]
     pub batch: usize,
-    /// Tokens of a sequence
-    #[arg(long, value_name = "S", default_value_t = 64, value_parser = at_least_one)]
+    /// Tokens of a sequence, at least 2
+    #[arg(long, value_name = "S", default_value_t = 64, value_parser = at_least_two)]
     pub sequence: usize,
     /// Timed steps; one more is made before them
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
@@ -112,7 +113,7 @@ pub struct BenchGrpoArgs {
     #[arg(long, value_name = "Q", default_value_t = 4, value_parser = at_least_one)]
     pub prompts: usize,
     /// Rollouts of a prompt, at least 2
-    #[arg(long, value_name = "G", default_value_t = 8, value_parser = at_least_one)]
+    #[arg(long, value_name = "G", default_value_t = 8, value_parser = at_least_two)]
     pub group: usize,
     /// Tokens of a prompt
     #[arg(long, value_name = "P", default_value_t = 16, value_parser = at_least_one)]
@@ -197,6 +198,20 @@ fn require_context(config: &ModelConfig, tokens: usize) -> Result<()> {
     }
 }
 
+/// Refuses what the machine cannot even hold as tokens: `sequences` of `tokens` each, a few copies of them.
+fn require_room(sequences: usize, tokens: usize) -> Result<()> {
+    let each = 128_u64.saturating_add((tokens as u64).saturating_mul(32));
+    let (needed, free) = ((sequences as u64).saturating_mul(each), free_memory());
+    match free.filter(|free| needed > *free) {
+        Some(free) => Err(Fault::resources(format!(
+            "{sequences} sequences of {tokens} tokens take about {}, and {} are free; ask for fewer",
+            Bytes(needed),
+            Bytes(free)
+        ))),
+        None => Ok(()),
+    }
+}
+
 /// Figures of every benchmark beside its own.
 fn with_spent(mut figures: Value, spent: &Spent, path: &Path, threads: Threads) -> Value {
     figures["wall_seconds"] = json!(spent.wall_seconds);
@@ -210,6 +225,7 @@ fn with_spent(mut figures: Value, spent: &Spent, path: &Path, threads: Threads) 
 fn train(args: &BenchTrainArgs) -> Result<Value> {
     let (config, source) = model(&args.model)?;
     require_context(&config, args.sequence)?;
+    require_room(args.batch, args.sequence)?;
     let mut engine =
         engine(&config, source, args.threads.count(), 1, Some(OptimizerConfig::default()))?;
     engine.enter_phase(Phase::Train)?;
@@ -241,7 +257,9 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
         )));
     }
     let (config, source) = model(&args.model)?;
-    require_context(&config, args.prompt_tokens + args.new_tokens)?;
+    let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
+    require_context(&config, tokens_each)?;
+    require_room(batch, tokens_each)?;
     let mut engine = engine(&config, source, args.threads.count(), 1, None)?;
     let request = |slot: usize| GenerateRequest {
         slot: slot as u32,
@@ -277,17 +295,16 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
 
 fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
     let (config, source) = model(&args.model)?;
-    require_context(&config, args.prompt_tokens + args.new_tokens)?;
-    if args.group < 2 {
-        return Err(Fault::user(
-            "--group 1 has no advantage: a group is compared with its own mean; use 2 or more",
-        ));
-    }
+    let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
+    require_context(&config, tokens_each)?;
+    require_room(args.prompts.saturating_mul(args.group), tokens_each)?;
     let weights = match source {
         ModelSource::Folder(folder) => Some(folder),
         ModelSource::Fresh => None,
     };
-    let engine = EngineConfig { threads: args.threads.count(), ..EngineConfig::default() };
+    let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
+    let engine = EngineConfig { threads: args.threads.count(), budget, ..EngineConfig::default() };
+    let spill = spill_folder();
     let stopwatch = Stopwatch::start();
     let steps = bench_grpo(BenchRequest {
         model: config,
@@ -297,8 +314,11 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         prompt_tokens: args.prompt_tokens,
         steps: args.steps as u64,
         seed: 1,
-        spill: spill_folder(),
-    })?;
+        spill: spill.clone(),
+    });
+    // The device removes its own folder; what was asked of the folder after it has made it anew, empty.
+    let _ = std::fs::remove_dir(&spill);
+    let steps = steps?;
     let spent = stopwatch.spent();
     let count = steps.len().max(1) as f64;
     let mean = |figure: fn(&crate::actors::messages::BenchStep) -> f64| {

@@ -2,20 +2,25 @@
 
 use super::check_report::CheckReport;
 use super::command::{Threads, cores};
+use super::machine::free_memory;
 use super::output::{say, say_json};
-use crate::checkpoint::TensorFolder;
+use crate::actors::check_stage_data;
+use crate::checkpoint::{TensorFolder, read_model_config};
 use crate::config::{ConfigError, Fault, Loaded, RunConfig, load_model};
-use crate::data::{Tokenizer, check_set};
-use crate::engine::resident::check_weights;
+use crate::data::audit::{audit, repeats};
+use crate::data::{ChatTemplate, Loader, Sources, Tokenizer, check_set};
+use crate::engine::check_weights;
 use crate::model::Layout;
 use anyhow::Result;
 use clap::Args;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Checks a run or a model.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Check a run's TOML or a model's config.json without training anything: unknown keys (with the nearest \
                   known one), wrong types, rules across tables, and every data file line by line. Then tell what it \
                   will cost: parameters, tensors, memory by phase, tokens, disk and time. A fault ends with exit code \
@@ -44,11 +49,15 @@ pub struct CheckArgs {
 
 /// Checks and reports.
 pub fn run(args: CheckArgs) -> Result<()> {
-    let report = report(&args)?;
+    let report = report(&args)?.on_machine(free_memory());
     if args.json {
         return say_json(&report);
     }
     say(report.to_string().trim_end())?;
+    // It may run elsewhere: what this machine lacks is no fault of the config.
+    if let Some(refusal) = report.over_memory() {
+        say(&format!("note      {}", refusal.lines().next().unwrap_or_default()))?;
+    }
     say(&format!("devices: {}", devices(args.threads.count())))
 }
 
@@ -89,11 +98,13 @@ fn is_model(file: &Path) -> bool {
     }
 }
 
-/// Reads every file that a run names, in its schema; returns the examples of each data set.
+/// Reads every file that a run names, in its schema and for what it must not hold; returns the examples of each data
+/// set. What the run generates is looked at once it is there.
 pub fn check_files(loaded: &Loaded) -> Result<BTreeMap<String, u64>> {
-    check_tokenizer(loaded)?;
-    check_starts(loaded)?;
-    if let Some(machine) = &loaded.config.data.word_machine {
+    let tokenizer = tokenizer(loaded)?;
+    check_starts(loaded, tokenizer.as_ref())?;
+    let data = &loaded.config.data;
+    if let Some(machine) = &data.word_machine {
         must_be_file(
             loaded,
             &["data", "word_machine", "words"],
@@ -102,18 +113,53 @@ pub fn check_files(loaded: &Loaded) -> Result<BTreeMap<String, u64>> {
         )?;
     }
     let mut lines = BTreeMap::new();
-    for (name, set) in
-        loaded.config.data.sets.iter().filter(|(_, set)| !set.file.starts_with("run:"))
-    {
-        must_be_file(
-            loaded,
-            &["data", "sets", name, "file"],
-            &format!("data.sets.{name}.file"),
-            &set.file,
-        )?;
+    for (name, set) in data.sets.iter().filter(|(name, _)| data.is_given(name)) {
+        let path = ["data", "sets", name, "file"];
+        must_be_file(loaded, &path, &format!("data.sets.{name}.file"), &set.file)?;
         lines.insert(name.clone(), check_set(&loaded.resolve(&set.file), set)?);
     }
+    let sources =
+        Sources { data: data.clone(), base: loaded.folder.clone(), generated: PathBuf::new() };
+    check_audits(loaded, &sources)?;
+    if let Some(tokenizer) = tokenizer {
+        check_lengths(loaded, sources, tokenizer)?;
+    }
     Ok(lines)
+}
+
+/// Searches the given files that are trained on for what they must not hold.
+fn check_audits(loaded: &Loaded, sources: &Sources) -> Result<()> {
+    let data = &loaded.config.data;
+    let trained = loaded.config.trained_sets().given(data);
+    let held_out: Vec<String> =
+        data.held_out.iter().filter(|name| data.is_given(name)).cloned().collect();
+    audit(sources, &held_out, &trained.all())?.require_clean()?;
+    match data.pretrain_on_sft {
+        true => Ok(()),
+        false => repeats(sources, &trained.tuned, &trained.pretrained)?.require_clean(),
+    }
+}
+
+/// Encodes the given files as each stage will, with a tokenizer that is there before the run.
+fn check_lengths(loaded: &Loaded, sources: Sources, tokenizer: Tokenizer) -> Result<()> {
+    let config = &loaded.config;
+    let beside = config.tokenizer.file.as_ref().map(|file| loaded.resolve(file));
+    let chat = match beside.as_deref().and_then(Path::parent) {
+        Some(folder) => ChatTemplate::from_folder(folder)?.unwrap_or_else(ChatTemplate::own),
+        None => ChatTemplate::own(),
+    };
+    let mut loader = Loader {
+        sources,
+        tokenizer: Arc::new(tokenizer),
+        chat: Arc::new(chat),
+        seed: config.seed,
+        context: 0,
+    };
+    for (index, stage) in config.stages.iter().enumerate() {
+        loader.context = config.stage_model(&loaded.folder, index)?.max_position_embeddings;
+        check_stage_data(&loader, stage, &|set| config.data.is_given(set))?;
+    }
+    Ok(())
 }
 
 fn must_be_file(loaded: &Loaded, path: &[&str], key: &str, file: &str) -> Result<(), ConfigError> {
@@ -132,48 +178,47 @@ fn must_be_file(loaded: &Loaded, path: &[&str], key: &str, file: &str) -> Result
     }
 }
 
-fn check_tokenizer(loaded: &Loaded) -> Result<()> {
-    let Some(file) = &loaded.config.tokenizer.file else { return Ok(()) };
+/// The tokenizer that is there before the run.
+fn tokenizer(loaded: &Loaded) -> Result<Option<Tokenizer>> {
+    let Some(file) = &loaded.config.tokenizer.file else { return Ok(None) };
     let path = ["tokenizer", "file"];
     must_be_file(loaded, &path, "tokenizer.file", file)?;
-    let (size, rows) =
-        (Tokenizer::load(&loaded.resolve(file))?.vocab_size(), loaded.config.model.vocab_size);
+    let tokenizer = Tokenizer::load(&loaded.resolve(file))?;
+    let (size, rows) = (tokenizer.vocab_size(), loaded.config.model.vocab_size);
     if size > rows {
         let text = format!(
             "tokenizer.file = {file:?} has {size} tokens, model.vocab_size = {rows} is smaller; raise it"
         );
         return Err(loaded.fault(&path, text).into());
     }
-    Ok(())
+    Ok(Some(tokenizer))
 }
 
-/// Folders that stages start from hold a model, or a run that exported one.
-/// Refuses a start folder without a model, or with one that is not the run's.
-fn check_starts(loaded: &Loaded) -> Result<()> {
-    let stages = &loaded.config.stages;
-    for (index, stage) in stages.iter().enumerate() {
-        let Some(start) = stage
-            .start_from
-            .as_ref()
-            .filter(|start| stages.iter().all(|stage| stage.name != **start))
-        else {
-            continue;
+/// Folders that stages start from hold a whole model, or are of a run that exported one. That it computes what the run's
+/// model computes was checked when the config was read.
+fn check_starts(loaded: &Loaded, tokenizer: Option<&Tokenizer>) -> Result<()> {
+    for (index, stage) in loaded.config.stages.iter().enumerate() {
+        let Some(folder) = loaded.config.start_folder(&loaded.folder, index) else { continue };
+        let start = stage.start_from.as_deref().unwrap_or_default();
+        let at = index.to_string();
+        let fault = |reason: String| {
+            let text = format!("stage {} starts from {start:?}, {reason}", stage.name);
+            loaded.fault(&["stage", &at, "start_from"], text)
         };
-        let fault = |text: String| {
-            let text = format!("stage {} starts from {start:?}, {text}", stage.name);
-            loaded.fault(&["stage", &index.to_string(), "start_from"], text)
+        if !folder.join("config.json").is_file() {
+            let reason = "a folder without config.json and no finished run; name a checkpoint";
+            return Err(fault(reason.to_string()).into());
+        }
+        let whole = || {
+            let layout = Layout::new(&read_model_config(&folder)?, false);
+            check_weights(&layout, &TensorFolder::open(&folder)?, &folder)
         };
-        let folder = loaded.resolve(start);
-        let holds = |folder: &Path| folder.join("config.json").is_file();
-        let candidates = [folder.clone(), folder.join("export")];
-        let Some(folder) = candidates.iter().find(|folder| holds(folder)) else {
-            let text = "a folder without config.json and no finished run; name a checkpoint";
-            return Err(fault(text.to_string()).into());
-        };
-        let layout = Layout::new(&loaded.config.model, false);
-        TensorFolder::open(folder)
-            .and_then(|tensors| check_weights(&layout, &tensors, folder))
-            .map_err(|error| fault(format!("which does not fit: {error:#}")))?;
+        whole().map_err(|error| fault(format!("which cannot be used: {error:#}")))?;
+        let difference =
+            tokenizer.map(|tokenizer| tokenizer.difference_from(&folder)).transpose()?;
+        if let Some(difference) = difference.flatten() {
+            return Err(fault(difference).into());
+        }
     }
     Ok(())
 }
@@ -182,7 +227,6 @@ fn check_starts(loaded: &Loaded) -> Result<()> {
 mod tests {
     use super::super::failure::exit_code;
     use super::*;
-    use std::path::Path;
 
     const RUN: &str = "[model]\nconfig = \"CONFIGS/model/smoke.json\"\n[tokenizer]\nvocab_size = 288\ntrain_on = [\"text\"]\n\
                        [data.sets.text]\nfile = \"text.jsonl\"\nschema = \"text\"\n\
@@ -233,6 +277,66 @@ mod tests {
         let text = RUN.replace("kind = \"pretrain\"", "kind = \"pretrain\"\nstart_from = \".\"");
         let fault = check(&text, Some("{\"text\": \"a\"}\n"), false).unwrap_err().to_string();
         assert!(fault.ends_with("run.toml:12:1: stage base starts from \".\", a folder without config.json and no finished run; name a checkpoint"), "{fault}");
+    }
+
+    const TALK: &str = "[data.sets.talk]\nfile = \"talk.jsonl\"\nschema = \"prompts\"\n[data.sets.held]\nfile = \"held.jsonl\"\nschema = \"prompts\"\n\
+                        [[stage]]\nname = \"sft\"\nkind = \"sft\"\ndata = \"talk\"\nbatch = 1\n";
+
+    /// A run of text and conversations; the first line of each file is given.
+    fn check_talk(text: &str, talk: &str, held: &str) -> Result<CheckReport> {
+        let folder = tempfile::tempdir().unwrap();
+        let line = |prompt: &str| format!("{{\"prompt\": {prompt:?}, \"answer\": \"yes\"}}\n");
+        std::fs::write(folder.path().join("text.jsonl"), format!("{{\"text\": {text:?}}}\n"))
+            .unwrap();
+        std::fs::write(folder.path().join("talk.jsonl"), line("first") + &line(talk)).unwrap();
+        std::fs::write(folder.path().join("held.jsonl"), line(held)).unwrap();
+        let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let run = RUN
+            .replace("CONFIGS", &configs.display().to_string())
+            .replace("[data.sets.text]", "[data]\nheld_out = [\"held\"]\n[data.sets.text]");
+        let file = folder.path().join("run.toml");
+        std::fs::write(&file, run + TALK).unwrap();
+        let threads = Threads::default();
+        report(&CheckArgs { file, set: Vec::new(), plan_only: false, json: false, threads })
+    }
+
+    #[test]
+    fn held_out_examples_and_lessons_that_are_trained_on_are_found_beforehand() {
+        check_talk("some text", "a question", "another").unwrap();
+        let leaked = check_talk("some text", "a question", "a question").unwrap_err();
+        assert!(leaked.to_string().contains("1 of 1 held-out examples are trained on"), "{leaked}");
+        assert_eq!(exit_code(&leaked), 2);
+        let repeated = check_talk("a question yes", "a question", "another").unwrap_err();
+        assert!(
+            repeated.to_string().contains("conversations of SFT are pretrained on"),
+            "{repeated}"
+        );
+    }
+
+    #[test]
+    fn lines_are_encoded_with_a_tokenizer_that_is_there_before_the_run() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = crate::config::TokenizerConfig { vocab_size: Some(280), ..Default::default() };
+        let tokenizer = Tokenizer::train(&text, &["a cat sat".repeat(9)]).unwrap();
+        tokenizer.save(&folder.path().join("tokenizer.json")).unwrap();
+        std::fs::write(folder.path().join("text.jsonl"), "{\"text\": \"a\"}\n").unwrap();
+        std::fs::write(folder.path().join("held.jsonl"), "{\"prompt\": \"q\"}\n").unwrap();
+        let long = "x".repeat(200);
+        let lines = format!(
+            "{{\"prompt\": \"q\", \"answer\": \"a\"}}\n{{\"prompt\": {long:?}, \"answer\": \"a\"}}\n"
+        );
+        std::fs::write(folder.path().join("talk.jsonl"), lines).unwrap();
+        let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
+        let run = RUN
+            .replace("CONFIGS", &configs.display().to_string())
+            .replace("vocab_size = 288\ntrain_on = [\"text\"]", "file = \"tokenizer.json\"");
+        let file = folder.path().join("run.toml");
+        std::fs::write(&file, run + TALK).unwrap();
+        let threads = Threads::default();
+        let fault =
+            report(&CheckArgs { file, set: Vec::new(), plan_only: false, json: false, threads })
+                .unwrap_err();
+        assert!(fault.to_string().contains("talk.jsonl:2: the conversation has 2"), "{fault}");
     }
 
     #[test]

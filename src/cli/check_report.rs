@@ -1,13 +1,14 @@
 //! What `check` found, as text and as JSON with stable keys.
 
+use super::machine::share_for_arenas;
 use super::output::{duration, grouped};
 use crate::config::{Bytes, ConfigError, Loaded, ModelConfig};
 use crate::plan::cost::CACHE_DTYPE;
-use crate::plan::estimate::{FLOPS_PER_THREAD, sequence};
+use crate::plan::estimate::{FLOPS_PER_THREAD, generated_lines, sequence};
 use crate::plan::memory::{Owners, total};
 use crate::plan::{
-    Estimate, Memory, Parameters, cache_bytes_per_token, estimate, flops_per_token, memory,
-    model_memory, parameters,
+    Estimate, Memory, Parameters, cache_bytes_per_token, estimate, flops_per_token, host_bytes,
+    memory, model_memory, parameters,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -42,6 +43,12 @@ pub struct CheckReport {
     pub lines: BTreeMap<String, u64>,
     #[serde(skip)]
     plan: Option<Memory>,
+    /// Stage that holds most outside the arenas, and its bytes.
+    #[serde(skip)]
+    host: Option<(String, u64)>,
+    /// Bytes that this machine has free; another one has others, so that they are told as text alone.
+    #[serde(skip)]
+    free: Option<u64>,
 }
 
 impl CheckReport {
@@ -65,10 +72,13 @@ impl CheckReport {
             .collect();
         let models = models?;
         let plan = memory(config, &models);
+        let mut known = generated_lines(config);
+        known.extend(lines.clone());
         Ok(CheckReport {
             memory: plan.by_phase(),
             budget_bytes: config.engine.budget.map(|budget| budget.0),
             estimate: Some(estimate(config, &models, &lines, threads)),
+            host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
             plan: Some(plan),
             ..CheckReport::costs(&loaded.file, &config.model, sequence(config))
@@ -88,6 +98,8 @@ impl CheckReport {
             estimate: None,
             lines: BTreeMap::new(),
             plan: None,
+            host: None,
+            free: None,
         }
     }
 
@@ -100,6 +112,38 @@ impl CheckReport {
                 "engine.budget = {} is too small: stage {stage} holds {} in phase {phase} with one example at a time; \
                  raise engine.budget, offload more, or take a smaller model\n{self}",
                 Bytes(budget),
+                Bytes(least)
+            )
+        })
+    }
+
+    /// The same report, on a machine with so many bytes free.
+    pub fn on_machine(self, free: Option<u64>) -> CheckReport {
+        CheckReport { free, ..self }
+    }
+
+    /// Why the run cannot fit into this machine, if it cannot even with one example at a time.
+    pub fn over_memory(&self) -> Option<String> {
+        let (free, plan) = (self.free?, self.plan.as_ref()?);
+        let (stage, phase, least) = plan.least()?;
+        // Without a budget the arenas keep to their share; what stands outside them comes on top in any case.
+        let arenas = if self.budget_bytes.is_some() { free } else { share_for_arenas(free) };
+        if least > arenas {
+            return Some(format!(
+                "this machine has {} free, of which a run may take {}, and stage {stage} holds {} in phase {phase} with \
+                 one example at a time; free memory, raise the process's limit, or take a smaller model\n{self}",
+                Bytes(free),
+                Bytes(arenas),
+                Bytes(least)
+            ));
+        }
+        let (stage, host) = self.host.as_ref()?;
+        (least.saturating_add(*host) > free).then(|| {
+            format!(
+                "this machine has {} free, and stage {stage} holds {} of examples at once beside the {} that its model \
+                 takes; lower its batch (or prompts, group_size, steps)\n{self}",
+                Bytes(free),
+                Bytes(*host),
                 Bytes(least)
             )
         })
@@ -148,8 +192,14 @@ impl fmt::Display for CheckReport {
                 writeln!(out, "            {owner:<24} {:>12}", Bytes(*bytes).to_string())?;
             }
         }
-        if let Some(budget) = self.budget_bytes {
-            writeln!(out, "budget    {}", Bytes(budget))?;
+        match (self.budget_bytes, self.free) {
+            (Some(budget), _) => writeln!(out, "budget    {}", Bytes(budget))?,
+            (None, Some(free)) => writeln!(
+                out,
+                "budget    none; here the arenas take at most {}, nine tenths of what is free",
+                Bytes(share_for_arenas(free))
+            )?,
+            (None, None) => {}
         }
         if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
             writeln!(
@@ -246,6 +296,26 @@ mod tests {
         let refusal = run(&["engine.budget=\"8 MiB\""]).over_budget().unwrap();
         assert!(refusal.starts_with("engine.budget = 8.00 MiB is too small: stage "), "{refusal}");
         assert!(refusal.contains("policy/moments"), "the plan is printed: {refusal}");
+    }
+
+    #[test]
+    fn a_run_that_the_machine_cannot_hold_is_refused_with_the_plan() {
+        let over =
+            |assignments: &[&str], free| run(assignments).on_machine(Some(free)).over_memory();
+        assert_eq!(over(&[], 4 << 30), None);
+        let small = over(&[], 8 << 20).unwrap();
+        assert!(
+            small.contains("with one example at a time") && small.contains("policy/moments"),
+            "{small}"
+        );
+        let batch = over(&["stage.base.batch=1000000000"], 64 << 30).unwrap();
+        assert!(batch.contains("stage base holds") && batch.contains("lower its batch"), "{batch}");
+        let loaded = RunConfig::load(&configs().join("smoke.toml"), &[]).unwrap();
+        let free = CheckReport::of_run(&loaded, BTreeMap::new(), 2).unwrap();
+        let text = free.on_machine(Some(10 << 30)).to_string();
+        assert!(text.contains("budget    none; here the arenas take at most 9.00 GiB"), "{text}");
+        let text = run(&["engine.budget=\"1 GiB\""]).on_machine(Some(10 << 30)).to_string();
+        assert!(text.contains("budget    1.00 GiB\n"), "{text}");
     }
 
     #[test]

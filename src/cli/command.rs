@@ -1,6 +1,7 @@
 //! The command line as a whole: subcommands and what they share.
 
 use super::{bench, check, eval, export, generate, run, score, status};
+use crate::config::MOST_THREADS;
 use clap::{Args, Parser, Subcommand};
 
 /// Pretrains, aligns and exports DeepSeek-V2 models, from one TOML.
@@ -62,20 +63,26 @@ impl Cli {
 #[derive(Clone, Copy, Debug, Default, Args)]
 pub struct Threads {
     /// Threads of the CPU device; all cores if absent. Changes no result, only the time it takes
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
+    #[arg(long, value_name = "N", value_parser = threads)]
+    threads: Option<usize>,
 }
 
 impl Threads {
     /// The number given on the command line.
     pub fn given(self) -> Option<usize> {
-        self.threads.map(usize::from)
+        self.threads
     }
 
     /// The number given, else all cores.
     pub fn count(self) -> usize {
         self.given().unwrap_or_else(cores)
     }
+}
+
+/// `--threads`: as many as a config may have.
+fn threads(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| (1..=MOST_THREADS).contains(number));
+    number.ok_or_else(|| format!("expected a whole number from 1 to {MOST_THREADS}"))
 }
 
 /// Cores that the process may use.
@@ -149,6 +156,26 @@ mod tests {
         let none =
             Cli::try_parse_from(["rehearsal", "check", "a.toml", "--threads", "0"]).unwrap_err();
         assert_eq!(none.exit_code(), 2);
+        let many = Cli::try_parse_from(["rehearsal", "check", "a.toml", "--threads", "65535"]);
+        assert!(many.unwrap_err().to_string().contains("from 1 to 1024"));
+    }
+
+    #[test]
+    fn a_negative_number_is_told_its_range_and_not_taken_for_a_flag() {
+        for (line, range) in [
+            ("generate m --prompt x --temperature -1", "at least 0"),
+            ("generate m --prompt x --seed -1", "from 0 to 18446744073709551615"),
+            ("generate m --prompt x --max-tokens -1", "at least 1"),
+            ("run a.toml --seed -1", "from 0 to 18446744073709551615"),
+            ("eval m --data f --verifier exact --samples -1", "at least 1"),
+            ("bench train --model m --sequence -1", "at least 2"),
+            ("bench train --model m --sequence 1", "at least 2"),
+            ("status r --threads -1", "from 1 to 1024"),
+        ] {
+            let line = format!("rehearsal {line}");
+            let told = Cli::try_parse_from(line.split(' ')).unwrap_err().to_string();
+            assert!(told.contains(range) && told.contains("invalid value '"), "{line}: {told}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! `rehearsal eval`: a verifier on a model's replies, or perplexity of texts.
 
 use super::command::Threads;
-use super::generate::{at_least_one, temperature};
+use super::generate::{at_least_one, seed, temperature};
 use super::open_model::{Ask, FILE, OpenModel};
 use super::output::{say, say_json};
 use crate::config::Fault;
@@ -19,6 +19,7 @@ use std::path::PathBuf;
 /// Measures a model.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Measure a model. With --verifier it answers the prompts of FILE ({\"prompt\", \"answer\"} per line) and \
                   a program checks the replies: exact (the whole reply), answer-line (what follows `Answer:` in the \
                   last line), number (the final number) or regex (the answer is a pattern). Greedy with --samples 1, \
@@ -53,7 +54,7 @@ pub struct EvalArgs {
     #[arg(long)]
     pub chat: bool,
     /// Seed of the random numbers
-    #[arg(long, value_name = "S", default_value_t = 1)]
+    #[arg(long, value_name = "S", default_value_t = 1, value_parser = seed)]
     pub seed: u64,
     /// One JSON object instead of text
     #[arg(long)]
@@ -125,11 +126,11 @@ pub fn run(args: EvalArgs) -> Result<()> {
             say(&format!(
                 "{prompts} prompts, {samples} samples each, {mean_tokens:.1} tokens a reply"
             ))?;
-            say(&format!(
-                "pass@1 {:.1} %, pass@{samples} {:.1} %",
-                100.0 * pass_at_1,
-                100.0 * pass_at_k
-            ))
+            let any = match samples {
+                1 => String::new(),
+                _ => format!(", pass@{samples} {:.1} %", 100.0 * pass_at_k),
+            };
+            say(&format!("pass@1 {:.1} %{any}", 100.0 * pass_at_1))
         }
         None => {
             let found = perplexity(&mut model, &args)?;

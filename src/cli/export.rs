@@ -9,6 +9,7 @@ use std::path::PathBuf;
 /// Writes a model as a folder that other programs load.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Write a model as a Hugging Face folder: config.json, sharded safetensors with an index, \
                   tokenizer.json, tokenizer_config.json with the chat template, and generation_config.json. \
                   transformers.AutoModelForCausalLM.from_pretrained(DIR) loads it. An existing folder that \

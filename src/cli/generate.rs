@@ -2,7 +2,7 @@
 
 use super::command::Threads;
 use super::open_model::{Ask, FILE, OpenModel};
-use super::output::{say, say_json};
+use super::output::{say, say_json, say_reply};
 use crate::config::Fault;
 use crate::config::data::Schema;
 use crate::data::chat::{Message, Role};
@@ -17,6 +17,7 @@ use std::path::PathBuf;
 /// Lets a model answer.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Let a model answer one prompt, a file of prompts, or, without either on a terminal, chat. A prompt \
                   is taken as it is, special tokens included; --chat wraps it in the chat template, and then its \
                   content can forge no special token. With --json each prompt gets one line, in order: text, tokens \
@@ -49,7 +50,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
     pub top_p: f64,
     /// Seed of the random numbers
-    #[arg(long, value_name = "S", default_value_t = 1)]
+    #[arg(long, value_name = "S", default_value_t = 1, value_parser = seed)]
     pub seed: u64,
     /// One line of JSON a prompt
     #[arg(long)]
@@ -65,6 +66,17 @@ pub fn at_least_one(text: &str) -> Result<usize, String> {
         Ok(0) | Err(_) => Err("expected a whole number of at least 1".to_string()),
         Ok(number) => Ok(number),
     }
+}
+
+/// A whole number of at least 2.
+pub fn at_least_two(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| *number >= 2);
+    number.ok_or_else(|| "expected a whole number of at least 2".to_string())
+}
+
+/// A seed.
+pub fn seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
 }
 
 /// A temperature: 0 is greedy.
@@ -128,7 +140,7 @@ fn prompts(model: &OpenModel, args: &GenerateArgs) -> Result<Vec<Vec<u32>>> {
 
 fn print(rollout: &Rollout, json: bool) -> Result<()> {
     let Rollout { text, tokens, logprobs, stop, .. } = rollout;
-    if json { say_json(&Reply { text, tokens, logprobs, stop: *stop }) } else { say(text) }
+    if json { say_json(&Reply { text, tokens, logprobs, stop: *stop }) } else { say_reply(text) }
 }
 
 /// A conversation on the terminal, until its end (Ctrl-D) or an empty line.
@@ -148,7 +160,7 @@ fn chat(model: &mut OpenModel, ask: Ask) -> Result<()> {
         let seed = ask.seed.wrapping_add(messages.len() as u64 / 2);
         let (groups, _) = model.answer(&[tokens], 1, &Ask { seed, ..ask })?;
         let text = groups[0].rollouts[0].text.clone();
-        say(&text)?;
+        say_reply(&text)?;
         messages.push(Message::new(Role::Assistant, text));
     }
 }

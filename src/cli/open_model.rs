@@ -2,11 +2,12 @@
 //!
 //! One of our folders or a Hugging Face folder: config.json, safetensors, tokenizer.json.
 
+use super::machine::{free_memory, share_for_arenas};
 use crate::checkpoint::read_model_config;
 use crate::config::data::{DataConfig, Schema, SetConfig};
 use crate::config::engine::AttentionForm;
 use crate::config::stage::OptimizerConfig;
-use crate::config::{EngineConfig, Fault, ModelConfig};
+use crate::config::{Bytes, EngineConfig, Fault, ModelConfig};
 use crate::data::chat::ChatTemplate;
 use crate::data::loader::Loader;
 use crate::data::sources::Sources;
@@ -43,7 +44,8 @@ pub fn engine(
     seed: u64,
     optimizer: Option<OptimizerConfig>,
 ) -> Result<HybridEngine> {
-    let settings = EngineConfig { threads, offload: Vec::new(), ..EngineConfig::default() };
+    let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
+    let settings = EngineConfig { threads, budget, offload: Vec::new(), ..EngineConfig::default() };
     let setup =
         EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
     let mut engine = HybridEngine::new(setup)?;

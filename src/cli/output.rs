@@ -2,15 +2,24 @@
 //!
 //! An error is returned and not a panic, so that a reader that goes away (`| head`) ends the program quietly.
 
+use crate::console::text::visible;
 use anyhow::Result;
 use serde::Serialize;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 
 /// Prints a line.
 pub fn say(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     writeln!(out, "{text}")?;
     Ok(out.flush()?)
+}
+
+/// Prints what a model said: as it is into a file or a pipe, and without what steers a terminal on one.
+pub fn say_reply(text: &str) -> Result<()> {
+    match std::io::stdout().is_terminal() {
+        true => say(&visible(text)),
+        false => say(text),
+    }
 }
 
 /// Prints a value as one line of JSON.

@@ -6,17 +6,23 @@
 use super::check::check_files;
 use super::check_report::CheckReport;
 use super::command::{Threads, cores};
+use super::generate::seed;
+use super::machine::{free_disk, free_memory, held_disk, share_for_arenas};
 use super::output::say;
-use super::run_folder::{Opened, RunFolder, Wish, is_finished, open};
+use super::run_folder::{Opened, RunFolder, Wish, is_finished, is_resumed, open};
 use crate::actors::{RunRequest, start};
 use crate::config::{Bytes, ConsoleMode, Fault, Loaded, RunConfig};
-use anyhow::{Context, Result};
+use crate::console::TypedCommand;
+use crate::console::text::visible;
+use anyhow::Result;
 use clap::{Args, ValueEnum};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 /// Makes a run.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Make a run: train, align and export a model through the stages of a TOML. The run folder holds the \
                   resolved config, journal.jsonl, checkpoints, rollouts, plots and export/. The same command goes on \
                   with an unfinished run; Ctrl-C finishes the step and commits first, a second Ctrl-C stops at once.",
@@ -44,7 +50,7 @@ pub struct RunArgs {
     #[arg(long, value_enum)]
     pub console: Option<Console>,
     /// Seed of every random number, in place of the TOML's
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = seed)]
     pub seed: Option<u64>,
     /// How fast
     #[command(flatten)]
@@ -88,12 +94,26 @@ pub fn run(args: RunArgs) -> Result<()> {
     if is_finished(&out, &loaded, wish)? {
         return say_finished(&out);
     }
-    require_resources(&out, &loaded)?;
-    let console = loaded.config.console.mode;
-    match open(&out, &loaded, wish)? {
+    let memory = require_resources(&out, &loaded, wish)?;
+    let resume = resume_command(&args, &out);
+    match open(&out, &loaded, wish, resume.clone())? {
         Opened::Finished => say_finished(&out),
-        Opened::Ready(folder) => drive(folder, loaded, console, &args.config),
+        Opened::Ready(folder) => drive(folder, loaded, memory, &resume),
     }
+}
+
+/// The command that goes on with the run: the same config, whatever else was typed.
+fn resume_command(args: &RunArgs, out: &Path) -> TypedCommand {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let mut words = vec!["rehearsal".to_string(), "run".to_string(), text(&args.config)];
+    for assignment in &args.set {
+        words.extend(["--set".to_string(), assignment.clone()]);
+    }
+    if let Some(seed) = args.seed {
+        words.extend(["--seed".to_string(), seed.to_string()]);
+    }
+    words.extend(["--out".to_string(), text(out), "--resume".to_string()]);
+    TypedCommand { directory: std::env::current_dir().unwrap_or_default(), words }
 }
 
 fn say_finished(out: &Path) -> Result<()> {
@@ -116,36 +136,38 @@ fn out_folder(args: &RunArgs) -> PathBuf {
     args.out.clone().unwrap_or_else(|| Path::new("runs").join(stem))
 }
 
-/// Refuses a run that its budget cannot hold, whose data is wrong, or that the disk cannot hold.
-fn require_resources(out: &Path, loaded: &Loaded) -> Result<()> {
+/// Refuses a run that its budget or the machine cannot hold, whose data is wrong, or that the disk cannot hold. Gives
+/// what the arenas may take if the config has no budget.
+fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Option<u64>> {
     let threads =
         Some(loaded.config.engine.threads).filter(|threads| *threads > 0).unwrap_or_else(cores);
-    let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads)?;
-    if let Some(refusal) = plan.over_budget() {
+    let free = free_memory();
+    let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads)?.on_machine(free);
+    if let Some(refusal) = plan.over_budget().or_else(|| plan.over_memory()) {
         return Err(Fault::resources(refusal));
     }
-    let (needed, free) = (plan.disk_bytes(), free_bytes(out)?);
-    match needed > free {
+    // What a run that goes on has written is part of what it takes.
+    let held = if is_resumed(out, loaded, wish)? { held_disk(out)? } else { 0 };
+    let (needed, free_disk) = (plan.disk_bytes().saturating_sub(held), free_disk(out)?);
+    match needed > free_disk {
         true => Err(Fault::resources(format!(
-            "{}: the run takes up to {} of disk, and {} are free; make room, lower checkpoint.keep, or choose another --out",
+            "{}: the run takes up to {} more of disk, and {} are free; make room, lower checkpoint.keep, or choose \
+             another --out",
             out.display(),
             Bytes(needed),
-            Bytes(free)
+            Bytes(free_disk)
         ))),
-        false => Ok(()),
+        false => Ok(free.map(share_for_arenas)),
     }
 }
 
-/// Free bytes where a folder is or will be.
-fn free_bytes(folder: &Path) -> Result<u64> {
-    let folder = std::path::absolute(folder)?;
-    let exists = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"));
-    let disk = rustix::fs::statvfs(exists)
-        .with_context(|| format!("failed to measure the disk of {}", exists.display()))?;
-    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
-}
-
-fn drive(mut folder: RunFolder, loaded: Loaded, console: ConsoleMode, config: &Path) -> Result<()> {
+fn drive(
+    mut folder: RunFolder,
+    loaded: Loaded,
+    memory: Option<u64>,
+    resume: &TypedCommand,
+) -> Result<()> {
+    let console = loaded.config.console.mode;
     if console != ConsoleMode::Off {
         if let Some(aside) = &folder.moved {
             say(&format!("the old run was moved to {}", aside.display()))?;
@@ -158,19 +180,21 @@ fn drive(mut folder: RunFolder, loaded: Loaded, console: ConsoleMode, config: &P
         config: loaded.config,
         folder: folder.path.clone(),
         config_dir: loaded.folder,
+        memory,
         console,
     };
     match start(request) {
         Ok(()) => folder.finish(),
-        Err(error) if matches!(error.downcast_ref::<Fault>(), Some(Fault::Stopped(_))) => {
-            Err(error.context(format!(
-                "{} is committed; go on with `rehearsal run {} --out {} --resume`",
-                folder.path.display(),
-                config.display(),
-                folder.path.display()
-            )))
+        Err(error) => {
+            if matches!(error.downcast_ref::<Fault>(), Some(Fault::Stopped(_))) {
+                // On a line of its own, to be copied. After a hang-up nobody may be there to read it.
+                let command = visible(&resume.shown_in(&resume.directory));
+                let shown = folder.path.display();
+                let _ =
+                    writeln!(std::io::stderr(), "{shown} is committed; go on with\n  {command}");
+            }
+            Err(error)
         }
-        Err(error) => Err(error),
     }
 }
 
@@ -213,6 +237,21 @@ mod tests {
     }
 
     #[test]
+    fn the_command_that_goes_on_repeats_what_was_set() {
+        let typed =
+            args("a.toml --set stage.base.steps=9 --set x=1 --seed 7 --out o --console off");
+        assert_eq!(
+            resume_command(&typed, &out_folder(&typed)).words.join(" "),
+            "rehearsal run a.toml --set stage.base.steps=9 --set x=1 --seed 7 --out o --resume"
+        );
+        let plain = args("configs/quickstart.toml --fresh --threads 2");
+        assert_eq!(
+            resume_command(&plain, &out_folder(&plain)).words.join(" "),
+            "rehearsal run configs/quickstart.toml --out runs/quickstart --resume"
+        );
+    }
+
+    #[test]
     fn a_budget_that_is_too_small_is_refused_before_anything_is_written() {
         let place = tempfile::tempdir().unwrap();
         let out = place.path().join("run");
@@ -226,11 +265,5 @@ mod tests {
             "{failure:#}"
         );
         assert!(!out.exists());
-    }
-
-    #[test]
-    fn free_room_is_measured_where_the_folder_will_be() {
-        let place = tempfile::tempdir().unwrap();
-        assert!(free_bytes(&place.path().join("not/yet/there")).unwrap() > 0);
     }
 }

@@ -11,8 +11,13 @@
 //! | same config, finished     | refused     | ends at once      | moved, starts    |
 //! | another config            | refused     | refused           | moved, starts    |
 //! | no run                    | refused     | refused           | refused          |
+//!
+//! Threads, console and gates make no other config; a resumed run's config.toml is written anew if one of them changed.
 
+use crate::checkpoint::disk_fault;
 use crate::config::{Fault, Loaded};
+use crate::console::TypedCommand;
+use crate::console::next_steps::RECORD_FILE as RECORD;
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -22,10 +27,10 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// The record of whose folder it is.
-const RECORD: &str = "run.json";
 const RECORD_BESIDE: &str = "run.json.tmp";
 const LOCK: &str = "lock";
 const CONFIG: &str = "config.toml";
+const CONFIG_BESIDE: &str = "config.toml.tmp";
 
 /// What the user asked to do with an existing folder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +46,7 @@ pub enum Wish {
 /// `run.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RunRecord {
-    /// Hash of the config without threads, console and place.
+    /// Hash of the config without threads, console, gates and place.
     pub identity: String,
     /// Seed of the run.
     pub seed: u64,
@@ -49,6 +54,9 @@ pub struct RunRecord {
     pub finished: bool,
     /// Version of the program that began the run.
     pub version: String,
+    /// The command that goes on with it.
+    #[serde(default)]
+    pub resume: Option<TypedCommand>,
 }
 
 /// What is to be done.
@@ -76,36 +84,41 @@ pub struct RunFolder {
 
 /// True if the folder's run is finished and only asked for again; refuses what [`open`] would refuse. Writes nothing.
 pub fn is_finished(path: &Path, loaded: &Loaded, wish: Wish) -> Result<bool> {
-    Ok(matches!(decide(path, &new_record(loaded), loaded, wish)?, Decision::Finished))
+    Ok(matches!(decide(path, loaded, wish)?, Decision::Finished))
 }
 
-/// Opens a run's folder, or refuses; nothing is written before everything is decided.
-pub fn open(path: &Path, loaded: &Loaded, wish: Wish) -> Result<Opened> {
-    let record = new_record(loaded);
-    if let Decision::Finished = decide(path, &record, loaded, wish)? {
+/// True if the folder holds a run that will go on. Writes nothing.
+pub fn is_resumed(path: &Path, loaded: &Loaded, wish: Wish) -> Result<bool> {
+    Ok(matches!(decide(path, loaded, wish)?, Decision::Resume))
+}
+
+/// Opens a run's folder, or refuses; nothing is written before everything is decided. `resume` is kept as the command
+/// that goes on with the run.
+pub fn open(path: &Path, loaded: &Loaded, wish: Wish, resume: TypedCommand) -> Result<Opened> {
+    let record = new_record(loaded, resume);
+    if let Decision::Finished = decide(path, loaded, wish)? {
         return Ok(Opened::Finished);
     }
-    std::fs::create_dir_all(path)
-        .with_context(|| format!("failed to create {}", path.display()))?;
+    create_folder(path)?;
     let mut held = lock(path)?;
     // Another process may have begun or ended between the look and the lock: look again.
-    let decision = decide(path, &record, loaded, wish)?;
+    let decision = decide(path, loaded, wish)?;
     let moved = match decision {
         Decision::Finished => return Ok(Opened::Finished),
         Decision::Move => {
             let aside = move_aside(path)?;
-            std::fs::create_dir_all(path)
-                .with_context(|| format!("failed to create {}", path.display()))?;
+            create_folder(path)?;
             held = lock(path)?;
             Some(aside)
         }
         Decision::Start | Decision::Resume => None,
     };
     let resumed = matches!(decision, Decision::Resume);
-    if !resumed {
-        write_synced(&path.join(CONFIG), loaded.resolved_toml().as_bytes())?;
-        write_record(path, &record)?;
+    let config = loaded.resolved_toml();
+    if std::fs::read_to_string(path.join(CONFIG)).ok().as_ref() != Some(&config) {
+        write_beside(path, CONFIG_BESIDE, CONFIG, config.as_bytes())?;
     }
+    write_record(path, &record)?;
     Ok(Opened::Ready(RunFolder { path: path.to_path_buf(), resumed, moved, record, _lock: held }))
 }
 
@@ -117,10 +130,11 @@ impl RunFolder {
     }
 }
 
-fn new_record(loaded: &Loaded) -> RunRecord {
+fn new_record(loaded: &Loaded, resume: TypedCommand) -> RunRecord {
     let config = &loaded.config;
     let version = env!("CARGO_PKG_VERSION").to_string();
-    RunRecord { identity: config.identity(), seed: config.seed, finished: false, version }
+    let (identity, resume) = (config.identity(), Some(resume));
+    RunRecord { identity, seed: config.seed, finished: false, version, resume }
 }
 
 #[derive(Debug)]
@@ -131,7 +145,7 @@ enum Decision {
     Finished,
 }
 
-fn decide(path: &Path, record: &RunRecord, loaded: &Loaded, wish: Wish) -> Result<Decision> {
+fn decide(path: &Path, loaded: &Loaded, wish: Wish) -> Result<Decision> {
     if !path.exists() {
         return Ok(Decision::Start);
     }
@@ -144,7 +158,7 @@ fn decide(path: &Path, record: &RunRecord, loaded: &Loaded, wish: Wish) -> Resul
             ))),
         };
     };
-    let same = old.identity == record.identity;
+    let same = old.identity == loaded.config.identity();
     match wish {
         Wish::Fresh => Ok(Decision::Move),
         _ if !same => Err(Fault::user(format!(
@@ -190,7 +204,7 @@ fn is_empty(path: &Path) -> Result<bool> {
         std::fs::read_dir(path).with_context(|| format!("failed to read {}", path.display()))?
     {
         let name = entry?.file_name();
-        if ![LOCK, RECORD_BESIDE, CONFIG].iter().any(|own| name == *own) {
+        if ![LOCK, RECORD_BESIDE, CONFIG, CONFIG_BESIDE].iter().any(|own| name == *own) {
             return Ok(false);
         }
     }
@@ -201,7 +215,7 @@ fn is_empty(path: &Path) -> Result<bool> {
 fn lock(path: &Path) -> Result<File> {
     let file = path.join(LOCK);
     let open = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&file);
-    let mut held = open.with_context(|| format!("failed to open {}", file.display()))?;
+    let mut held = open.map_err(|error| disk_fault("open", &file, error))?;
     if flock(&held, FlockOperation::NonBlockingLockExclusive).is_err() {
         let mut owner = String::new();
         // The number only makes the message more useful; the lock itself decides.
@@ -241,10 +255,19 @@ fn move_aside(path: &Path) -> Result<PathBuf> {
 
 fn write_record(path: &Path, record: &RunRecord) -> Result<()> {
     let text = serde_json::to_string_pretty(record).expect("a record is plain data");
-    let beside = path.join(RECORD_BESIDE);
-    write_synced(&beside, text.as_bytes())?;
-    std::fs::rename(&beside, path.join(RECORD))
-        .with_context(|| format!("failed to write {RECORD} in {}", path.display()))?;
+    write_beside(path, RECORD_BESIDE, RECORD, text.as_bytes())
+}
+
+/// Makes the folder and those above it.
+fn create_folder(path: &Path) -> Result<()> {
+    std::fs::create_dir_all(path).map_err(|error| disk_fault("create", path, error))
+}
+
+/// Writes a file under the name `beside`, then renames it: it is there whole or as it was.
+fn write_beside(path: &Path, beside: &str, name: &str, bytes: &[u8]) -> Result<()> {
+    write_synced(&path.join(beside), bytes)?;
+    std::fs::rename(path.join(beside), path.join(name))
+        .with_context(|| format!("failed to write {name} in {}", path.display()))?;
     File::open(path)?.sync_all().with_context(|| format!("failed to sync {}", path.display()))
 }
 
@@ -254,7 +277,7 @@ fn write_synced(file: &Path, bytes: &[u8]) -> Result<()> {
         out.write_all(bytes)?;
         out.sync_all()
     };
-    write().with_context(|| format!("failed to write {}", file.display()))
+    write().map_err(|error| disk_fault("write", file, error))
 }
 
 /// Up to three keys in which the folder's config differs, for the refusal.
@@ -266,7 +289,11 @@ fn differences(path: &Path, loaded: &Loaded) -> String {
     };
     let mut keys = Vec::new();
     compare(&toml::Value::Table(old), &toml::Value::Table(new), "", &mut keys);
-    keys.retain(|key| key != "engine.threads" && !key.starts_with("console"));
+    keys.retain(|key| {
+        key != "engine.threads"
+            && !key.starts_with("console")
+            && !key.split('.').any(|k| k == "gate")
+    });
     match keys.len() {
         0 => String::new(),
         1..=3 => format!(" ({} differs)", keys.join(", ")),

@@ -3,6 +3,7 @@
 use super::command::Threads;
 use super::open_model::OpenModel;
 use super::output::{say, say_json};
+use crate::config::ModelConfig;
 use crate::data::lines::Lines;
 use crate::data::tokenizer::Tokenizer;
 use crate::engine::phase::{Phase, Role, ScoreJob, SequenceScore};
@@ -14,6 +15,7 @@ use std::path::{Path, PathBuf};
 /// Scores texts.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Log-probability of every token of given texts or token ids, through the training forward pass; with \
                   --decode token by token through the sampler's cached path, which must agree. Input lines are \
                   {\"text\": \"...\"} or {\"tokens\": [...]}; output lines are {\"tokens\": [...], \"logprobs\": [null, ...]}, \
@@ -57,7 +59,7 @@ struct Scored<'a> {
 /// Scores.
 pub fn run(args: ScoreArgs) -> Result<()> {
     let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
-    let sequences = read(&args.input, &model.tokenizer)?;
+    let sequences = read(&args.input, &model.tokenizer, &model.config)?;
     let logprobs = if args.decode {
         decode(&mut model, &sequences)?
     } else {
@@ -85,7 +87,7 @@ pub fn run(args: ScoreArgs) -> Result<()> {
     }
 }
 
-fn read(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
+fn read(path: &Path, tokenizer: &Tokenizer, model: &ModelConfig) -> Result<Vec<Vec<u32>>> {
     let mut lines = Lines::open(path)?;
     let mut sequences = Vec::new();
     while let Some(line) = lines.next().transpose()? {
@@ -98,12 +100,29 @@ fn read(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Vec<u32>>> {
                 tokenizer.added_bos().into_iter().chain(tokenizer.encode_text(&text)).collect()
             }
         };
-        if tokens.is_empty() {
-            return Err(lines.fault(line.index, "there is no token to score"));
-        }
+        check(&tokens, model).map_err(|reason| lines.fault(line.index, &reason))?;
         sequences.push(tokens);
     }
     Ok(sequences)
+}
+
+/// Says why a model cannot score a sequence.
+fn check(tokens: &[u32], model: &ModelConfig) -> Result<(), String> {
+    let (count, context, rows) = (tokens.len(), model.max_position_embeddings, model.vocab_size);
+    if tokens.is_empty() {
+        return Err("there is no token to score".to_string());
+    }
+    if count > context {
+        return Err(format!(
+            "{count} tokens are more than the model's context of {context}; shorten the line"
+        ));
+    }
+    match tokens.iter().find(|token| **token as usize >= rows) {
+        Some(token) => {
+            Err(format!("token id {token} is beyond the vocabulary, whose last is {}", rows - 1))
+        }
+        None => Ok(()),
+    }
 }
 
 fn forward(model: &mut OpenModel, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
@@ -121,4 +140,24 @@ fn forward(model: &mut OpenModel, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>
 fn decode(model: &mut OpenModel, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
     model.engine.enter_phase(Phase::Generate)?;
     model.engine.score_decoded(sequences)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::load_model;
+
+    #[test]
+    fn what_a_model_cannot_score_is_told() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/smoke.json");
+        let model = load_model(&path).unwrap();
+        assert_eq!(check(&[0, 287], &model), Ok(()));
+        assert!(check(&[], &model).unwrap_err().contains("no token"));
+        assert!(
+            check(&[1; 129], &model)
+                .unwrap_err()
+                .contains("129 tokens are more than the model's context of 128")
+        );
+        assert!(check(&[288], &model).unwrap_err().contains("token id 288 is beyond"));
+    }
 }

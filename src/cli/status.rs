@@ -9,6 +9,7 @@ use std::path::PathBuf;
 /// Shows state, phase, memory, curves and every actor of a run, whether it is running, stopped or done.
 #[derive(Debug, Args)]
 #[command(
+    allow_negative_numbers = true,
     long_about = "Show how a run stands: stage and step, phase, memory by owner, curves, and of every actor its \
                   state, mailbox, last message and restarts. Reads files only, so it may be asked at any time.",
     after_help = "Example:\n  rehearsal status runs/quickstart\n  rehearsal status runs/quickstart --json"

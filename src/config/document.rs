@@ -201,13 +201,18 @@ impl Source {
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Source, ConfigError> {
         let file: Arc<str> = path.display().to_string().into();
-        match std::fs::read_to_string(path) {
-            Ok(text) => Ok(Source { file, text }),
-            Err(error) => Err(ConfigError {
-                place: Place::File(file),
-                message: format!("cannot be read: {error}"),
-            }),
-        }
+        let bytes = std::fs::read(path).map_err(|error| ConfigError {
+            place: Place::File(file.clone()),
+            message: format!("cannot be read: {error}"),
+        })?;
+        let fault = match String::from_utf8(bytes) {
+            Ok(text) => return Ok(Source { file, text }),
+            Err(fault) => fault,
+        };
+        // What stands before the first wrong byte is text, and tells its line and column.
+        let valid = fault.utf8_error().valid_up_to();
+        let text = String::from_utf8_lossy(&fault.as_bytes()[..valid]).into_owned();
+        Err(Source { file, text }.fault(valid, "is not UTF-8 from here on; convert the file"))
     }
 
     /// The text.

@@ -6,6 +6,9 @@
 
 use thiserror::Error;
 
+/// What a fault says that going on cannot mend.
+pub const START_AGAIN: &str = "start again with --fresh";
+
 /// A failure that is not the program's own.
 #[derive(Debug, Error)]
 pub enum Fault {
@@ -16,7 +19,7 @@ pub enum Fault {
     #[error("{0}")]
     Resources(String),
     /// A signal ended the run after a commit: exit code 128 + the signal's number.
-    #[error("stopped by signal {0}")]
+    #[error("stopped by {}", signal_name(*.0))]
     Stopped(i32),
 }
 
@@ -41,6 +44,16 @@ impl Fault {
     }
 }
 
+/// A signal's name, or its number if a run does not listen to it.
+pub fn signal_name(signal: i32) -> String {
+    match signal {
+        1 => "SIGHUP".to_string(),
+        2 => "SIGINT".to_string(),
+        15 => "SIGTERM".to_string(),
+        other => format!("signal {other}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,7 +62,9 @@ mod tests {
     fn each_fault_has_the_exit_code_of_the_contract() {
         assert_eq!(Fault::User(String::new()).exit_code(), 2);
         assert_eq!(Fault::Resources(String::new()).exit_code(), 4);
+        assert_eq!(Fault::Stopped(1).exit_code(), 129);
         assert_eq!(Fault::Stopped(2).exit_code(), 130);
         assert_eq!(Fault::Stopped(15).exit_code(), 143);
+        assert_eq!(Fault::Stopped(2).to_string(), "stopped by SIGINT");
     }
 }

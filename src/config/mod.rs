@@ -26,6 +26,7 @@ pub mod model;
 pub mod stage;
 pub mod stage_model;
 pub mod tokenizer;
+pub mod trained_sets;
 
 pub use checkpoint::CheckpointConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
@@ -37,3 +38,5 @@ pub use run::{ConfigError, Loaded, RunConfig, load_model};
 pub use stage::{Stage, StageKind};
 pub use stage_model::model_folder;
 pub use tokenizer::TokenizerConfig;
+pub use trained_sets::TrainedSets;
+pub use validate::MOST_THREADS;

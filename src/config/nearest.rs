@@ -9,6 +9,11 @@ pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Opti
     (distance <= 2.max(word.chars().count() / 3)).then_some(best)
 }
 
+/// The one of `known` that a single slip makes of `word`.
+pub fn one_slip<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    known.into_iter().find(|candidate| distance(word, candidate) == 1)
+}
+
 /// "; did you mean `x`?", or the known words if none is near.
 pub fn hint(word: &str, known: &[&str]) -> String {
     match nearest(word, known.iter().copied()) {
@@ -62,6 +67,13 @@ mod tests {
         assert_eq!(nearest("pertrain", known), Some("pretrain"));
         assert_eq!(nearest("distillation", known), None);
         assert_eq!(hint("zzzzzz", &["a", "b"]), "; known are `a` and `b`");
+    }
+
+    #[test]
+    fn one_slip_is_one_edit_and_no_more() {
+        assert_eq!(one_slip("hidden_sizes", ["vocab_size", "hidden_size"]), Some("hidden_size"));
+        assert_eq!(one_slip("cls_token_id", ["bos_token_id", "eos_token_id"]), None);
+        assert_eq!(one_slip("head_dim", ["v_head_dim"]), None);
     }
 
     #[test]

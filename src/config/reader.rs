@@ -8,7 +8,7 @@
 //! published config.json.
 
 use super::document::{ConfigError, Entry, Node, Value};
-use super::nearest::hint;
+use super::nearest::{hint, one_slip};
 use serde::de::{self, DeserializeOwned, DeserializeSeed, IntoDeserializer, Visitor};
 use std::fmt::{self, Display};
 
@@ -30,6 +30,21 @@ pub fn refuse_unknown(node: &Node, path: &str, known: &[&str]) -> Result<(), Con
         .find(|entry| !entry.node.lenient && !known.contains(&entry.key.as_str()))
     {
         Some(entry) => Err(unknown_key(entry, path, known)),
+        None => Ok(()),
+    }
+}
+
+/// Refuses a key of a published config.json that is one slip away from a known one which is not there. Such files carry
+/// many keys that are not ours, so that nothing further away is looked at.
+fn refuse_slips(node: &Node, path: &str, known: &[&str]) -> Result<(), ConfigError> {
+    let absent: Vec<&str> = known.iter().filter(|key| node.get(key).is_none()).copied().collect();
+    let foreign = |entry: &&Entry| entry.node.lenient && !known.contains(&entry.key.as_str());
+    let slip =
+        node.entries().iter().filter(foreign).find_map(|entry| {
+            one_slip(&entry.key, absent.iter().copied()).map(|meant| (entry, meant))
+        });
+    match slip {
+        Some((entry, meant)) => Err(unknown_key(entry, path, &[meant])),
         None => Ok(()),
     }
 }
@@ -178,6 +193,7 @@ impl<'de> de::Deserializer<'de> for Reader<'_> {
         };
         let known: Vec<&str> = fields.iter().chain(self.elsewhere).copied().collect();
         refuse_unknown(self.node, &self.path, &known)
+            .and_then(|()| refuse_slips(self.node, &self.path, &known))
             .map_err(|fault| ReadFault::Placed(Box::new(fault)))?;
         let own: Vec<Entry> =
             entries.iter().filter(|entry| fields.contains(&entry.key.as_str())).cloned().collect();

@@ -115,10 +115,12 @@ impl RunConfig {
         toml::to_string(self).expect("a config holds only what TOML can hold")
     }
 
-    /// Identifies the run: a hash of everything but threads, console and the place of the files.
+    /// Identifies the run: a hash of everything but threads, console, gates and the place of the files. A gate decides
+    /// whether a run goes on, not what it computes: after a missed one it may go on with another.
     pub fn identity(&self) -> String {
         let mut same = self.clone();
         same.engine.threads = 0;
+        same.stages.iter_mut().for_each(|stage| stage.gate = None);
         same.console = ConsoleConfig::default();
         let text = serde_json::to_vec(&same).expect("a config is plain data");
         blake3::hash(&text).to_hex().to_string()

@@ -3,7 +3,7 @@
 //!
 //! Reads the config.json of a folder that `start_from` names, and no weights.
 
-use super::run::{ConfigError, RunConfig, load_model};
+use super::run::{ConfigError, Place, RunConfig, load_model};
 use super::stage::{LongContextStage, StageKind};
 use super::{ModelConfig, RopeScaling};
 use std::path::{Path, PathBuf};
@@ -17,6 +17,15 @@ impl RunConfig {
         }
     }
 
+    /// The folder of weights that stage number `index` starts from, if it starts from no stage of the run.
+    pub fn start_folder(&self, folder: &Path, index: usize) -> Option<PathBuf> {
+        let start = self.stages[index].start_from.as_ref()?;
+        match self.predecessor(index) {
+            Some(_) => None,
+            None => Some(model_folder(&folder.join(start))),
+        }
+    }
+
     /// The model in stage number `index`; `folder` is the TOML's, where relative paths start.
     pub fn stage_model(&self, folder: &Path, index: usize) -> Result<ModelConfig, ConfigError> {
         let stage = &self.stages[index];
@@ -24,8 +33,11 @@ impl RunConfig {
             (Some(before), _) => self.stage_model(folder, before)?,
             (None, None) => self.model.clone(),
             (None, Some(path)) => {
-                let saved = load_model(&model_folder(&folder.join(path)).join("config.json"))?;
-                self.model.with_positions_of(&saved)
+                let config = model_folder(&folder.join(path)).join("config.json");
+                self.model.continued_from(&load_model(&config)?).map_err(|difference| {
+                    let place = Place::File(config.display().to_string().into());
+                    ConfigError { place, message: difference.told(&config) }
+                })?
             }
         };
         Ok(match &stage.kind {
@@ -36,13 +48,23 @@ impl RunConfig {
 }
 
 impl ModelConfig {
-    /// The same model over the positions of `other`, whose weights it continues.
-    pub fn with_positions_of(&self, other: &ModelConfig) -> ModelConfig {
-        ModelConfig {
+    /// The same model over the positions of `other`, whose weights it continues; refused if it would compute something
+    /// else with them.
+    pub fn continued_from(&self, other: &ModelConfig) -> Result<ModelConfig, ModelDifference> {
+        let (ours, theirs) = (keys(self), keys(other));
+        let differs = |key: &&String| {
+            !TAKEN_OR_TRAINING.contains(&key.as_str()) && ours[*key] != theirs[*key]
+        };
+        if let Some(key) = ours.keys().find(differs) {
+            let shown = |value: &serde_json::Value| value.to_string();
+            let (ours, theirs) = (shown(&ours[key]), shown(&theirs[key]));
+            return Err(ModelDifference { key: key.clone(), ours, theirs });
+        }
+        Ok(ModelConfig {
             rope_scaling: other.rope_scaling.clone(),
             max_position_embeddings: other.max_position_embeddings,
             ..self.clone()
-        }
+        })
     }
 
     /// The model that a long-context stage trains: `factor` times the positions, by YaRN over the length that was trained
@@ -64,6 +86,51 @@ impl ModelConfig {
             mscale_all_dim: long.mscale,
         };
         ModelConfig { rope_scaling: Some(yarn), max_position_embeddings: longest, ..self.clone() }
+    }
+}
+
+/// Keys that a stage takes from what it starts from (positions), and keys that only say how a model is trained or where
+/// its replies end.
+const TAKEN_OR_TRAINING: [&str; 9] = [
+    "rope_scaling",
+    "max_position_embeddings",
+    "aux_loss_alpha",
+    "seq_aux",
+    "initializer_range",
+    "num_key_value_heads",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+];
+
+/// A key in which two models compute different things with the same weights.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelDifference {
+    /// The key.
+    pub key: String,
+    /// What the run's model has.
+    pub ours: String,
+    /// What the model it continues has.
+    pub theirs: String,
+}
+
+impl ModelDifference {
+    /// What differs, and the way out; `config` is the file of the model that is continued.
+    pub fn told(&self, config: &Path) -> String {
+        let ModelDifference { key, ours, theirs } = self;
+        format!(
+            "model.{key} = {ours} in the run, {theirs} in {}, whose weights are continued; take that model with [model] \
+             config = \"{}\"",
+            config.display(),
+            config.display()
+        )
+    }
+}
+
+fn keys(model: &ModelConfig) -> serde_json::Map<String, serde_json::Value> {
+    match serde_json::to_value(model) {
+        Ok(serde_json::Value::Object(keys)) => keys,
+        _ => unreachable!("a model is a table of plain values"),
     }
 }
 
@@ -106,6 +173,34 @@ mod tests {
         assert_eq!(positions(&once), (200, Some((2.0, 100))));
         let twice = once.lengthened(&LongContextStage { factor: 1.5, ..long });
         assert_eq!(positions(&twice), (300, Some((3.0, 100))));
+    }
+
+    #[test]
+    fn every_key_that_changes_what_is_computed_must_be_that_of_the_weights() {
+        let run = smoke(&[]).model;
+        type Change = fn(&mut ModelConfig);
+        let change: [(&str, Change); 5] = [
+            ("num_experts_per_tok", |model| model.num_experts_per_tok = 1),
+            ("rms_norm_eps", |model| model.rms_norm_eps = 1e-3),
+            ("routed_scaling_factor", |model| model.routed_scaling_factor = 16.0),
+            ("rope_theta", |model| model.rope_theta = 1e4),
+            ("norm_topk_prob", |model| model.norm_topk_prob = true),
+        ];
+        for (key, change) in change {
+            let mut saved = run.clone();
+            change(&mut saved);
+            let difference = run.continued_from(&saved).unwrap_err();
+            assert_eq!(difference.key, key);
+            let told = difference.told(Path::new("old/config.json"));
+            assert!(
+                told.ends_with("take that model with [model] config = \"old/config.json\""),
+                "{told}"
+            );
+        }
+        let mut trained_otherwise = run.clone();
+        (trained_otherwise.aux_loss_alpha, trained_otherwise.initializer_range) = (0.5, 0.5);
+        trained_otherwise.max_position_embeddings = 7;
+        assert_eq!(run.continued_from(&trained_otherwise).unwrap().max_position_embeddings, 7);
     }
 
     #[test]

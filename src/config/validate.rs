@@ -42,6 +42,9 @@ const WORD_MACHINE_FILES: [&str; 13] = [
 /// Splits that a tokenizer can be trained with.
 const SPLITS: [&str; 3] = ["deepseek-llm", "deepseek-coder", "gpt-2"];
 
+/// Most threads of the device.
+pub const MOST_THREADS: usize = 1024;
+
 /// Special tokens and single bytes: the least vocabulary.
 const LEAST_VOCABULARY: usize = 5 + 256;
 
@@ -112,6 +115,18 @@ impl Rules<'_> {
         for (table, key, value) in least_one {
             self.require(value > 0, &[table, key], || {
                 format!("{table}.{key} = 0 must be at least 1")
+            })?;
+        }
+        let most = [
+            ("engine", "threads", engine.threads, MOST_THREADS),
+            ("engine", "page_tokens", engine.page_tokens, 1 << 20),
+            ("engine", "decode_batch", engine.decode_batch, 1 << 20),
+            ("engine", "mailbox", engine.mailbox, 1 << 16),
+            ("checkpoint", "keep", checkpoint.keep, 10_000),
+        ];
+        for (table, key, value, most) in most {
+            self.require(value <= most, &[table, key], || {
+                format!("{table}.{key} = {value} is too many; use at most {most}")
             })?;
         }
         self.require(checkpoint.keep > 0, &["checkpoint", "keep"], || {
@@ -214,6 +229,9 @@ impl Rules<'_> {
         for (key, count) in counts {
             self.require(count > 0, &path(key), || {
                 format!("data.word_machine.{key} = 0 must be at least 1")
+            })?;
+            self.require(count <= 100_000_000, &path(key), || {
+                format!("data.word_machine.{key} = {count} is too many; use at most 100000000")
             })?;
         }
         Ok(())

@@ -24,6 +24,13 @@ impl StageRules<'_> {
             )
         })?;
         self.new_tokens(&["max_new_tokens"], tokens, reach)?;
+        self.moderate(&[
+            ("steps", stage.steps),
+            ("prompts", stage.prompts as u64),
+            ("group_size", stage.group_size as u64),
+            ("updates", stage.updates),
+            ("max_new_tokens", tokens as u64),
+        ])?;
         self.require(stage.temperature > 0.0, &["temperature"], |key| {
             format!(
                 "{key} = {} must be above 0: greedy rollouts of a group are all equal",

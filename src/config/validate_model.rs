@@ -14,6 +14,31 @@ pub fn model(model: &ModelConfig, document: &Node, path: &[&str]) -> Result<(), 
     rules.yarn()
 }
 
+/// Most positions of a model: their table of angles still fits into memory.
+pub const MOST_POSITIONS: usize = 1 << 22;
+const LARGEST_WIDTH: usize = 1 << 20;
+const MOST_PARAMETERS: f64 = 1e13;
+const MOST_TENSORS: f64 = 1e7;
+
+/// Parameters and tensors to an order of magnitude, where exact counts might overflow.
+fn rough_counts(model: &ModelConfig) -> (f64, f64) {
+    let size = |size: usize| size as f64;
+    let (hidden, layers) = (size(model.hidden_size), size(model.num_hidden_layers));
+    let heads = size(model.num_attention_heads);
+    let query = heads * (size(model.qk_nope_head_dim) + size(model.qk_rope_head_dim));
+    let rank = model.q_lora_rank.map_or(hidden, size);
+    let attention = rank * (hidden + query)
+        + size(model.kv_lora_rank)
+            * (hidden + heads * size(model.qk_nope_head_dim + model.v_head_dim))
+        + heads * size(model.v_head_dim) * hidden;
+    let experts = size(model.n_routed_experts) + size(model.n_shared_experts);
+    let feed_forward = 3.0
+        * hidden
+        * (size(model.intermediate_size) + experts * size(model.moe_intermediate_size));
+    let parameters = 2.0 * size(model.vocab_size) * hidden + layers * (attention + feed_forward);
+    (parameters, layers * (12.0 + 3.0 * size(model.n_routed_experts)))
+}
+
 struct ModelRules<'a> {
     model: &'a ModelConfig,
     document: &'a Node,
@@ -76,6 +101,7 @@ impl ModelRules<'_> {
         for (key, size) in sizes {
             self.require(size > 0, key, || format!("model.{key} = 0 must be at least 1"))?;
         }
+        self.require_moderate()?;
         self.require(model.q_lora_rank != Some(0), "q_lora_rank", || {
             "model.q_lora_rank = 0 must be at least 1; for no query compression leave it out (null)"
                 .to_string()
@@ -101,6 +127,39 @@ impl ModelRules<'_> {
             })?;
         }
         Ok(())
+    }
+
+    /// Sizes that can be counted with: far above any model, far below what overflows.
+    fn require_moderate(&self) -> Result<(), ConfigError> {
+        let model = self.model;
+        let most = [
+            ("vocab_size", model.vocab_size, 1 << 24),
+            ("num_hidden_layers", model.num_hidden_layers, 10_000),
+            ("hidden_size", model.hidden_size, LARGEST_WIDTH),
+            ("intermediate_size", model.intermediate_size, LARGEST_WIDTH),
+            ("moe_intermediate_size", model.moe_intermediate_size, LARGEST_WIDTH),
+            ("n_routed_experts", model.n_routed_experts, 1 << 16),
+            ("n_shared_experts", model.n_shared_experts, 1 << 10),
+            ("num_attention_heads", model.num_attention_heads, 1 << 16),
+            ("q_lora_rank", model.q_lora_rank.unwrap_or(0), LARGEST_WIDTH),
+            ("kv_lora_rank", model.kv_lora_rank, LARGEST_WIDTH),
+            ("qk_nope_head_dim", model.qk_nope_head_dim, 1 << 16),
+            ("qk_rope_head_dim", model.qk_rope_head_dim, 1 << 16),
+            ("v_head_dim", model.v_head_dim, 1 << 16),
+            ("max_position_embeddings", model.max_position_embeddings, MOST_POSITIONS),
+        ];
+        for (key, size, most) in most {
+            self.require(size <= most, key, || {
+                format!("model.{key} = {size} is more than any model has; use at most {most}")
+            })?;
+        }
+        let (parameters, tensors) = rough_counts(model);
+        self.require(parameters <= MOST_PARAMETERS && tensors <= MOST_TENSORS, "hidden_size", || {
+            format!(
+                "the model has about {parameters:.1e} parameters in {tensors:.1e} tensors, more than can be counted \
+                 with; lower its sizes, layers or experts"
+            )
+        })
     }
 
     fn experts(&self) -> Result<(), ConfigError> {

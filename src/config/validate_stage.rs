@@ -7,6 +7,7 @@ use super::document::ConfigError;
 use super::nearest::listed;
 use super::stage::{EvalConfig, LongContextStage, Metric, MixtureEntry, OptimizerConfig};
 use super::validate::Rules;
+use super::validate_model::MOST_POSITIONS;
 use super::{Stage, StageKind, load_model, model_folder};
 
 /// Checks every stage, in order.
@@ -30,6 +31,9 @@ pub fn stages(rules: &Rules<'_>) -> Result<(), ConfigError> {
     }
     Ok(())
 }
+
+/// Most tokens (or examples) of a stage.
+const MOST_TOKENS: f64 = 1e15;
 
 /// Schemas that next-token training and perplexity take.
 const DOCUMENTS: [Schema; 3] = [Schema::Text, Schema::Messages, Schema::Prompts];
@@ -77,6 +81,22 @@ impl StageRules<'_> {
         Ok(())
     }
 
+    /// Counts whose product can be counted with: far above any run, far below what overflows.
+    pub(super) fn moderate(&self, counts: &[(&str, u64)]) -> Result<(), ConfigError> {
+        let product: f64 = counts.iter().map(|(_, count)| (*count).max(1) as f64).product();
+        // The largest is the one that was mistyped.
+        let (name, count) =
+            counts.iter().max_by_key(|(_, count)| *count).copied().unwrap_or(("", 0));
+        self.require(product <= MOST_TOKENS, &[name], |key| {
+            let names: Vec<&str> = counts.iter().map(|(name, _)| *name).collect();
+            format!(
+                "{key} = {count} is too many: {} together are {product:.1e}, more than the {MOST_TOKENS:.0e} that can be \
+                 counted with",
+                listed(&names)
+            )
+        })
+    }
+
     /// The earlier stage that this one starts from, if it starts from a stage.
     fn start(&self) -> Result<Option<usize>, ConfigError> {
         let name = &self.stage.name;
@@ -99,7 +119,27 @@ impl StageRules<'_> {
                 "stage {name} starts from {start:?}, which is neither an earlier stage nor a folder"
             )
         })?;
+        self.continued(start)?;
         Ok(None)
+    }
+
+    /// The model in a folder is a policy, and the run's model computes the same with its weights.
+    fn continued(&self, start: &str) -> Result<(), ConfigError> {
+        let name = &self.stage.name;
+        let folder = model_folder(&self.rules.folder.join(start));
+        self.require(!folder.join("reward.json").exists(), &["start_from"], |_| {
+            format!("stage {name} starts from {start:?}, which is a reward model and no policy (it has a reward.json); name another folder")
+        })?;
+        // A folder without a model is refused where the files are looked at.
+        let config = folder.join("config.json");
+        if !config.is_file() {
+            return Ok(());
+        }
+        let saved = load_model(&config)?;
+        let difference = self.rules.config.model.continued_from(&saved).err();
+        self.require(difference.is_none(), &["start_from"], |_| {
+            difference.map_or_else(String::new, |difference| difference.told(&config))
+        })
     }
 
     /// The longest sequence of a model that comes from a folder, if its config says so, or of the run's own.
@@ -117,6 +157,8 @@ impl StageRules<'_> {
                 self.mixture(&stage.data)?;
                 self.above_zero(&[("steps", stage.steps), ("batch", stage.batch as u64)])?;
                 self.sequence(stage.sequence, reach)?;
+                let (batch, sequence) = (stage.batch as u64, stage.sequence as u64);
+                self.moderate(&[("steps", stage.steps), ("batch", batch), ("sequence", sequence)])?;
                 self.require(stage.batch_start <= stage.batch, &["batch_start"], |key| {
                     format!(
                         "{key} = {} exceeds batch = {}; a ramp grows to `batch`",
@@ -130,6 +172,7 @@ impl StageRules<'_> {
             StageKind::Sft(stage) => {
                 self.set(&["data"], &stage.data, &[Schema::Messages, Schema::Prompts])?;
                 self.above_zero(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
+                self.moderate(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
                 self.optimizer(&stage.optimizer, None)?;
             }
             StageKind::RewardModel(stage) => {
@@ -138,6 +181,7 @@ impl StageRules<'_> {
                     self.set(&["calibration"], set, &[Schema::Preferences])?;
                 }
                 self.above_zero(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
+                self.moderate(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
                 self.optimizer(&stage.optimizer, None)?;
             }
             StageKind::Grpo(stage) => self.grpo(stage, reach)?,
@@ -158,6 +202,12 @@ impl StageRules<'_> {
             format!("{key} = {} must not be negative", stage.mscale)
         })?;
         let longer = (reach as f64 * stage.factor).round() as usize;
+        self.require(longer <= MOST_POSITIONS, &["factor"], |key| {
+            let factor = stage.factor;
+            format!("{key} = {factor} makes {longer} positions of {reach}; use at most {MOST_POSITIONS} positions")
+        })?;
+        let (batch, sequence) = (stage.batch as u64, stage.sequence as u64);
+        self.moderate(&[("steps", stage.steps), ("batch", batch), ("sequence", sequence)])?;
         self.require(stage.sequence <= longer, &["sequence"], |key| {
             let sequence = stage.sequence;
             format!("{key} = {sequence} exceeds {longer}, {reach} positions times factor = {}; raise factor", stage.factor)

@@ -8,7 +8,9 @@
 
 use super::event::{Event, now};
 use super::journal::read_events;
+use super::next_steps::resume_command;
 use crate::config::Fault;
+use crate::config::fault::START_AGAIN;
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, test_kill_process};
@@ -54,6 +56,8 @@ pub struct Board {
     pub state: RunState,
     /// Why it stopped or failed, and what to do.
     pub reason: Option<String>,
+    /// The command that goes on with it, if it can go on.
+    pub resume: Option<String>,
     /// Its process.
     pub pid: u32,
     /// Seconds since 1970 at the start, and of the last change.
@@ -112,6 +116,8 @@ pub enum StageState {
     Waiting,
     /// Begun.
     Running,
+    /// Begun, and the run has stopped.
+    Stopped,
     /// Done.
     Done,
 }
@@ -241,7 +247,7 @@ impl Board {
                 };
                 self.reason = event.text("reason").map(str::to_string);
                 self.export = event.text("export").map(str::to_string);
-                self.phase.clear();
+                self.rest();
             }
             "note" => self.note(event.text("text").unwrap_or_default().to_string()),
             _ => event.remark().into_iter().for_each(|remark| self.note(remark)),
@@ -263,13 +269,13 @@ impl Board {
         };
         if board.state == RunState::Running && !is_alive(run_dir, board.pid) {
             board.state = RunState::Lost;
-            board.phase.clear();
-            board.reason = Some(format!(
-                "its process{} is gone without a word; `rehearsal run CONFIG --out {} --resume` \
-                 goes on",
-                if board.pid == 0 { String::new() } else { format!(" {}", board.pid) },
-                run_dir.display()
-            ));
+            board.rest();
+            let number = if board.pid == 0 { String::new() } else { format!(" {}", board.pid) };
+            board.reason = Some(format!("its process{number} is gone without a word"));
+        }
+        let starts_over = board.reason.as_ref().is_some_and(|why| why.contains(START_AGAIN));
+        if !matches!(board.state, RunState::Running | RunState::Finished) && !starts_over {
+            board.resume = resume_command(run_dir);
         }
         Ok(board)
     }
@@ -298,6 +304,14 @@ impl Board {
     pub fn running(&self) -> Option<(usize, &StageRow)> {
         let index = self.stages.iter().position(|row| row.state == StageState::Running)?;
         Some((index + 1, &self.stages[index]))
+    }
+
+    /// Nobody works any more.
+    fn rest(&mut self) {
+        self.phase.clear();
+        for row in self.stages.iter_mut().filter(|row| row.state == StageState::Running) {
+            row.state = StageState::Stopped;
+        }
     }
 
     fn take_run(&mut self, event: &Event) {

@@ -1,7 +1,7 @@
 //! The board as text: at most 80 columns of plain ASCII.
 
 use super::board::{ActorRow, Board, RunState, StageRow, StageState};
-use super::text::{bytes, duration, figure, fitted};
+use super::text::{bytes, duration, figure, fitted, visible};
 use std::fmt::{Display, Formatter, Result};
 
 const WIDTH: usize = 80;
@@ -19,6 +19,10 @@ impl Display for Board {
             for part in super::text::wrapped(reason, WIDTH - 2) {
                 line(f, &format!("  {part}"))?;
             }
+        }
+        // A command is there to be copied: it is not wrapped.
+        if let Some(command) = &self.resume {
+            writeln!(f, "  go on with: {}", visible(command))?;
         }
         self.fmt_stages(f)?;
         self.fmt_actors(f)?;
@@ -153,6 +157,7 @@ fn stage_line(row: &StageRow) -> String {
     let state = match row.state {
         StageState::Waiting => "waiting",
         StageState::Running => "running",
+        StageState::Stopped => "stopped",
         StageState::Done => "done",
     };
     let steps = row.steps.map_or("?".to_string(), |steps| steps.to_string());

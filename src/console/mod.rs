@@ -12,12 +12,14 @@ pub mod board;
 mod board_text;
 
 // For people.
+pub mod next_steps;
 pub mod plain;
 pub mod plot;
-mod text;
+pub mod text;
 
 pub use board::{Board, BoardWriter};
 pub use event::Event;
 pub use journal::{Journal, read_events};
+pub use next_steps::TypedCommand;
 pub use plain::Plain;
 pub use plot::write_curves;

@@ -6,7 +6,9 @@
 
 use super::board::{Board, EvalRow, ReplyRow, StageState, replies_of};
 use super::event::Event;
-use super::text::{duration, figure, fitted, printable, wrapped};
+use super::next_steps::{eval_command, resume_command};
+use super::text::{duration, figure, fitted, visible, wrapped};
+use crate::config::fault::START_AGAIN;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -229,23 +231,23 @@ impl Plain {
                 lines.push(format!("exported model: {export}"));
                 lines.push("next:".to_string());
                 lines.push(format!("  rehearsal generate {export}"));
-                lines.push(format!(
-                    "  rehearsal eval {export} --data FILE.jsonl --verifier answer-line"
-                ));
+                lines.push(format!("  {}", eval_command(&self.run_dir, &export)));
                 lines.push(format!("  rehearsal status {}", self.run_dir.display()));
             }
             None => {
                 let reason =
                     self.board.reason.clone().unwrap_or_else(|| "the run ended early".to_string());
                 lines.extend(wrapped(&reason, WIDTH));
-                lines.push(format!(
-                    "go on with: rehearsal run CONFIG.toml --out {} --resume",
-                    self.run_dir.display()
-                ));
+                if !reason.contains(START_AGAIN) {
+                    lines.extend(
+                        resume_command(&self.run_dir)
+                            .map(|command| format!("go on with: {command}")),
+                    );
+                }
             }
         }
         // Paths are not cut, for they are there to be copied.
-        lines.iter().for_each(|line| self.put(&printable(line)));
+        lines.iter().for_each(|line| self.put(&visible(line)));
     }
 
     fn show_bar(&mut self, event: &Event) {

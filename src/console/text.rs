@@ -17,6 +17,19 @@ pub(super) fn printable(text: &str) -> String {
     out
 }
 
+/// The same for a terminal that shows every script: only what would steer it is made visible, line breaks and tabs stay.
+pub fn visible(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control() && !matches!(c, '\n' | '\t')
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+    };
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if steers(c) { out.extend(c.escape_unicode()) } else { out.push(c) }
+    }
+    out
+}
+
 /// Cuts ASCII text to `width` characters, with `..` in place of what is gone.
 pub(super) fn fitted(text: &str, width: usize) -> String {
     let text = printable(text);
@@ -81,6 +94,12 @@ mod tests {
             assert!(wrapped(hostile, width).iter().all(|line| line.len() <= width));
         }
         assert!((2..40).all(|width| fitted(hostile, width).len() <= width));
+    }
+
+    #[test]
+    fn what_steers_a_terminal_is_made_visible_and_every_script_stays() {
+        assert_eq!(visible("a\x1b[2J\r\u{202e}b"), "a\\u{1b}[2J\\u{d}\\u{202e}b");
+        assert_eq!(visible("drei ☃\n\tfünf 字"), "drei ☃\n\tfünf 字");
     }
 
     #[test]

@@ -7,6 +7,9 @@
 //! piece, so that the ids are those of the usual tokenizers wherever no content spells a special
 //! token.
 //!
+//! A template is foreign code: it is stopped after [`FUEL`] steps and [`OUTPUT_LIMIT`] bytes of output, and a rendered
+//! conversation may not exceed [`TEXT_LIMIT`].
+//!
 //! Not supported: templates that look inside a content (trim it, cut it); they see the marker, and
 //! a marker that does not come back whole is refused.
 
@@ -18,6 +21,7 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde::{Deserialize, Serialize};
+use std::io::Write;
 use std::path::Path;
 
 /// Who says a message.
@@ -52,7 +56,9 @@ impl Role {
             "user" => Ok(Role::User),
             "assistant" => Ok(Role::Assistant),
             "tool" => Ok(Role::Tool),
-            _ => Err(format!("role {name:?} is unknown; use system, user, assistant or tool")),
+            _ => Err(format!(
+                "role {name:?} is unknown; use system, user or assistant (or tool, if the chat template knows it)"
+            )),
         }
     }
 }
@@ -80,6 +86,13 @@ pub const OWN_TEMPLATE: &str = "{% for message in messages %}\
     {% elif message['role'] == 'system' %}{{ '<|system|>' + message['content'] }}\
     {% else %}{{ raise_exception('only system, user and assistant messages are known') }}\
     {% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
+
+/// Steps that a template may take; published ones take some hundred a message.
+const FUEL: u64 = 1_000_000;
+/// Bytes that it may write itself.
+const OUTPUT_LIMIT: usize = 1 << 20;
+/// Bytes of a conversation with its contents, which a template may repeat.
+const TEXT_LIMIT: usize = 64 << 20;
 
 const OPEN: char = '\u{10fffc}';
 const CLOSE: char = '\u{10fffd}';
@@ -116,6 +129,7 @@ impl ChatTemplate {
         let mut environment = Environment::new();
         // Published templates are written for these two settings.
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+        environment.set_fuel(Some(FUEL));
         environment.set_syntax(syntax.expect("only the treatment of white space is changed"));
         environment.set_unknown_method_callback(python_method);
         environment.add_function("raise_exception", |text: String| -> Result<String, Error> {
@@ -176,17 +190,19 @@ impl ChatTemplate {
             })
             .collect();
         let template = self.environment.get_template("chat").expect("added when it was made");
-        let text = template
-            .render(context! {
+        let mut output = Limited(Vec::new());
+        let rendered = template.render_captured_to(
+            context! {
                 messages => marked,
                 add_generation_prompt => generation_prompt,
                 bos_token => self.bos_token.as_str(),
                 eos_token => self.eos_token.as_str(),
-            })
-            .map_err(|error| fault(error.detail().unwrap_or(&error.to_string()).to_string()))?;
-        pieces(&text, messages).ok_or_else(|| {
-            fault("it changes the contents of messages, which is not supported".to_string())
-        })
+            },
+            &mut output,
+        );
+        rendered.map_err(|error| fault(reason(&error)))?;
+        let text = String::from_utf8(output.0).expect("a template writes text");
+        pieces(&text, messages).map_err(fault)
     }
 
     /// The tokens of a prompt: the conversation, ended where the reply begins.
@@ -210,6 +226,32 @@ impl ChatTemplate {
     /// The text of a rendered prompt, special tokens included.
     pub fn prompt_text(&self, messages: &[Message]) -> Result<String> {
         Ok(self.render(messages, true)?.iter().map(|piece| piece.text.as_str()).collect())
+    }
+}
+
+/// Takes [`OUTPUT_LIMIT`] bytes and no more.
+struct Limited(Vec<u8>);
+
+impl Write for Limited {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        if self.0.len() + bytes.len() > OUTPUT_LIMIT {
+            return Err(std::io::ErrorKind::FileTooLarge.into());
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What a template's error means.
+fn reason(error: &Error) -> String {
+    match error.kind() {
+        ErrorKind::OutOfFuel => format!("it takes more than {FUEL} steps"),
+        ErrorKind::WriteFailure => format!("it writes more than {OUTPUT_LIMIT} bytes"),
+        _ => error.detail().unwrap_or(&error.to_string()).to_string(),
     }
 }
 
@@ -270,28 +312,35 @@ impl Run {
     }
 }
 
-/// Splits a rendered text at its markers; `None` if one is not whole.
-fn pieces(text: &str, messages: &[Message]) -> Option<Vec<Piece>> {
-    let mut pieces = Vec::new();
+/// Splits a rendered text at its markers, each of which must be whole.
+fn pieces(text: &str, messages: &[Message]) -> Result<Vec<Piece>, String> {
+    let changed = || "it changes the contents of messages, which is not supported".to_string();
+    let contents: usize = messages.iter().map(|message| message.content.len()).sum();
+    let most = TEXT_LIMIT.max(2 * contents);
+    let (mut pieces, mut bytes) = (Vec::new(), text.len());
     for (i, part) in text.split(OPEN).enumerate() {
         // Every part but the first begins with the number and the end of a marker.
         let own = if i == 0 {
             part
         } else {
-            let (number, rest) = part.split_once(CLOSE)?;
-            let message: usize = number.parse().ok()?;
-            let text = messages.get(message)?.content.clone();
-            pieces.push(Piece { text, message: Some(message) });
+            let (number, rest) = part.split_once(CLOSE).ok_or_else(changed)?;
+            let message: usize = number.parse().map_err(|_| changed())?;
+            let text = &messages.get(message).ok_or_else(changed)?.content;
+            bytes += text.len();
+            if bytes > most {
+                return Err(format!("it repeats contents to more than {most} bytes"));
+            }
+            pieces.push(Piece { text: text.clone(), message: Some(message) });
             rest
         };
         if own.contains(CLOSE) {
-            return None;
+            return Err(changed());
         }
         if !own.is_empty() {
             pieces.push(Piece { text: own.to_string(), message: None });
         }
     }
-    Some(pieces)
+    Ok(pieces)
 }
 
 /// A token of tokenizer_config.json: a string, or an object with `content`.

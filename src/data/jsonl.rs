@@ -262,7 +262,10 @@ impl Fields<'_> {
         self.object.get(name).ok_or_else(|| {
             let found: Vec<String> = self.object.keys().map(|key| format!("`{key}`")).collect();
             let found = if found.is_empty() { "nothing".to_string() } else { found.join(", ") };
-            format!("field `{name}` is missing (the line has {found}); see `fields` of the set")
+            format!(
+                "field `{name}` is missing (the line has {found}); rename it in the file, or in a run's TOML name the \
+                 other one in `fields` of the set"
+            )
         })
     }
 

@@ -95,6 +95,10 @@ impl Lines {
         if bytes.last() == Some(&b'\r') {
             bytes.pop();
         }
+        // Some editors put a mark of the encoding before a text.
+        if index == 0 && bytes.starts_with(b"\xef\xbb\xbf") {
+            bytes.drain(..3);
+        }
         self.next += 1;
         match String::from_utf8(bytes) {
             Ok(text) => Ok(Some(Line { index, text })),
@@ -151,6 +155,10 @@ mod tests {
             assert_eq!(read(text.as_bytes()).unwrap(), lines);
             assert_eq!(read(&gzip(text.as_bytes())).unwrap(), lines);
         }
+        assert_eq!(
+            read("\u{feff}one\n\n\u{feff}two".as_bytes()).unwrap(),
+            ["one", "", "\u{feff}two"]
+        );
         let mut twice = gzip(b"one\n\n");
         twice.extend(gzip("drei ☃".as_bytes()));
         assert_eq!(read(&twice).unwrap(), lines, "a gzip file may have several members");

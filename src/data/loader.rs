@@ -170,15 +170,22 @@ impl Loader {
     /// added, and long texts are cut into pieces of the context.
     pub fn texts(&self, name: &str, limit: usize) -> Result<Vec<Sequence>> {
         let (path, records) = self.sources.records(name)?;
-        let mut texts = Vec::new();
+        let (mut texts, mut read) = (Vec::new(), 0);
         for located in records.take(most(limit)) {
             let located = located?;
+            read += 1;
             let tokens = match &located.record {
                 Record::Text(text) => self.tokenizer.encode_text(text),
                 _ => self.conversation(&path, located)?.tokens,
             };
             let pieces = tokens.chunks(self.context).filter(|piece| piece.len() > 1);
             texts.extend(pieces.map(|piece| Sequence::all_targets(piece.to_vec())));
+        }
+        if texts.is_empty() && read > 0 {
+            return Err(Fault::user(format!(
+                "{}: none of {read} texts has two tokens or more, and the first of a text is not predicted",
+                path.display()
+            )));
         }
         self.not_empty(name, texts)
     }

@@ -13,7 +13,7 @@
 use crate::config::TokenizerConfig;
 use crate::config::fault::Fault;
 use crate::data::chat::{ChatTemplate, token_text};
-use crate::data::tokenizer_json::{SPLITS, check, untrained};
+use crate::data::tokenizer_json::{SPLITS, check, differing_part, untrained};
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -366,6 +366,26 @@ impl Tokenizer {
     /// The tokenizer.json, byte for byte as it was read or trained.
     pub fn json(&self) -> &str {
         &self.json
+    }
+
+    /// How the tokenizer in a model's folder differs from this one; `None` if it does not, or if the folder has none.
+    pub fn difference_from(&self, folder: &Path) -> Result<Option<String>> {
+        let path = folder.join("tokenizer.json");
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let shown = path.display();
+        let other = std::fs::read(&path)
+            .map_err(|error| Fault::user(format!("{shown}: cannot be read: {error}")))?;
+        let other: Value = serde_json::from_slice(&other)
+            .map_err(|error| Fault::user(format!("{shown}: malformed: {error}")))?;
+        let own = serde_json::from_str(&self.json).expect("it was parsed when this was made");
+        Ok(differing_part(&own, &other).map(|part| {
+            format!(
+                "whose tokenizer.json has another `{part}` than the run's tokenizer: its weights would read other texts; \
+                 take it with [tokenizer] file = \"{shown}\""
+            )
+        }))
     }
 
     /// Writes the tokenizer.json.

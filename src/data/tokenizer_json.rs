@@ -113,6 +113,14 @@ pub fn check(value: &Value) -> Result<(), String> {
     check_patterns(value)
 }
 
+/// The first part in which two files give other tokens to a text.
+pub fn differing_part(one: &Value, other: &Value) -> Option<&'static str> {
+    let model =
+        ["vocab", "merges"].into_iter().find(|part| one["model"][part] != other["model"][part]);
+    let parts = ["added_tokens", "normalizer", "pre_tokenizer"];
+    model.or_else(|| parts.into_iter().find(|part| one[part] != other[part]))
+}
+
 fn check_patterns(value: &Value) -> Result<(), String> {
     match value {
         Value::Object(object) => {
@@ -148,6 +156,19 @@ mod tests {
             check(&value).unwrap();
         }
         assert!(untrained("llama").is_none());
+    }
+
+    #[test]
+    fn files_that_give_other_tokens_differ_by_part() {
+        let one = json!({"version": "1", "model": {"vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": []});
+        let mut other = one.clone();
+        other["version"] = json!("2");
+        other["model"]["vocab"] = json!({"b": 1, "a": 0});
+        assert_eq!(differing_part(&one, &other), None);
+        other["added_tokens"] = json!([{"id": 2, "content": "<|x|>"}]);
+        assert_eq!(differing_part(&one, &other), Some("added_tokens"));
+        other["model"]["vocab"] = json!({"b": 0, "a": 1});
+        assert_eq!(differing_part(&one, &other), Some("vocab"));
     }
 
     #[test]

@@ -12,7 +12,9 @@
 
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
-use super::resident::{Calibration, Resident, config_of, out_of_memory, save_model, write_slabs};
+use super::resident::{
+    Calibration, Resident, config_of, out_of_memory, require_policy, save_model, write_slabs,
+};
 use super::scoring::Scorer;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
@@ -108,6 +110,10 @@ impl HybridEngine {
         (self.balance, self.form, self.fitting) = (stage.balance, stage.form, 0);
         let (kernels, seed, spill) =
             (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
+        // Whoever only looks at a model may look at a reward model's weights too.
+        if stage.optimizer.is_some() {
+            require_policy(&stage.policy)?;
+        }
         let mut config = config_of(&self.setup.model, &stage.policy)?;
         if let Some((yarn, positions)) = &stage.yarn {
             config.rope_scaling = Some(yarn.clone());

@@ -2,6 +2,7 @@
 
 use super::offload::Parked;
 use super::phase::{ModelSource, Role};
+use crate::checkpoint::model_json::CONFIG_FILE;
 use crate::checkpoint::tensors::MODEL_FILE;
 use crate::checkpoint::{
     TensorEntry, TensorFolder, read_model_config, write_model_config, write_tensors,
@@ -13,6 +14,9 @@ use anyhow::{Context, Result};
 use rehearsal_kernels::{Kernels, Kind, Slab};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
+
+/// The file of a reward model's calibration.
+const REWARD_FILE: &str = "reward.json";
 
 /// Mean and deviation that calibrate a reward model's score; saved beside its weights as `reward.json`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -41,10 +45,22 @@ pub struct Resident {
 
 /// The config of a model that starts from `source`: the run's, with the positions of the folder it continues.
 pub fn config_of(run: &ModelConfig, source: &ModelSource) -> Result<ModelConfig> {
-    Ok(match source {
-        ModelSource::Fresh => run.clone(),
-        ModelSource::Folder(folder) => run.with_positions_of(&read_model_config(folder)?),
-    })
+    let ModelSource::Folder(folder) = source else { return Ok(run.clone()) };
+    run.continued_from(&read_model_config(folder)?)
+        .map_err(|difference| Fault::user(difference.told(&folder.join(CONFIG_FILE))))
+}
+
+/// Refuses a reward model where a policy is wanted.
+pub fn require_policy(source: &ModelSource) -> Result<()> {
+    match source {
+        ModelSource::Folder(folder) if folder.join(REWARD_FILE).exists() => {
+            Err(Fault::user(format!(
+                "{}: a reward model and no policy (it has a {REWARD_FILE}); name another folder",
+                folder.display()
+            )))
+        }
+        _ => Ok(()),
+    }
 }
 
 impl Resident {
@@ -124,7 +140,7 @@ pub fn check_weights(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> 
 }
 
 fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
-    let path = folder.join("reward.json");
+    let path = folder.join(REWARD_FILE);
     if !path.exists() {
         return Ok(None);
     }
@@ -147,7 +163,7 @@ pub fn save_model(
     write_slabs(kernels, params, &[("", &params.slab)], &folder.join(MODEL_FILE))?;
     if params.layout.score.is_some() {
         let text = serde_json::to_string_pretty(&calibration).expect("two numbers are JSON");
-        let path = folder.join("reward.json");
+        let path = folder.join(REWARD_FILE);
         std::fs::write(&path, text)
             .with_context(|| format!("failed to write {}", path.display()))?;
     }

@@ -72,7 +72,7 @@ pub fn estimate(
         tokens: stages.iter().filter_map(|stage| stage.trained_tokens).sum(),
         seconds: stages.iter().map(|stage| stage.seconds).sum(),
         threads,
-        disk_bytes: disk_bytes(config, &stages),
+        disk_bytes: disk_bytes(config, models, &stages),
         stages,
     }
 }
@@ -97,7 +97,7 @@ pub fn example_tokens(config: &RunConfig) -> usize {
 }
 
 /// Lines of the sets that the word machine will write.
-fn generated_lines(config: &RunConfig) -> Lines {
+pub fn generated_lines(config: &RunConfig) -> Lines {
     let Some(machine) = &config.data.word_machine else { return Lines::new() };
     let count = |file: &str| match file {
         "pages.jsonl" => Some(machine.pages),
@@ -193,12 +193,17 @@ fn stage_room(config: &RunConfig, stage: &GrpoStage) -> u64 {
     config.model.max_position_embeddings.saturating_sub(stage.max_new_tokens) as u64
 }
 
-/// Checkpoints with moments (one more than is kept while one is written), artefacts, export, offloaded models,
-/// rollouts and the journal.
-fn disk_bytes(config: &RunConfig, stages: &[StageEstimate]) -> u64 {
-    let weights = 4 * parameters(&config.model).total;
-    let checkpoints = (config.checkpoint.keep as u64 + 1) * 3 * weights;
-    let artefacts = stages.len() as u64 * weights + weights;
+/// Checkpoints with moments (one more than is kept while one is written), artefacts, the export beside the one that it
+/// replaces, offloaded models, rollouts, generated data and the journal. Each model has a tokenizer beside it, and each
+/// file is rounded up to blocks.
+fn disk_bytes(config: &RunConfig, models: &[ModelConfig], stages: &[StageEstimate]) -> u64 {
+    let count = parameters(&config.model);
+    // A reward model has a row more.
+    let weights = 4 * (count.total + config.model.hidden_size as u64);
+    let beside = model_folder_bytes(config.model.vocab_size as u64, count.tensors);
+    let checkpoints = (config.checkpoint.keep as u64 + 1) * (3 * weights + beside);
+    // Beside those of the stages: initial weights, and two exports.
+    let artefacts = (stages.len() as u64 + 3) * (weights + beside);
     let offloads = |what| config.engine.offload.contains(&what);
     let others = config.stages.iter().map(|stage| match &stage.kind {
         StageKind::Grpo(stage) => {
@@ -218,8 +223,25 @@ fn disk_bytes(config: &RunConfig, stages: &[StageEstimate]) -> u64 {
             _ => 0,
         })
         .sum();
-    let journal: u64 = stages.iter().filter_map(|stage| stage.steps).sum::<u64>() * 2048;
-    checkpoints + artefacts + spilled + kept_rollouts + journal
+    let steps: u64 = stages.iter().filter_map(|stage| stage.steps).sum();
+    let generated = generated_lines(config).values().sum::<u64>() * GENERATED_LINE;
+    let longest = models.iter().map(|model| model.max_position_embeddings as u64).max();
+    // Beside the files of models: config, record, board, plots, and the replies that evals show.
+    let few = 64 * BLOCK + 64 * longest.unwrap_or(0);
+    checkpoints + artefacts + spilled + kept_rollouts + steps * JOURNAL_STEP + generated + few
+}
+
+/// Bytes of a step's lines in the journal.
+const JOURNAL_STEP: u64 = 3072;
+/// Bytes of a generated example, with what the other files of its kind hold.
+const GENERATED_LINE: u64 = 2048;
+/// Files are rounded up to it.
+const BLOCK: u64 = 4096;
+
+/// What a model's folder holds beside numbers: tokenizer (a token and its merge take up to 100 bytes), headers of up to
+/// 200 bytes a tensor (of weights and both moments), and a block for the end of each of its files.
+fn model_folder_bytes(vocabulary: u64, tensors: u64) -> u64 {
+    100 * vocabulary + 3 * 200 * tensors + 12 * BLOCK
 }
 
 #[cfg(test)]

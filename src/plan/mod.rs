@@ -9,9 +9,11 @@ pub mod parameters;
 
 // Estimates.
 pub mod estimate;
+pub mod host;
 pub mod memory;
 
 pub use cost::{cache_bytes_per_token, flops_per_token};
 pub use estimate::{Estimate, StageEstimate, estimate};
+pub use host::host_bytes;
 pub use memory::{Memory, StageMemory, memory, model_memory};
 pub use parameters::{Parameters, parameters};

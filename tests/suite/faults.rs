@@ -62,8 +62,11 @@ fn bad_data_and_starts_are_refused_at_their_place_and_nothing_is_written() {
         (&[&data(&missing)], &[&missing, "data.sets.pages.file", "No such file"]),
         (&["stage.sft.start_from=\"nowhere\""], &["stage sft", "nowhere", "earlier stage"]),
         (&["stage.align.reward.1.model=\"kind\""], &["stage.align.reward.1.model", "kind"]),
-        (&[&start, "model.hidden_size=32"], &["embed_tokens.weight", "[288, 24]", "[288, 32]"]),
-        (&[&start, "model.num_hidden_layers=3"], &["model.layers.2.", "is missing", &export]),
+        (&[&start, "model.hidden_size=32"], &["model.hidden_size = 32 in the run, 24 in", &export]),
+        (
+            &[&start, "model.num_hidden_layers=3"],
+            &["model.num_hidden_layers = 3 in the run", &export],
+        ),
     ];
     for (set, texts) in cases {
         let out = folder.path().join("run");

@@ -6,6 +6,7 @@ mod training;
 
 mod alignment;
 mod budget;
+mod edges;
 mod end_to_end;
 mod engine;
 mod faults;

@@ -1,7 +1,7 @@
 //! What a stage starts from, decided without a device.
 
 use super::Place;
-use crate::actors::stage_plan::{Folders, prepare_stage};
+use crate::actors::stage_plan::{Folders, prepare_stage, require_artefacts};
 use crate::config::{RunConfig, StageKind};
 use crate::engine::phase::{ModelSource, PrepareStage};
 use std::path::PathBuf;
@@ -28,11 +28,11 @@ fn a_stage_starts_from_the_last_policy_or_from_what_it_names() {
     assert_eq!(plan(&config, 3).policy, folder("02-talk"), "a reward model is no policy");
     config.stages[3].start_from = Some("base".to_string());
     assert_eq!(plan(&config, 3).policy, folder("01-base"));
-    config.stages[3].start_from = Some("../models/v2".to_string());
-    assert_eq!(
-        plan(&config, 3).policy,
-        ModelSource::Folder(PathBuf::from("/configs/../models/v2"))
-    );
+    let saved = tempfile::tempdir().unwrap();
+    let model = serde_json::to_string(&config.model).unwrap();
+    std::fs::write(saved.path().join("config.json"), model).unwrap();
+    config.stages[3].start_from = Some(saved.path().display().to_string());
+    assert_eq!(plan(&config, 3).policy, ModelSource::Folder(saved.path().to_path_buf()));
 }
 
 #[test]
@@ -79,4 +79,19 @@ fn a_long_context_stage_stretches_what_follows_it() {
     let (yarn, positions) = plan(&config, 1).yarn.expect("a long-context stage has YaRN");
     assert_eq!((yarn.factor, yarn.original_max_position_embeddings, positions), (2.5, 64, 160));
     assert!(plan(&config, 3).yarn.is_none(), "the artefact's own config holds it");
+}
+
+#[test]
+fn an_earlier_artefact_that_is_gone_is_asked_for_and_not_made_again() {
+    let config = Place::new().config(&[]);
+    let gone = |missing: usize, reached| require_artefacts(&config, reached, |i| i != missing);
+    let text = gone(1, 3).unwrap_err().text;
+    assert!(
+        text.starts_with(
+            "stages/02-talk is missing, and the run has checkpoints of the later stage"
+        ),
+        "{text}"
+    );
+    assert!(text.ends_with("start again with --fresh"), "{text}");
+    assert!(gone(3, 3).is_ok() && gone(1, 1).is_ok() && gone(2, 0).is_ok(), "it is not done yet");
 }

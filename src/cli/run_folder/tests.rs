@@ -10,8 +10,12 @@ fn loaded(assignments: &[&str]) -> Loaded {
     RunConfig::load(&file, &assignments).unwrap()
 }
 
+fn typed() -> TypedCommand {
+    TypedCommand { directory: "/".into(), words: vec!["rehearsal".into(), "run".into()] }
+}
+
 fn ready(path: &Path, assignments: &[&str], wish: Wish) -> RunFolder {
-    match open(path, &loaded(assignments), wish).unwrap() {
+    match open(path, &loaded(assignments), wish, typed()).unwrap() {
         Opened::Ready(folder) => folder,
         Opened::Finished => panic!("the run is not finished"),
     }
@@ -19,7 +23,7 @@ fn ready(path: &Path, assignments: &[&str], wish: Wish) -> RunFolder {
 
 fn refusal(path: &Path, assignments: &[&str], wish: Wish) -> String {
     let before = names(path);
-    let fault = open(path, &loaded(assignments), wish).expect_err("it must be refused");
+    let fault = open(path, &loaded(assignments), wish, typed()).expect_err("it must be refused");
     assert_eq!(exit_code(&fault), 2);
     assert_eq!(names(path), before, "a refusal writes nothing");
     fault.to_string().replace(&path.display().to_string(), "OUT")
@@ -58,11 +62,47 @@ fn an_unfinished_run_of_the_same_config_resumes() {
 }
 
 #[test]
+fn another_gate_goes_on_and_is_written_into_the_runs_config() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("run");
+    let gate = |minimum: &str| format!("stage.sft.gate={{eval=\"solved\", minimum={minimum}}}");
+    drop(ready(&out, &[&gate("0.9")], Wish::Plain));
+    let text = || std::fs::read_to_string(out.join("config.toml")).unwrap();
+    assert!(text().contains("minimum = 0.9"));
+    assert!(ready(&out, &[&gate("0.1")], Wish::Resume).resumed);
+    assert!(text().contains("minimum = 0.1") && !text().contains("minimum = 0.9"));
+    assert!(ready(&out, &[], Wish::Resume).resumed);
+    assert!(!text().contains("minimum = 0.1"));
+    let both = [&gate("0.1"), "seed=4"];
+    assert!(refusal(&out, &both, Wish::Resume).contains("(seed differs)"));
+}
+
+#[test]
+fn the_record_keeps_the_command_that_goes_on() {
+    let place = tempfile::tempdir().unwrap();
+    let out = place.path().join("run");
+    drop(ready(&out, &[], Wish::Plain));
+    let record: RunRecord =
+        serde_json::from_slice(&std::fs::read(out.join("run.json")).unwrap()).unwrap();
+    assert_eq!(record.resume, Some(typed()));
+    let shown = crate::console::next_steps::resume_command(&out).unwrap();
+    assert_eq!(shown, "cd / && rehearsal run");
+}
+
+#[test]
+fn a_place_that_can_be_no_folder_is_the_users_to_change() {
+    let place = tempfile::tempdir().unwrap();
+    std::fs::write(place.path().join("file"), "x").unwrap();
+    let text = refusal(&place.path().join("file/sub"), &[], Wish::Plain);
+    assert!(text.ends_with("choose another place with --out"), "{text}");
+}
+
+#[test]
 fn a_finished_run_ends_at_once_on_resume_and_is_kept_otherwise() {
     let place = tempfile::tempdir().unwrap();
     let out = place.path().join("run");
     ready(&out, &[], Wish::Plain).finish().unwrap();
-    assert!(matches!(open(&out, &loaded(&[]), Wish::Resume).unwrap(), Opened::Finished));
+    assert!(matches!(open(&out, &loaded(&[]), Wish::Resume, typed()).unwrap(), Opened::Finished));
     assert_eq!(
         refusal(&out, &[], Wish::Plain),
         "OUT holds this run, finished; use --fresh to move it aside and start anew, or choose another --out"

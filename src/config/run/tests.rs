@@ -142,10 +142,11 @@ fn what_is_written_back_is_read_back_equal() {
 }
 
 #[test]
-fn threads_and_console_change_no_identity_and_everything_else_does() {
+fn threads_console_and_gates_change_no_identity_and_everything_else_does() {
     let identity = |assignments: &[&str]| load(RUN, MODEL, assignments).unwrap().identity();
     let first = identity(&[]);
     assert_eq!(identity(&["engine.threads=7", "console.mode=plain"]), first);
+    assert_eq!(identity(&["stage.sft.gate.minimum=0.9"]), first);
     for other in [
         "seed=2",
         "model.rope_theta=100",

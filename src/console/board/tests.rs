@@ -146,9 +146,14 @@ fn a_run_whose_process_is_gone_or_holds_no_lock_is_lost() {
     // No process has a number this large (the kernel's limit is 2^22).
     board.pid = 1 << 30;
     writer.write(&board).expect("written");
+    let record =
+        serde_json::json!({"resume": {"directory": "/", "words": ["rehearsal", "run", "a b"]}});
+    std::fs::write(run.path().join("run.json"), record.to_string()).expect("a record");
     let found = Board::read(run.path()).expect("a board");
     assert_eq!(found.state, RunState::Lost);
-    assert!(found.reason.expect("a reason").contains("--resume"));
+    assert_eq!(found.resume.as_deref(), Some("cd / && rehearsal run 'a b'"));
+    assert!(found.to_string().contains("\n  go on with: cd / && rehearsal run 'a b'\n"), "{found}");
+    assert!(found.stages.iter().all(|row| row.state != StageState::Running));
     board.state = RunState::Finished;
     writer.write(&board).expect("written");
     assert_eq!(Board::read(run.path()).expect("a board").state, RunState::Finished);
@@ -167,8 +172,8 @@ fn without_a_board_the_journal_tells_what_it_can() {
         (RunState::Lost, 0, 100.0, 106.0)
     );
     assert_eq!(
-        (board.stages, board.curves, board.evals),
-        (filled().stages, filled().curves, filled().evals)
+        (board.stages.len(), board.curves, board.evals),
+        (filled().stages.len(), filled().curves, filled().evals)
     );
 }
 
@@ -177,6 +182,25 @@ fn a_folder_that_is_no_run_is_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let error = Board::read(folder.path()).expect_err("no run");
     assert!(matches!(error.downcast_ref(), Some(Fault::User(_))), "{error:#}");
+}
+
+#[test]
+fn a_stopped_run_has_no_running_stage_and_names_the_whole_command() {
+    let mut board = filled();
+    board.take(&Event::new("stage-start").of_stage("align", "grpo"));
+    assert!(board.running().is_some());
+    let long =
+        "/a/place/with/a/name/that/is/longer/than/any/line/of/a/terminal/could/ever/be/runs/demo";
+    board.take(&Event::new("end").with("state", "stopped").with("reason", "SIGINT"));
+    board.resume = Some(format!("rehearsal run a.toml --out {long} --resume"));
+    assert!(board.running().is_none());
+    assert!(board.stages.iter().any(|row| row.state == StageState::Stopped));
+    let text = board.to_string();
+    assert!(
+        text.contains(&format!("go on with: rehearsal run a.toml --out {long} --resume\n")),
+        "{text}"
+    );
+    assert!(text.contains("  SIGINT\n"), "{text}");
 }
 
 /// Every kind of remark, and how it reads.

@@ -169,3 +169,19 @@ proptest! {
         prop_assert_eq!(own().decode(&tokens), format!("{content}{content}"));
     }
 }
+
+#[test]
+fn a_template_that_never_ends_or_never_stops_writing_is_stopped() {
+    let render = |source: &str, content: &str| {
+        let template = ChatTemplate::new(source, "", "").unwrap();
+        template.render(&[Message::new(Role::User, content)], true).map_err(|e| e.to_string())
+    };
+    let nested = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+    assert!(render(nested, "x").unwrap_err().ends_with("it takes more than 1000000 steps"));
+    let long = "{{ 'abcdefgh' * 1000000 }}";
+    assert!(render(long, "x").unwrap_err().ends_with("it writes more than 1048576 bytes"));
+    let repeats = "{% for a in range(1000) %}{{ messages[0]['content'] }}{% endfor %}";
+    let fault = render(repeats, &"y".repeat(1 << 20)).unwrap_err();
+    assert!(fault.contains("repeats contents"), "{fault}");
+    assert_eq!(render("{{ messages[0]['content'] }}", "x").unwrap().len(), 1);
+}

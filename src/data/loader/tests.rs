@@ -202,3 +202,11 @@ fn faults_of_the_data_name_their_line_before_any_step() {
     case.add("empty", Schema::Prompts, &[]);
     assert!(case.loader.prompts("empty", 0).unwrap_err().to_string().contains("holds no example"));
 }
+
+#[test]
+fn texts_too_short_to_predict_are_told_as_that() {
+    let mut case = case();
+    case.add("short", Schema::Text, &[r#"{"text": "a"}"#]);
+    let fault = case.loader.texts("short", 0).unwrap_err().to_string();
+    assert!(fault.contains("short.jsonl: none of 1 texts has two tokens or more"), "{fault}");
+}

@@ -270,3 +270,33 @@ fn a_file_that_is_not_there_is_a_fault_of_the_user() {
     let fault = RunConfig::load(Path::new("/nowhere/run.toml"), &[]).unwrap_err().to_string();
     assert_eq!(fault, "/nowhere/run.toml: cannot be read: No such file or directory (os error 2)");
 }
+
+#[test]
+fn a_byte_that_is_no_text_is_told_with_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("run.toml");
+    std::fs::write(&path, b"seed = 1\n# \xc3\xa4 \xff\n").unwrap();
+    let fault = RunConfig::load(&path, &[]).unwrap_err().to_string();
+    assert!(
+        fault.ends_with("run.toml:2:5: is not UTF-8 from here on; convert the file"),
+        "{fault}"
+    );
+}
+
+#[test]
+fn a_slip_in_a_models_file_is_told_and_foreign_keys_are_not() {
+    let slip = MODEL.replace("\"hidden_size\"", "\"hidden_sizes\"");
+    let fault = load(RUN, &slip, &[]).unwrap_err().to_string();
+    assert!(
+        fault.ends_with("unknown key `hidden_sizes` in `model`; did you mean `hidden_size`?"),
+        "{fault}"
+    );
+    // A key with a default would else be taken for absent.
+    let slip = MODEL.replace("\"torch_dtype\"", "\"rope_thta\": 5, \"torch_dtype\"");
+    assert!(load(RUN, &slip, &[]).unwrap_err().to_string().contains("did you mean `rope_theta`?"));
+    let foreign = MODEL.replace(
+        "\"torch_dtype\"",
+        "\"head_dim\": 8, \"mlp_bias\": false, \"cls_token_id\": 1, \"rope_theta\": 5, \"rope_thta\": 6, \"torch_dtype\"",
+    );
+    assert_eq!(load(RUN, &foreign, &[]).unwrap().model.rope_theta, 5.0);
+}

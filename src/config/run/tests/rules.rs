@@ -238,3 +238,71 @@ fn a_stage_may_start_from_the_base_and_loses_the_longer_context_with_it() {
     let fault = load(&text, MODEL, &[]).unwrap_err().to_string();
     assert!(fault.contains("the model's 64 positions"), "{fault}");
 }
+
+#[test]
+fn counts_that_nothing_could_hold_are_refused_before_they_are_multiplied() {
+    for (assignment, told) in [
+        (
+            "stage.long.factor=1e9",
+            "stage.long.factor = 1000000000 makes 64000000000 positions of 64",
+        ),
+        (
+            "model.num_hidden_layers=1000000000000",
+            "model.num_hidden_layers = 1000000000000 is more than any model has",
+        ),
+        (
+            "model.max_position_embeddings=100000000",
+            "is more than any model has; use at most 4194304",
+        ),
+        ("engine.threads=65535", "engine.threads = 65535 is too many; use at most 1024"),
+        ("engine.mailbox=1000000000000", "engine.mailbox = 1000000000000 is too many"),
+        (
+            "stage.base.steps=1000000000000000",
+            "stage.base.steps = 1000000000000000 is too many: `steps`, `batch` and `sequence`",
+        ),
+        (
+            "stage.sft.epochs=9000000000000000000",
+            "stage.sft.epochs = 9000000000000000000 is too many",
+        ),
+        (
+            "stage.align.group_size=9000000000000000000",
+            "stage.align.group_size = 9000000000000000000 is too many",
+        ),
+    ] {
+        let fault = load(RUN, MODEL, &[assignment]).unwrap_err().to_string();
+        assert!(fault.starts_with("--set ") && fault.contains(told), "{fault}");
+    }
+    let wide = MODEL
+        .replace("\"hidden_size\": 32", "\"hidden_size\": 1048576")
+        .replace("\"intermediate_size\": 64", "\"intermediate_size\": 1048576")
+        .replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 9999");
+    let fault = load(RUN, &wide, &[]).unwrap_err().to_string();
+    assert!(fault.contains("parameters in"), "{fault}");
+    // What can be counted is no fault of the config, however large: the machine refuses it.
+    load(RUN, MODEL, &["stage.base.batch=1000000000"]).unwrap();
+}
+
+#[test]
+fn a_folder_to_start_from_holds_a_policy_that_computes_the_same() {
+    let place = tempfile::tempdir().unwrap();
+    let short = "stage.sft.eval.solved.max_new_tokens=8";
+    let start = format!("stage.sft.start_from={:?}", place.path().display().to_string());
+    std::fs::write(place.path().join("config.json"), MODEL).unwrap();
+    load(RUN, MODEL, &[&start, short]).unwrap();
+    for key in [
+        "num_experts_per_tok=1",
+        "rms_norm_eps=1e-3",
+        "routed_scaling_factor=16.0",
+        "rope_theta=9.0",
+    ] {
+        let fault =
+            load(RUN, MODEL, &[&start, short, &format!("model.{key}")]).unwrap_err().to_string();
+        let (key, value) = key.split_once('=').unwrap();
+        let told = fault.contains(&format!("model.{key} = "))
+            && fault.contains("take that model with [model] config = ");
+        assert!(told && fault.starts_with(&format!("--set {start}")), "{value}: {fault}");
+    }
+    std::fs::write(place.path().join("reward.json"), "{}").unwrap();
+    let fault = load(RUN, MODEL, &[&start, short]).unwrap_err().to_string();
+    assert!(fault.contains("which is a reward model and no policy"), "{fault}");
+}

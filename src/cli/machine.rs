@@ -1,0 +1,143 @@
+//! What this machine has left to hold: memory that is free, limits of the process and of its container, disk.
+//!
+//! Knows no run. A source that is not there (another system, no container) sets no limit.
+
+use crate::checkpoint::disk_fault;
+use anyhow::{Context, Result};
+use rustix::process::{Resource, getrlimit};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// Bytes that this process can still hold without being refused or killed; `None` if nothing says.
+pub fn free_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let left = |resource, used: &str| {
+        let limit = getrlimit(resource).current?;
+        Some(limit.saturating_sub(kibibytes(&status, used).unwrap_or(0)))
+    };
+    let available = std::fs::read_to_string("/proc/meminfo").ok();
+    [
+        available.and_then(|text| kibibytes(&text, "MemAvailable:")),
+        left(Resource::As, "VmSize:"),
+        left(Resource::Data, "VmData:"),
+        container_memory(),
+    ]
+    .into_iter()
+    .flatten()
+    .min()
+}
+
+/// The share of free memory that the arenas of a run without a budget may take: nine tenths.
+pub fn share_for_arenas(free: u64) -> u64 {
+    free / 10 * 9
+}
+
+/// A line `NAME   NUMBER kB`, in bytes.
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+/// What the control groups above this process leave it.
+fn container_memory() -> Option<u64> {
+    let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let second = groups.lines().find_map(|line| line.strip_prefix("0::"));
+    let first = groups.lines().find_map(|line| line.split_once(":memory:").map(|(_, path)| path));
+    let left = |root: &str, path: Option<&str>, names: [&str; 3]| {
+        group_memory(Path::new(root), path?, names)
+    };
+    let unified =
+        left("/sys/fs/cgroup", second, ["memory.max", "memory.current", "inactive_file "]);
+    let legacy = ["memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "];
+    [unified, left("/sys/fs/cgroup/memory", first, legacy)].into_iter().flatten().min()
+}
+
+/// The least that a group and those above it leave: their limit less what they hold, files that can be dropped apart.
+fn group_memory(root: &Path, path: &str, [limit, used, files]: [&str; 3]) -> Option<u64> {
+    let own = root.join(path.trim_start_matches('/'));
+    let left = |group: &Path| {
+        let read = |name: &str| std::fs::read_to_string(group.join(name)).ok();
+        let number = |name: &str| read(name)?.trim().parse::<u64>().ok();
+        let droppable = || {
+            let stat = read("memory.stat")?;
+            stat.lines().find_map(|line| line.strip_prefix(files))?.trim().parse::<u64>().ok()
+        };
+        let held = number(used).unwrap_or(0).saturating_sub(droppable().unwrap_or(0));
+        Some(number(limit)?.saturating_sub(held))
+    };
+    own.ancestors().take_while(|group| group.starts_with(root)).filter_map(left).min()
+}
+
+/// Free bytes of the disk where a folder is or will be.
+pub fn free_disk(folder: &Path) -> Result<u64> {
+    let folder = std::path::absolute(folder)?;
+    let exists = folder.ancestors().find(|ancestor| ancestor.is_dir()).unwrap_or(Path::new("/"));
+    let disk = rustix::fs::statvfs(exists)
+        .with_context(|| format!("failed to measure the disk of {}", exists.display()))?;
+    Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
+}
+
+/// Bytes of disk that a folder holds, block by block; 0 if it is not there.
+pub fn held_disk(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    let mut folders = vec![folder.to_path_buf()];
+    while let Some(folder) = folders.pop() {
+        let entries = match std::fs::read_dir(&folder) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            entries => entries.map_err(|error| disk_fault("list", &folder, error))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(|error| disk_fault("list", &folder, error))?;
+            // What vanishes meanwhile holds nothing.
+            let Ok(metadata) = entry.metadata() else { continue };
+            bytes += 512 * metadata.blocks();
+            if metadata.is_dir() {
+                folders.push(entry.path());
+            }
+        }
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_is_counted_in_bytes_and_only_where_a_line_says_so() {
+        let text = "MemTotal:       24000 kB\nMemAvailable:    1000 kB\n";
+        assert_eq!(kibibytes(text, "MemAvailable:"), Some(1_024_000));
+        assert_eq!(kibibytes(text, "SwapFree:"), None);
+        assert!(free_memory().is_some_and(|bytes| bytes > 1 << 20));
+        assert_eq!(share_for_arenas(1000), 900);
+    }
+
+    #[test]
+    fn a_group_leaves_its_limit_less_what_it_holds_and_never_more_than_the_group_above() {
+        let root = tempfile::tempdir().unwrap();
+        let names = ["memory.max", "memory.current", "inactive_file "];
+        let group = |path: &str, max: &str, current: &str, files: &str| {
+            let folder = root.path().join(path);
+            std::fs::create_dir_all(&folder).unwrap();
+            std::fs::write(folder.join("memory.max"), max).unwrap();
+            std::fs::write(folder.join("memory.current"), current).unwrap();
+            std::fs::write(folder.join("memory.stat"), format!("anon 1\n{files}\n")).unwrap();
+        };
+        group("outer", "1000\n", "400\n", "inactive_file 100");
+        group("outer/inner", "max\n", "300\n", "");
+        assert_eq!(group_memory(root.path(), "/outer/inner", names), Some(700));
+        group("outer/inner", "500\n", "300\n", "");
+        assert_eq!(group_memory(root.path(), "/outer/inner", names), Some(200));
+        assert_eq!(group_memory(root.path(), "/absent", names), None);
+    }
+
+    #[test]
+    fn disk_is_measured_where_a_folder_is_or_will_be() {
+        let place = tempfile::tempdir().unwrap();
+        assert!(free_disk(&place.path().join("not/yet/there")).unwrap() > 0);
+        assert_eq!(held_disk(&place.path().join("absent")).unwrap(), 0);
+        std::fs::create_dir(place.path().join("inner")).unwrap();
+        std::fs::write(place.path().join("inner/file"), vec![1; 100_000]).unwrap();
+        assert!(held_disk(place.path()).unwrap() >= 100_000);
+    }
+}

@@ -316,7 +316,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         seed: 1,
         spill: spill.clone(),
     });
-    // The device removes its own folder; what was asked of the folder after it has made it anew, empty.
+    // The device removes its own folder, unless the process does not wait for its end.
     let _ = std::fs::remove_dir(&spill);
     let steps = steps?;
     let spent = stopwatch.spent();

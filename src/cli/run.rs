@@ -151,10 +151,11 @@ fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Option<u
     let (needed, free_disk) = (plan.disk_bytes().saturating_sub(held), free_disk(out)?);
     match needed > free_disk {
         true => Err(Fault::resources(format!(
-            "{}: the run takes up to {} more of disk, and {} are free; make room, lower checkpoint.keep, or choose \
+            "{}: the run takes up to {} of disk{}, and {} are free; make room, lower checkpoint.keep, or choose \
              another --out",
             out.display(),
             Bytes(needed),
+            if held > 0 { " beside what it holds" } else { "" },
             Bytes(free_disk)
         ))),
         false => Ok(free.map(share_for_arenas)),

@@ -135,9 +135,10 @@ fn a_step_that_is_not_finite_changes_no_weight_and_no_moment() {
 
 #[test]
 fn the_micro_batch_changes_no_bit_for_ragged_documents_pairs_and_rollouts() {
+    type Job<'a> = &'a dyn Fn(usize) -> TrainJob;
     let balanced = PrepareStage { balance: 0.01, ..stage(None) };
     let reward = PrepareStage { value_head: true, balance: 0.0, ..stage(None) };
-    let outcome = |plan: &PrepareStage, micro_batch: usize, job: &dyn Fn(usize) -> TrainJob| {
+    let outcome = |plan: &PrepareStage, micro_batch: usize, job: Job<'_>| {
         let folder = TempDir::new().unwrap();
         let mut engine = prepared(&folder, plan);
         for _ in 0..3 {
@@ -160,7 +161,7 @@ fn the_micro_batch_changes_no_bit_for_ragged_documents_pairs_and_rollouts() {
         |micro_batch| TrainJob::Batch { batch: Batch::Pairs(pairs(0, 7)), share, micro_batch };
     let aligned =
         |micro_batch| TrainJob::Grpo { groups: sampled.clone(), settings: settings(), micro_batch };
-    let jobs: [(&str, &PrepareStage, &dyn Fn(usize) -> TrainJob); 3] = [
+    let jobs: [(&str, &PrepareStage, Job<'_>); 3] = [
         ("documents", &balanced, &ragged),
         ("pairs", &reward, &preferred),
         ("rollouts", &balanced, &aligned),

@@ -7,8 +7,8 @@
 //! piece, so that the ids are those of the usual tokenizers wherever no content spells a special
 //! token.
 //!
-//! A template is foreign code: it is stopped after [`FUEL`] steps and [`OUTPUT_LIMIT`] bytes of output, and a rendered
-//! conversation may not exceed [`TEXT_LIMIT`].
+//! A template is foreign code: it is stopped after `FUEL` steps and `OUTPUT_LIMIT` bytes of output, and a rendered
+//! conversation may not exceed `TEXT_LIMIT`.
 //!
 //! Not supported: templates that look inside a content (trim it, cut it); they see the marker, and
 //! a marker that does not come back whole is refused.

@@ -16,3 +16,4 @@ mod scoring;
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 pub use resident::check_weights;
+pub use scoring::ROWS_AT_ONCE;

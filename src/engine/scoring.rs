@@ -9,7 +9,7 @@ use rehearsal_kernels::{Kernels, OutOfMemory};
 use std::ops::Range;
 
 /// Rows that go through the model at once, if the budget allows; a longer sequence goes alone.
-const ROWS_AT_ONCE: usize = 4096;
+pub const ROWS_AT_ONCE: usize = 4096;
 
 /// One model, ready for forward passes.
 pub(super) struct Scorer<'a> {

@@ -17,11 +17,9 @@ use super::estimate::example_tokens;
 use super::parameters::{multiplied, parameters};
 use crate::config::stage::GrpoStage;
 use crate::config::{ModelConfig, Offload, RunConfig, Stage, StageKind};
+use crate::engine::ROWS_AT_ONCE;
 use serde::Serialize;
 use std::collections::BTreeMap;
-
-/// Rows that scoring takes at once (see engine/scoring.rs).
-const ROWS_AT_ONCE: u64 = 4096;
 
 /// Bytes by owner.
 pub type Owners = BTreeMap<String, u64>;
@@ -192,7 +190,7 @@ impl Sizes<'_> {
         owners.insert(format!("{role}/weights"), self.weights());
         owners.insert(format!("{role}/packed"), self.packed());
         let rows = example_tokens(self.config) as u64;
-        let rows = if self.at_once == 1 { rows } else { rows.max(ROWS_AT_ONCE) };
+        let rows = if self.at_once == 1 { rows } else { rows.max(ROWS_AT_ONCE as u64) };
         owners.extend(self.owned([
             ("weights", self.weights()),
             ("activations", rows * one_layer_bytes(self.model)),

@@ -11,13 +11,10 @@
 
 use crate::runs::{check_refused, done, finished, rehearsal, smoke_with, steps, weights};
 use crate::tiny::config;
-use rehearsal::config::engine::AttentionForm;
-use rehearsal::config::stage::OptimizerConfig;
 use rehearsal::config::{EngineConfig, ModelConfig};
 use rehearsal::data::example::{Batch, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tempfile::TempDir;
@@ -184,17 +181,7 @@ fn large_engine(spill: PathBuf) -> HybridEngine {
 }
 
 fn stage(policy: ModelSource, reference: Option<ModelSource>) -> PrepareStage {
-    PrepareStage {
-        policy,
-        reference,
-        rewards: BTreeMap::new(),
-        optimizer: Some(OptimizerConfig::default()),
-        steps: 10,
-        value_head: false,
-        yarn: None,
-        form: AttentionForm::Absorbed,
-        balance: 0.01,
-    }
+    PrepareStage { policy, ..crate::engine::stage(reference) }
 }
 
 fn train(engine: &mut HybridEngine) {

@@ -22,6 +22,8 @@ pub enum DType {
     F64,
     /// 32-bit index: token ids, positions, expert and page numbers.
     U32,
+    /// Byte: codes of numbers that are kept in fewer bits.
+    U8,
 }
 
 impl DType {
@@ -30,6 +32,7 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::F64 => 8,
+            DType::U8 => 1,
         }
     }
 }
@@ -230,6 +233,9 @@ impl Element for f64 {
 }
 impl Element for u32 {
     const DTYPE: DType = DType::U32;
+}
+impl Element for u8 {
+    const DTYPE: DType = DType::U8;
 }
 
 /// A host matrix to read from.

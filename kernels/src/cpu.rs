@@ -4,6 +4,7 @@
 
 use crate::arena::{Arena, Kind, Owner};
 use crate::buffer::{Buffer, DType};
+use crate::format::WeightFormat;
 use crate::kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
     RouterSpec, Routes, SampleRow, Sampled, Store,
@@ -88,8 +89,15 @@ impl Kernels for CpuKernels {
     }
 
     // --- products -----------------------------------------------------------------------------
-    fn pack(&self, owner: Owner, weight: &Buffer, pack: Pack, version: u64) -> Result<Packed> {
-        ops::pack::pack(&self.cx, owner, weight, pack, version)
+    fn pack(
+        &self,
+        owner: Owner,
+        weight: &Buffer,
+        pack: Pack,
+        format: WeightFormat,
+        version: u64,
+    ) -> Result<Packed> {
+        ops::pack::pack(&self.cx, owner, weight, pack, format, version)
     }
     fn linear(&self, x: &Buffer, weight: &Packed, y: &mut Buffer, store: Store) {
         ops::linear::linear(&self.cx, x, weight, y, store)

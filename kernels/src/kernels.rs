@@ -14,6 +14,7 @@
 
 use crate::arena::{Arena, OutOfMemory, Owner};
 use crate::buffer::{Buffer, DType};
+use crate::format::WeightFormat;
 
 /// Result of an operation that may need memory.
 pub type Result<T> = std::result::Result<T, OutOfMemory>;
@@ -74,10 +75,16 @@ pub struct Packed {
     pub inputs: usize,
     /// Output width of the product.
     pub outputs: usize,
+    /// What its numbers are kept as.
+    pub format: WeightFormat,
     /// Policy version of the weights it was made from.
     pub version: u64,
     /// The device's own layout; opaque outside the kernels.
     pub(crate) data: Buffer,
+    /// Scales of the whole weight's blocks, if the format has any.
+    pub(crate) scales: Option<Buffer>,
+    /// First packed row of group 0, and rows between groups: where a group's scales lie.
+    pub(crate) rows: (usize, usize),
 }
 
 /// Column blocks of x and y for a product per head: head h reads `x[:, input_first + h * input_stride ..][..inputs]`
@@ -257,8 +264,16 @@ pub trait Kernels: Send + Sync {
     fn scatter_add_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer);
 
     // --- products -----------------------------------------------------------------------------
-    /// Packs a weight for `linear`, `linear_heads` or `linear_experts`.
-    fn pack(&self, owner: Owner, weight: &Buffer, pack: Pack, version: u64) -> Result<Packed>;
+    /// Packs a weight for `linear`, `linear_heads` or `linear_experts`, kept in `format`. Two packings of one weight in
+    /// one format have the same values, whatever rows and product they are for.
+    fn pack(
+        &self,
+        owner: Owner,
+        weight: &Buffer,
+        pack: Pack,
+        format: WeightFormat,
+        version: u64,
+    ) -> Result<Packed>;
     /// `y (=|+=) x op(W)`, group 0. Serves forward passes and input gradients alike ([`Product`]).
     fn linear(&self, x: &Buffer, weight: &Packed, y: &mut Buffer, store: Store);
     /// One product per head on column blocks.

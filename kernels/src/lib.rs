@@ -16,6 +16,7 @@ pub mod slab;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod format;
 pub mod kernels;
 pub mod reference;
 
@@ -25,6 +26,7 @@ mod pool;
 pub use arena::{Arena, Kind, OutOfMemory, Owner};
 pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
+pub use format::WeightFormat;
 pub use kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Product, RopeTable,
     RouterSpec, Routes, SampleRow, Sampled, Store,

@@ -26,7 +26,7 @@ use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, train_step};
 use crate::train::{Items, Optimizer};
 use anyhow::{Context, Result, bail, ensure};
-use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
+use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind, WeightFormat};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -196,7 +196,7 @@ impl HybridEngine {
                 bail!("the engine holds no model {}", job.role.name())
             };
             let (params, _) = resident.take(kernels)?;
-            let pack = PackFor { form, training: false };
+            let pack = PackFor { form, training: false, format: WeightFormat::F32 };
             let packed =
                 resident.model.pack(kernels, &params, &job.role.name(), self.policy_version, pack);
             self.working.scored = Some((job.role.clone(), params, packed.map_err(out_of_memory)?));
@@ -270,7 +270,11 @@ impl HybridEngine {
         }
         if !report.skipped {
             self.policy_version += 1;
-            self.pack_policy(PackFor { form: self.form, training: true })?;
+            self.pack_policy(PackFor {
+                form: self.form,
+                training: true,
+                format: WeightFormat::F32,
+            })?;
         }
         report.policy_version = self.policy_version;
         Ok(report)
@@ -406,7 +410,7 @@ impl HybridEngine {
 
     fn ready_training(&mut self) -> Result<u64> {
         let form: AttentionForm = self.form;
-        self.pack_policy(PackFor { form, training: true })?;
+        self.pack_policy(PackFor { form, training: true, format: WeightFormat::F32 })?;
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_ref().expect("only called with a policy");
         let gradients =

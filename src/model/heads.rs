@@ -7,7 +7,7 @@ use super::norm::{Norm, Normed};
 use super::params::{Gradients, Params};
 use super::pass::{Pass, floats};
 use crate::config::ModelConfig;
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Store};
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Store, WeightFormat};
 
 /// The packed heads of a model.
 pub struct Heads {
@@ -50,11 +50,17 @@ impl Heads {
         config: &ModelConfig,
     ) -> Result<Heads, OutOfMemory> {
         let layout = params.layout.clone();
-        let linear = |index: usize| Linear::pack(packing, params, index..index + 1, 1);
+        // The head is never kept in less than 16 bits, a reward model's not in less than 32.
+        let vocabulary = match packing.format {
+            WeightFormat::F32 => WeightFormat::F32,
+            _ => WeightFormat::Bf16,
+        };
+        let linear =
+            |index: usize, format| Linear::pack(&packing.kept(format), params, index..index + 1, 1);
         Ok(Heads {
             norm: Norm { weight: layout.norm, epsilon: config.rms_norm_eps },
-            vocabulary: linear(layout.head)?,
-            scalar: layout.score.map(linear).transpose()?,
+            vocabulary: linear(layout.head, vocabulary)?,
+            scalar: layout.score.map(|score| linear(score, WeightFormat::F32)).transpose()?,
         })
     }
 

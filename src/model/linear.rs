@@ -3,7 +3,7 @@
 
 use super::params::{Gradients, Params};
 use rehearsal_kernels::{
-    Buffer, Kernels, OutOfMemory, Owner, Pack, Packed, Product, Routes, Store,
+    Buffer, Kernels, OutOfMemory, Owner, Pack, Packed, Product, Routes, Store, WeightFormat,
 };
 use std::ops::Range;
 
@@ -16,14 +16,21 @@ pub struct Packing<'a> {
     pub owner: Owner,
     /// Policy version that they are stamped with.
     pub version: u64,
+    /// What the packed numbers are kept as.
+    pub format: WeightFormat,
     /// Pack for input gradients too.
     pub training: bool,
 }
 
-impl Packing<'_> {
+impl<'a> Packing<'a> {
+    /// The same in another format.
+    pub fn kept(self, format: WeightFormat) -> Packing<'a> {
+        Packing { format, ..self }
+    }
+
     /// Packs `weight` for one product.
     pub fn pack(&self, weight: &Buffer, pack: Pack) -> Result<Packed, OutOfMemory> {
-        self.kernels.pack(self.owner, weight, pack, self.version)
+        self.kernels.pack(self.owner, weight, pack, self.format, self.version)
     }
 }
 

@@ -9,7 +9,7 @@ use super::params::{FeedForwardIndex, Gradients, Params};
 use super::pass::{Pass, floats, index_buffer};
 use crate::config::ModelConfig;
 use crate::config::model::TopkMethod;
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, RouterSpec, Routes, Store};
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, RouterSpec, Routes, Store, WeightFormat};
 
 /// A packed mixture of experts.
 pub struct Moe {
@@ -81,7 +81,13 @@ impl Moe {
         Ok(Moe {
             spec: router_spec(config),
             experts,
-            router: Linear::pack(packing, params, *router..*router + 1, 1)?,
+            // DeepSeek-V2 keeps its gate in f32 whatever the other weights are (deepseek_v2.md, section 5).
+            router: Linear::pack(
+                &packing.kept(WeightFormat::F32),
+                params,
+                *router..*router + 1,
+                1,
+            )?,
             gate_up: Linear::pack(packing, params, gate_up.clone(), experts)?,
             down: Linear::pack(packing, params, down.clone(), experts)?,
             shared,

@@ -13,7 +13,7 @@ use super::params::{Gradients, Layout, Params};
 use super::pass::{Documents, Pass, floats, indices};
 use crate::config::ModelConfig;
 use crate::config::engine::AttentionForm;
-use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, Kind, OutOfMemory, RopeTable};
+use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, Kind, OutOfMemory, RopeTable, WeightFormat};
 use std::sync::Arc;
 
 /// What a model's weights are packed for.
@@ -23,11 +23,14 @@ pub struct PackFor {
     pub form: AttentionForm,
     /// Input gradients too.
     pub training: bool,
+    /// What the numbers are kept as; norms, embedding and router stay as they are, the head at 16 bits or more.
+    pub format: WeightFormat,
 }
 
 impl PackFor {
     /// The sampler: absorbed, forward only.
-    pub const SAMPLING: PackFor = PackFor { form: AttentionForm::Absorbed, training: false };
+    pub const SAMPLING: PackFor =
+        PackFor { form: AttentionForm::Absorbed, training: false, format: WeightFormat::F32 };
 }
 
 /// A DeepSeek-V2 transformer.
@@ -78,8 +81,10 @@ impl Transformer {
         version: u64,
         pack: PackFor,
     ) -> Result<PackedModel, OutOfMemory> {
+        let PackFor { form: _, training, format } = pack;
+        assert!(format == WeightFormat::F32 || !training, "only f32 weights are trained");
         let owner = kernels.arena().owner(role, Kind::Packed);
-        let packing = Packing { kernels, owner, version, training: pack.training };
+        let packing = Packing { kernels, owner, version, format, training };
         let block = |index| Block::pack(&packing, params, &self.config, index, pack.form);
         Ok(PackedModel {
             form: pack.form,

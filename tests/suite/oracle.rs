@@ -9,7 +9,7 @@ use rehearsal::data::example::Sequence;
 use rehearsal::model::{DecodeRows, Documents, LatentCache, PackFor, Params, Transformer};
 use rehearsal::train::Items;
 use rehearsal::train::objective::{Micro, Tally};
-use rehearsal_kernels::Kernels;
+use rehearsal_kernels::{Kernels, WeightFormat};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -97,8 +97,15 @@ fn loss_and_every_gradient_equal_those_of_transformers() {
         let (model, params) = fixture.load(&kernels);
         let documents = [Sequence::all_targets(fixture.tokens("tokens"))];
         let items = Items::Documents(&documents);
-        let packed =
-            model.pack(&kernels, &params, "policy", 0, PackFor { form, training: true }).unwrap();
+        let packed = model
+            .pack(
+                &kernels,
+                &params,
+                "policy",
+                0,
+                PackFor { form, training: true, format: WeightFormat::F32 },
+            )
+            .unwrap();
         let mut gradients =
             rehearsal::model::Gradients::new(&kernels, &model.layout, "policy").unwrap();
         let packed_documents = Documents::pack(&kernels, &items.sequences(0..1)).unwrap();

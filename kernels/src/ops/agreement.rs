@@ -9,6 +9,7 @@ use super::Isa;
 use crate::arena::Arena;
 use crate::buffer::{Buffer, DType, View, ViewMut};
 use crate::cpu::CpuKernels;
+use crate::format::WeightFormat;
 use crate::kernels::{
     AdamW, HeadColumns, Kernels, Pack, Packed, Product, RopeTable, Routes, Store,
 };
@@ -86,8 +87,10 @@ fn indices(kernels: &dyn Kernels, cols: usize, numbers: &[u32]) -> Buffer {
     buffer
 }
 
-fn packed(kernels: &dyn Kernels, weight: &Buffer, pack: Pack) -> Packed {
-    kernels.pack(kernels.scratch(), weight, pack, 3).unwrap()
+/// A weight packed in a format that the job draws.
+fn packed(kernels: &dyn Kernels, made: &mut Made, weight: &Buffer, pack: Pack) -> Packed {
+    let format = WeightFormat::ALL[made.size(5) - 1];
+    kernels.pack(kernels.scratch(), weight, pack, format, 3).unwrap()
 }
 
 type Job = fn(&dyn Kernels, &mut Made) -> Vec<f64>;
@@ -141,7 +144,7 @@ fn linear_layers_agree_with_the_reference() {
         };
         let x = Inner::new(kernels, made, m, k);
         let mut y = Inner::new(kernels, made, m, n);
-        let packed = packed(kernels, &weight.get(), Pack::whole(product, &weight.get()));
+        let packed = packed(kernels, made, &weight.get(), Pack::whole(product, &weight.get()));
         assert_eq!((packed.inputs, packed.outputs, packed.version), (k, n, 3));
         kernels.linear(&x.get(), &packed, &mut y.set(), store);
         kernels.download_f64(&y.whole)
@@ -187,7 +190,7 @@ fn head_products_and_their_gradients_agree_with_the_reference() {
         let mut y = Inner::new(kernels, made, m, y_cols);
         let mut dw = Inner::new(kernels, made, weight_rows, cols);
         kernels.linear_heads_backward_weight(&y.get(), &x.get(), columns, pack, &mut dw.set());
-        let packed = packed(kernels, &weight.get(), pack);
+        let packed = packed(kernels, made, &weight.get(), pack);
         kernels.linear_heads(&x.get(), &packed, columns, &mut y.set(), store);
         let mut all = kernels.download_f64(&y.whole);
         all.extend(kernels.download_f64(&dw.whole));
@@ -216,13 +219,18 @@ fn expert_products_and_their_gradients_agree_with_the_reference() {
         let weight = Inner::new(kernels, made, experts * n, k);
         let packed_weight = packed(
             kernels,
+            made,
             &weight.get(),
             Pack::blocks(Product::Transposed, &weight.get(), experts),
         );
         let mut y = Inner::new(kernels, made, 2 * tokens, n);
         kernels.linear_experts(&x.get(), &packed_weight, &routes, &mut y.set());
-        let plain =
-            packed(kernels, &weight.get(), Pack::blocks(Product::Plain, &weight.get(), experts));
+        let plain = packed(
+            kernels,
+            made,
+            &weight.get(),
+            Pack::blocks(Product::Plain, &weight.get(), experts),
+        );
         let dy = Inner::new(kernels, made, 2 * tokens, n);
         let mut dx = Inner::new(kernels, made, 2 * tokens, k);
         kernels.linear_experts(&dy.get(), &plain, &routes, &mut dx.set());
@@ -367,8 +375,8 @@ fn a_row_has_the_same_bits_alone_and_among_others() {
         let made = &mut Made::new(5, 0);
         for [m, n, k] in [[64, 96, 128], [70, 33, 300], [13, 200, 520]] {
             let weight = Inner::new(&kernels, made, n, k);
-            let packed =
-                packed(&kernels, &weight.get(), Pack::whole(Product::Transposed, &weight.get()));
+            let whole = Pack::whole(Product::Transposed, &weight.get());
+            let packed = packed(&kernels, made, &weight.get(), whole);
             let x = Inner::new(&kernels, made, m, k);
             let mut together = Inner::new(&kernels, made, m, n);
             kernels.linear(&x.get(), &packed, &mut together.set(), Store::Set);

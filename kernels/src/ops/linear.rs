@@ -4,7 +4,7 @@
 //! dyᵀ x, added to what is there, rows ascending; threads split the weight, never the rows.
 
 use super::tile::{Left, Out, PANEL, Right};
-use super::work::{Term, products};
+use super::work::{Side, Term, products};
 use super::{Cx, pack};
 use crate::buffer::{Buffer, Mat, MatMut};
 use crate::kernels::{HeadColumns, Pack, Packed, Product, Store};
@@ -137,7 +137,7 @@ pub(crate) fn outer(
     Term {
         shape: [left_cols.len(), right_cols.len(), rows.len()],
         left: Left { at: first_left, row: 1, col: left.stride },
-        right: Right { at: first_right, row: right.stride, panel: PANEL },
+        right: Side::Floats(Right { at: first_right, row: right.stride, panel: PANEL }),
         out: Out { at: dw.pointer().wrapping_add(row * dw.stride), row: dw.stride },
     }
 }

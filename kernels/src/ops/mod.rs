@@ -10,7 +10,7 @@
 //!
 //! ```text
 //! foundations   lanes (16 floats), exp, tile (the product), work (how it is split)
-//! products      pack, linear, grouped
+//! products      quantize (codes), pack, unpack, linear, grouped
 //! rows          rows, rms_norm, rope, swiglu
 //! attention     mla_train, mla_decode
 //! experts       router, balance, routes
@@ -26,6 +26,8 @@ pub(crate) mod work;
 pub(crate) mod grouped;
 pub(crate) mod linear;
 pub(crate) mod pack;
+pub(crate) mod quantize;
+pub(crate) mod unpack;
 
 pub(crate) mod rms_norm;
 pub(crate) mod rope;

@@ -1,12 +1,17 @@
 //! Packing: a weight copied into panels of 32 output columns, so that a product reads it in one stream.
 //!
 //! `[groups][outputs / 32][inputs][32]`, zero padded: of Wᵀ for `Product::Transposed`, of W for
-//! `Product::Plain`. Knows nothing of products but this layout.
+//! `Product::Plain`; the elements are floats, or codes whose scales lie apart. Knows nothing of products but this
+//! layout.
 
+use super::quantize::{quotient, scales, to_bf16, to_e4m3, to_int8};
 use super::tile::{PANEL, Right};
+use super::unpack::{Codes, Scales};
+use super::work::Side;
 use super::{Cx, work};
 use crate::arena::Owner;
 use crate::buffer::{Buffer, DType, Mat};
+use crate::format::WeightFormat;
 use crate::kernels::{Pack, Packed, Product, Result};
 use std::ops::Range;
 
@@ -19,6 +24,7 @@ pub(crate) fn pack(
     owner: Owner,
     weight: &Buffer,
     pack: Pack,
+    format: WeightFormat,
     version: u64,
 ) -> Result<Packed> {
     let Pack { product, groups, group_stride, first_row, rows } = pack;
@@ -30,58 +36,147 @@ pub(crate) fn pack(
         Product::Plain => (rows, weight.cols()),
     };
     let panels = outputs.div_ceil(PANEL);
-    let mut data = cx.arena.buffer(owner, DType::F32, groups * panels * inputs, PANEL)?;
-    let (from, to) = (weight.host::<f32>(), data.host_mut::<f32>());
-    work::split(cx, groups * panels, 1, 4 * inputs * PANEL, &|range| {
-        for piece in range {
-            let first = first_row + piece / panels * group_stride;
-            let columns = piece % panels * PANEL..outputs.min((piece % panels + 1) * PANEL);
-            // SAFETY: panel `piece` is written by this piece alone.
-            let panel = unsafe { panel_mut(to.pointer(), piece, inputs) };
-            match product {
-                Product::Transposed => turn(&from, first, columns, panel),
-                Product::Plain => copy(&from, first, columns, panel),
-            }
+    let (dtype, width) = match format {
+        WeightFormat::F32 => (DType::F32, PANEL),
+        codes => (DType::U8, PANEL * codes.code_bytes()),
+    };
+    let mut data = cx.arena.buffer(owner, dtype, groups * panels * inputs, width)?;
+    let scales = scales(cx, owner, weight, format)?;
+    let job = Panels { weight: weight.host(), pack, inputs, outputs };
+    match (format, &scales) {
+        (WeightFormat::F32, _) => {
+            job.write(cx, data.host_mut::<f32>().pointer(), |_, _, x| x);
         }
-    });
-    Ok(Packed { product, groups, inputs, outputs, version, data })
+        (WeightFormat::Bf16, _) => {
+            job.write(cx, data.host_mut::<u8>().pointer().cast::<u16>(), |_, _, x| to_bf16(x));
+        }
+        (WeightFormat::Int8, Some(scales)) => {
+            let scales = scales.host::<f32>();
+            job.write(cx, data.host_mut::<u8>().pointer().cast::<i8>(), |row, _, x| {
+                to_int8(quotient(x, scales.row(row)[0]))
+            });
+        }
+        (WeightFormat::Fp8Channel | WeightFormat::Fp8Block, Some(scales)) => {
+            let scales = scales.host::<f32>();
+            let (rows, cols) = format.block(weight.cols()).expect("the format has scales");
+            job.write(cx, data.host_mut::<u8>().pointer(), |row, col, x| {
+                to_e4m3(quotient(x, scales.row(row / rows)[col / cols]))
+            });
+        }
+        _ => unreachable!("a format of 8 bits has scales"),
+    }
+    let rows = (first_row, group_stride);
+    Ok(Packed { product, groups, inputs, outputs, format, version, data, scales, rows })
 }
 
-/// The panels of one group as the right side of a product.
-pub(crate) fn panels(weight: &Packed, group: usize) -> Right {
+/// One group as the right side of a product.
+pub(crate) fn panels(weight: &Packed, group: usize) -> Side {
     assert!(group < weight.groups);
     let panel = weight.inputs * PANEL;
     let first = group * weight.outputs.div_ceil(PANEL) * panel;
-    Right { at: weight.data.host::<f32>().pointer().wrapping_add(first), row: PANEL, panel }
+    if weight.format == WeightFormat::F32 {
+        let at = weight.data.host::<f32>().pointer().wrapping_add(first);
+        return Side::Floats(Right { at, row: PANEL, panel });
+    }
+    let cols = match weight.product {
+        Product::Transposed => weight.inputs,
+        Product::Plain => weight.outputs,
+    };
+    let (at, stride) = match &weight.scales {
+        Some(scales) => (scales.host::<f32>().pointer(), scales.stride()),
+        None => (std::ptr::null(), 0),
+    };
+    let block = weight.format.block(cols).unwrap_or((1, cols));
+    let first_row = weight.rows.0 + group * weight.rows.1;
+    Side::Codes(Codes {
+        format: weight.format,
+        product: weight.product,
+        at: weight.data.host::<u8>().pointer().wrapping_add(first * weight.format.code_bytes()),
+        inputs: weight.inputs,
+        outputs: weight.outputs,
+        panel: 0,
+        scales: Scales { at, stride, block, first_row },
+    })
 }
 
-unsafe fn panel_mut<'a>(data: *mut f32, panel: usize, inputs: usize) -> &'a mut [[f32; PANEL]] {
-    // SAFETY: the buffer holds `inputs` rows for each panel; the caller owns this one.
-    unsafe {
-        std::slice::from_raw_parts_mut(data.cast::<[f32; PANEL]>().add(panel * inputs), inputs)
+/// A weight on its way into panels.
+struct Panels<'a> {
+    weight: Mat<'a, f32>,
+    pack: Pack,
+    inputs: usize,
+    outputs: usize,
+}
+
+/// An address that several threads write to, each its own panels.
+struct Shared<T>(*mut T);
+
+// SAFETY: see the type.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl Panels<'_> {
+    /// Writes all panels to `data`, which has room for them; `keep` makes an element of (row, column, number).
+    fn write<T: Copy + Default>(
+        &self,
+        cx: &Cx,
+        data: *mut T,
+        keep: impl Fn(usize, usize, f32) -> T + Sync,
+    ) {
+        let (inputs, panels, data) =
+            (self.inputs, self.outputs.div_ceil(PANEL), Shared(data.cast::<[T; PANEL]>()));
+        let Pack { product, groups, group_stride, first_row, .. } = self.pack;
+        let data = &data;
+        work::split(cx, groups * panels, 1, 4 * inputs * PANEL, &|range| {
+            for piece in range {
+                let first = first_row + piece / panels * group_stride;
+                let start = piece % panels * PANEL;
+                let columns = start..self.outputs.min(start + PANEL);
+                // SAFETY: the data holds `inputs` rows for each panel; `piece` is written by this piece alone.
+                let panel =
+                    unsafe { std::slice::from_raw_parts_mut(data.0.add(piece * inputs), inputs) };
+                match product {
+                    Product::Transposed => turn(&self.weight, first, columns, panel, &keep),
+                    Product::Plain => copy(&self.weight, first, columns, panel, &keep),
+                }
+            }
+        });
     }
 }
 
 /// panel[p][j] = W[first + columns[j]][p].
-fn turn(from: &Mat<'_, f32>, first: usize, columns: Range<usize>, panel: &mut [[f32; PANEL]]) {
+fn turn<T: Copy + Default>(
+    from: &Mat<'_, f32>,
+    first: usize,
+    columns: Range<usize>,
+    panel: &mut [[T; PANEL]],
+    keep: &impl Fn(usize, usize, f32) -> T,
+) {
     for start in (0..panel.len()).step_by(TURN) {
         let end = panel.len().min(start + TURN);
         for (j, column) in columns.clone().enumerate() {
             let row = &from.row(first + column)[start..end];
-            for (to, x) in panel[start..end].iter_mut().zip(row) {
-                to[j] = *x;
+            for (i, (to, x)) in panel[start..end].iter_mut().zip(row).enumerate() {
+                to[j] = keep(first + column, start + i, *x);
             }
         }
         for to in &mut panel[start..end] {
-            to[columns.len()..].fill(0.0);
+            to[columns.len()..].fill(T::default());
         }
     }
 }
 
 /// panel[p][j] = W[first + p][columns[j]].
-fn copy(from: &Mat<'_, f32>, first: usize, columns: Range<usize>, panel: &mut [[f32; PANEL]]) {
+fn copy<T: Copy + Default>(
+    from: &Mat<'_, f32>,
+    first: usize,
+    columns: Range<usize>,
+    panel: &mut [[T; PANEL]],
+    keep: &impl Fn(usize, usize, f32) -> T,
+) {
     for (p, to) in panel.iter_mut().enumerate() {
-        to[..columns.len()].copy_from_slice(&from.row(first + p)[columns.clone()]);
-        to[columns.len()..].fill(0.0);
+        let row = &from.row(first + p)[columns.clone()];
+        for (i, (to, x)) in to.iter_mut().zip(row).enumerate() {
+            *to = keep(first + p, columns.start + i, *x);
+        }
+        to[columns.len()..].fill(T::default());
     }
 }

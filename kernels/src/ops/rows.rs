@@ -59,6 +59,7 @@ pub(crate) fn copy(cx: &Cx, src: &Buffer, dst: &mut Buffer) {
     assert_eq!((src.rows(), src.cols()), (dst.rows(), dst.cols()), "shape of a copy");
     match src.dtype() {
         DType::U32 => copy_rows::<u32>(cx, src.rows(), src, dst, |row| row, |row| row),
+        DType::U8 => copy_rows::<u8>(cx, src.rows(), src, dst, |row| row, |row| row),
         _ => copy_rows::<f32>(cx, src.rows(), src, dst, |row| row, |row| row),
     }
 }

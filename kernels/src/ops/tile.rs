@@ -16,9 +16,9 @@ use std::mem::MaybeUninit;
 /// Columns of a panel of B.
 pub(crate) const PANEL: usize = 32;
 /// Rows of A in one block.
-const BLOCK_ROWS: usize = 96;
+pub(super) const BLOCK_ROWS: usize = 96;
 /// Steps of p in one block.
-const BLOCK_DEPTH: usize = 256;
+pub(super) const BLOCK_DEPTH: usize = 256;
 /// Rows of tiles from which copying a panel of B pays.
 const ROWS_TO_COPY_B: usize = 16;
 
@@ -151,7 +151,7 @@ impl OnLanes for Blocks {
         unsafe {
             for row in (0..m).step_by(BLOCK_ROWS) {
                 let rows = BLOCK_ROWS.min(m - row);
-                for (p, depth) in depths(k) {
+                for (p, depth) in depths(k, BLOCK_DEPTH) {
                     let (left, right, out) = self.block(row, p);
                     columns::<L>([rows, n, depth], left, right, out, adds(self.store, p));
                 }
@@ -179,8 +179,21 @@ impl Blocks {
 /// A product that copies blocks of A (tile by tile, transposed) or of B (into a panel) to the stack first.
 struct Copying<const A: bool, const B: bool>(Blocks);
 
+/// Floats on the stack, not yet set.
 #[repr(align(64))]
-struct Stack<const N: usize>([MaybeUninit<f32>; N]);
+pub(super) struct Stack<const N: usize>([MaybeUninit<f32>; N]);
+
+impl<const N: usize> Stack<N> {
+    #[inline(always)]
+    pub fn new() -> Stack<N> {
+        Stack([MaybeUninit::uninit(); N])
+    }
+
+    #[inline(always)]
+    pub fn as_mut_ptr(&mut self) -> *mut f32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
 
 impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
     type Out = ();
@@ -188,18 +201,18 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
     unsafe fn run<L: Lanes>(self) {
         let job = self.0;
         let [m, n, k] = job.shape;
-        let mut a = Stack([MaybeUninit::uninit(); BLOCK_ROWS * BLOCK_DEPTH]);
-        let mut b = Stack([MaybeUninit::uninit(); PANEL * BLOCK_DEPTH]);
+        let mut a = Stack::<{ BLOCK_ROWS * BLOCK_DEPTH }>::new();
+        let mut b = Stack::<{ PANEL * BLOCK_DEPTH }>::new();
         // SAFETY: every block lies inside the operands and fits the stack arrays; `copy_*` fill what is read.
         unsafe {
             for row in (0..m).step_by(BLOCK_ROWS) {
                 let rows = BLOCK_ROWS.min(m - row);
-                for (p, depth) in depths(k) {
+                for (p, depth) in depths(k, BLOCK_DEPTH) {
                     let (mut left, right, out) = job.block(row, p);
                     let add = adds(job.store, p);
                     if A {
-                        copy_left::<L>(rows, depth, left, a.0.as_mut_ptr().cast());
-                        left = Left { at: a.0.as_ptr().cast(), row: 1, col: 0 };
+                        copy_left::<L>(rows, depth, left, a.as_mut_ptr());
+                        left = Left { at: a.as_mut_ptr(), row: 1, col: 0 };
                     }
                     if !B {
                         columns::<L>([rows, n, depth], left, right, out, add);
@@ -208,8 +221,8 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
                     for j in (0..n).step_by(PANEL) {
                         let width = PANEL.min(n - j);
                         let from = right.at.add(j / PANEL * right.panel);
-                        copy_panel(width, depth, from, right.row, b.0.as_mut_ptr().cast());
-                        let panel = Right { at: b.0.as_ptr().cast(), row: PANEL, panel: 0 };
+                        copy_panel(width, depth, from, right.row, b.as_mut_ptr());
+                        let panel = Right { at: b.as_mut_ptr(), row: PANEL, panel: 0 };
                         let out = Out { at: out.at.add(j), ..out };
                         columns::<L>([rows, width, depth], left, panel, out, add);
                     }
@@ -219,16 +232,16 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
     }
 }
 
-/// Blocks of p as (first, count), of nearly equal size.
+/// Blocks of p as (first, count), of nearly equal size and at most `most` steps.
 #[inline(always)]
-fn depths(k: usize) -> impl Iterator<Item = (usize, usize)> {
-    let blocks = k.div_ceil(BLOCK_DEPTH);
+pub(super) fn depths(k: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let blocks = k.div_ceil(most);
     (0..blocks).map(move |i| (i * k / blocks, (i + 1) * k / blocks - i * k / blocks))
 }
 
 /// Whether the block that starts at step `p` continues what C holds.
 #[inline(always)]
-fn adds(store: Store, p: usize) -> bool {
+pub(super) fn adds(store: Store, p: usize) -> bool {
     store == Store::Add || p > 0
 }
 
@@ -274,7 +287,7 @@ unsafe fn copy_panel(width: usize, depth: usize, from: *const f32, row: usize, t
 
 /// One block of rows and of p against all columns. `left.col == 0` means A as [`copy_left`] leaves it.
 #[inline(always)]
-unsafe fn columns<L: Lanes>(
+pub(super) unsafe fn columns<L: Lanes>(
     [m, n, depth]: [usize; 3],
     left: Left,
     right: Right,

@@ -5,6 +5,7 @@
 
 use super::Cx;
 use super::tile::{Left, Out, PANEL, Right, multiply};
+use super::unpack::{Codes, multiply_codes};
 use crate::buffer::MatMut;
 use crate::kernels::Store;
 use std::ops::Range;
@@ -82,8 +83,15 @@ pub(crate) unsafe fn part_mut<'a, T>(
 pub(crate) struct Term {
     pub shape: [usize; 3],
     pub left: Left,
-    pub right: Right,
+    pub right: Side,
     pub out: Out,
+}
+
+/// B of a product: floats, or codes that are unpacked on the way.
+#[derive(Clone, Copy)]
+pub(crate) enum Side {
+    Floats(Right),
+    Codes(Codes),
 }
 
 // SAFETY: a Term is addresses; `products` makes its callers promise that they may be used.
@@ -112,8 +120,15 @@ impl Term {
         let shape = [steps.0.min(rows - i), steps.1.min(cols - j), depth];
         // SAFETY: the block lies inside the operands.
         unsafe {
-            let (left, right) = (self.left.at_row(i), self.right.at_column(j));
-            multiply(cx.isa, shape, left, right, self.out.from(i, j), store);
+            let (left, out) = (self.left.at_row(i), self.out.from(i, j));
+            match self.right {
+                Side::Floats(right) => {
+                    multiply(cx.isa, shape, left, right.at_column(j), out, store)
+                }
+                Side::Codes(codes) => {
+                    multiply_codes(cx.isa, shape, left, codes.at_column(j), out, store)
+                }
+            }
         }
     }
 }

@@ -5,11 +5,12 @@
 //! SIMD, and calls nothing in `ops`.
 //!
 //! Invariants:
-//!   * every float buffer is `F64`; a packed weight is a plain copy of the packed rows
+//!   * every float buffer is `F64`; a packed weight is a plain copy of the packed rows' values
 //!   * sums run over their index in ascending order and start from the output they add to
 
 mod attention;
 mod experts;
+mod formats;
 mod head;
 mod movement;
 mod norms;
@@ -18,6 +19,7 @@ mod products;
 
 use crate::arena::{Arena, Kind, Owner};
 use crate::buffer::{Buffer, DType};
+use crate::format::WeightFormat;
 use crate::kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
     RouterSpec, Routes, SampleRow, Sampled, Store,
@@ -128,8 +130,15 @@ impl Kernels for ReferenceKernels {
         movement::scatter_add_rows(src, index, dst);
     }
 
-    fn pack(&self, owner: Owner, weight: &Buffer, pack: Pack, version: u64) -> Result<Packed> {
-        products::pack(&self.arena, owner, weight, pack, version)
+    fn pack(
+        &self,
+        owner: Owner,
+        weight: &Buffer,
+        pack: Pack,
+        format: WeightFormat,
+        version: u64,
+    ) -> Result<Packed> {
+        products::pack(&self.arena, owner, weight, pack, format, version)
     }
 
     fn linear(&self, x: &Buffer, weight: &Packed, y: &mut Buffer, store: Store) {

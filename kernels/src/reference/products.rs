@@ -3,9 +3,10 @@
 //! A packed weight is a copy of its groups' rows, one group after another: `[groups * n, k]`.
 //! `Transposed` is y = x Wᵀ (input k, output n), `Plain` is y = x W (input n, output k).
 
-use super::{chain, movement};
+use super::{chain, formats, movement};
 use crate::arena::{Arena, Owner};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
+use crate::format::WeightFormat;
 use crate::kernels::{HeadColumns, Pack, Packed, Product, Result, Routes, Store};
 use std::ops::Range;
 
@@ -14,20 +15,26 @@ pub fn pack(
     owner: Owner,
     weight: &Buffer,
     pack: Pack,
+    format: WeightFormat,
     version: u64,
 ) -> Result<Packed> {
     let width = weight.cols();
     let mut data = arena.buffer(owner, DType::F64, pack.groups * pack.rows, width)?;
+    let kept = formats::kept(weight, format);
+    let mut rows = data.host_mut::<f64>();
     for group in 0..pack.groups {
         let first = pack.first_row + group * pack.group_stride;
-        let rows = weight.rows_of(first..first + pack.rows);
-        movement::copy(&rows, &mut data.rows_of_mut(group * pack.rows..(group + 1) * pack.rows));
+        for row in 0..pack.rows {
+            rows.row_mut(group * pack.rows + row).copy_from_slice(&kept[first + row]);
+        }
     }
-    let (inputs, outputs) = match pack.product {
+    let (product, groups) = (pack.product, pack.groups);
+    let (inputs, outputs) = match product {
         Product::Transposed => (width, pack.rows),
         Product::Plain => (pack.rows, width),
     };
-    Ok(Packed { product: pack.product, groups: pack.groups, inputs, outputs, version, data })
+    let rows = (pack.first_row, pack.group_stride);
+    Ok(Packed { product, groups, inputs, outputs, format, version, data, scales: None, rows })
 }
 
 /// Rows and columns of x and y that one group's product touches.

@@ -6,7 +6,7 @@
 //! given exactly the same problem.
 
 use rehearsal_kernels::random::{self, Stream};
-use rehearsal_kernels::{Buffer, DType, Kernels, Kind, Owner, Pack, Packed, Product};
+use rehearsal_kernels::{Buffer, DType, Kernels, Kind, Owner, Pack, Packed, Product, WeightFormat};
 
 /// One device under test.
 pub struct Bench<'k> {
@@ -69,7 +69,12 @@ impl<'k> Bench<'k> {
     }
 
     pub fn packed(&self, weight: &Buffer, pack: Pack) -> Packed {
-        self.kernels.pack(self.owner, weight, pack, 7).unwrap()
+        self.kept(weight, pack, WeightFormat::F32)
+    }
+
+    /// A weight packed in a format.
+    pub fn kept(&self, weight: &Buffer, pack: Pack, format: WeightFormat) -> Packed {
+        self.kernels.pack(self.owner, weight, pack, format, 7).unwrap()
     }
 }
 

@@ -4,6 +4,7 @@
 //!   * `goldens`: does a device do what the paper says? (numbers worked out by hand, both devices)
 //!   * `agreement`: does the CPU compute what the reference defines? (written tolerances)
 //!   * `invariance`: do threads, row splits and batch pieces leave every bit alone?
+//!   * `formats`: what is left of weights that are kept in few bits, and is it the same everywhere?
 //!   * `cuda`: does the seam to a GPU hold? (skipped aloud where there is none)
 //!
 //! `bench` makes buffers and compares; `problems` are the random problems of the comparisons.
@@ -12,6 +13,7 @@ mod agreement;
 mod bench;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod formats;
 mod goldens;
 mod gradients;
 mod invariance;

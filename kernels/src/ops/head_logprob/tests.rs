@@ -1,6 +1,7 @@
 //! Log-probabilities and gradients against plain f64 loops, and the promises about bits.
 
 use super::*;
+use crate::format::WeightFormat;
 use crate::kernels::{Pack, SampleRow};
 use crate::ops::Isa;
 use crate::ops::check::{floats, indices, normal, read, with};
@@ -23,8 +24,10 @@ struct Case {
 impl Case {
     fn new(cx: &Cx, rows: usize) -> Case {
         let weight = normal(cx, VOCABULARY, WIDTH, 7);
-        let packed =
-            |product| pack(cx, cx.scratch, &weight, Pack::whole(product, &weight), 3).unwrap();
+        let packed = |product| {
+            let whole = Pack::whole(product, &weight);
+            pack(cx, cx.scratch, &weight, whole, WeightFormat::F32, 3).unwrap()
+        };
         let targets: Vec<u32> = (0..rows as u32).map(|i| i * 389 % VOCABULARY as u32).collect();
         Case {
             x: normal(cx, rows, WIDTH, 8),

@@ -78,6 +78,10 @@ impl Kernels for CpuKernels {
     fn add(&self, src: &Buffer, dst: &mut Buffer) {
         ops::rows::add(&self.cx, src, dst)
     }
+    fn scale(&self, src: &Buffer, factor: f64, dst: &mut Buffer) {
+        ops::rows::scale(&self.cx, src, factor, dst)
+    }
+
     fn gather_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer) {
         ops::rows::gather_rows(&self.cx, src, index, dst)
     }

@@ -101,8 +101,20 @@ pub struct HeadColumns {
     pub output_stride: usize,
 }
 
+/// Which two columns of a block a rotation turns together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// (2k, 2k + 1): the order of DeepSeek-V2's weights.
+    Interleaved,
+    /// (k, k + width / 2): the order of Llama's weights.
+    Halves,
+}
+
 /// cos and sin of every position: two buffers `[positions, rope_width / 2]`.
 pub struct RopeTable {
+    /// What is turned together.
+    pub pairing: Pairing,
+
     /// Cosines, YaRN's multiplier included.
     pub cos: Buffer,
     /// Sines, YaRN's multiplier included.
@@ -143,6 +155,12 @@ impl AttentionShape {
     /// Query columns of one head.
     pub fn query_width(&self) -> usize {
         self.key_width + self.rope_width
+    }
+
+    /// Columns of kv: all keys and values of a token.
+    pub fn kv_width(&self) -> usize {
+        let last = (self.heads / self.sharing - 1) * self.head_stride;
+        last + self.key_width.max(self.value_offset + self.value_width)
     }
 }
 
@@ -256,6 +274,8 @@ pub trait Kernels: Send + Sync {
     fn copy(&self, src: &Buffer, dst: &mut Buffer);
     /// `dst += src`.
     fn add(&self, src: &Buffer, dst: &mut Buffer);
+    /// `dst = factor * src`.
+    fn scale(&self, src: &Buffer, factor: f64, dst: &mut Buffer);
     /// `dst[i] = src[index[i]]`, row by row.
     fn gather_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer);
     /// `dst[index[i]] = src[i]`, row by row; the indices are distinct.
@@ -336,7 +356,7 @@ pub trait Kernels: Send + Sync {
         inverse_rms: &Buffer,
         dw: &mut Buffer,
     );
-    /// Rotates, in place, the interleaved pairs of `heads` blocks: head h's block starts at column
+    /// Rotates, in place, the table's pairs of `heads` blocks: head h's block starts at column
     /// `first + h * stride` and is 2 x the table's width. `inverse` rotates back: the gradient.
     fn rope(
         &self,
@@ -381,9 +401,9 @@ pub trait Kernels: Send + Sync {
         dkv: &mut Buffer,
         dk_rope: &mut Buffer,
     ) -> Result<()>;
-    /// Absorbed attention against the paged cache `[slots, key_width + rope_width]` (post-norm latent, then
-    /// post-RoPE key): slot of token j = tables[sequence][j / page_tokens] * page_tokens + j % page_tokens.
-    /// The same operations in the same order as `mla_train` in the absorbed form.
+    /// Attention against the paged cache `[slots, kv_width + rope_width]`: a token's row of kv, then its shared rope
+    /// key. Slot of token j = tables[sequence][j / page_tokens] * page_tokens + j % page_tokens. The same
+    /// operations in the same order as `mla_train` of the same shape.
     fn mla_decode(
         &self,
         shape: &AttentionShape,

@@ -28,8 +28,8 @@ pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use format::WeightFormat;
 pub use kernels::{
-    AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Product, RopeTable,
-    RouterSpec, Routes, SampleRow, Sampled, Store,
+    AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Pairing, Product,
+    RopeTable, RouterSpec, Routes, SampleRow, Sampled, Store,
 };
 pub use reference::ReferenceKernels;
 pub use slab::{Slab, Spilled};

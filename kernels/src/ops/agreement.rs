@@ -11,7 +11,7 @@ use crate::buffer::{Buffer, DType, View, ViewMut};
 use crate::cpu::CpuKernels;
 use crate::format::WeightFormat;
 use crate::kernels::{
-    AdamW, HeadColumns, Kernels, Pack, Packed, Product, RopeTable, Routes, Store,
+    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, Routes, Store,
 };
 use crate::random::{Draws, Stream};
 use crate::reference::ReferenceKernels;
@@ -272,7 +272,8 @@ fn rotations_agree_with_the_reference_and_the_inverse_undoes_them() {
             kernels.upload_f64(numbers, &mut table);
             table
         };
-        let table = RopeTable { cos: buffer(&cos), sin: buffer(&sin) };
+        let pairing = [Pairing::Interleaved, Pairing::Halves][made.size(2) - 1];
+        let table = RopeTable { pairing, cos: buffer(&cos), sin: buffer(&sin) };
         let positions: Vec<u32> = (0..rows).map(|_| made.size(50) as u32 - 1).collect();
         let positions = indices(kernels, 1, &positions);
         let mut x = Inner::new(kernels, made, rows, first + heads * stride);
@@ -332,6 +333,7 @@ fn movement_agrees_with_the_reference() {
         let mut filled = Inner::new(kernels, made, count, cols);
         kernels.fill(&mut filled.set(), 0.75);
         kernels.add(&taken.get(), &mut filled.set());
+        kernels.scale(&filled.get(), 1.3, &mut taken.set());
         let mut order = duplicate(kernels, &index);
         kernels.fill(&mut order.rows_of_mut(0..1), 7.0);
         let order = kernels.download_indices(&order).into_iter().map(f64::from).collect();

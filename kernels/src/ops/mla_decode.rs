@@ -1,14 +1,14 @@
-//! Absorbed attention of a sampler's rows against the paged latent cache.
+//! Attention of a sampler's rows against the paged cache: MLA absorbed, GQA, or any other shape.
 //!
-//! Knows no weights: queries come absorbed and rotated, and the latent that comes out is still to
-//! be expanded. One cache row serves as key and value of all heads. Rows are taken in small groups;
-//! where neighbours read the same pages (a prompt's own rows, samples of one prompt), their keys
-//! are transposed once and their heads go through one product.
+//! Knows no weights: queries come rotated (and absorbed), and a latent that comes out is still to
+//! be expanded. A cache row is a token's row of kv, then its shared rope key. Rows are taken in
+//! small groups; where neighbours read the same pages (a prompt's own rows, samples of one prompt),
+//! their keys are transposed once and the heads that share a key go through one product.
 //!
 //! Invariants:
 //!   * a row's result depends on its query and on the tokens that it sees, not on its neighbours,
 //!     on page size or page numbers
-//!   * the operations are those of `mla_train` in the absorbed form, in the same order
+//!   * the operations are those of `mla_train` of the same shape, in the same order
 
 use super::Cx;
 use super::mla_train::{BLOCK, attempt, divide, softmax, transpose};
@@ -51,14 +51,9 @@ pub(crate) fn mla_decode(
 }
 
 fn check(shape: &AttentionShape, q: &Buffer, cache: &Buffer, batch: &DecodeBatch<'_>, o: &Buffer) {
-    let absorbed =
-        shape.sharing == shape.heads && shape.head_stride == 0 && shape.value_offset == 0;
-    assert!(
-        absorbed && shape.value_width <= shape.key_width,
-        "decode: attention in the absorbed form"
-    );
+    assert!(shape.heads.is_multiple_of(shape.sharing), "decode: heads in equal groups");
     assert_eq!(q.cols(), shape.heads * shape.query_width(), "decode: columns of q");
-    assert_eq!(cache.cols(), shape.query_width(), "decode: columns of the cache");
+    assert_eq!(cache.cols(), shape.kv_width() + shape.rope_width, "decode: columns of the cache");
     assert_eq!(
         (o.rows(), o.cols()),
         (q.rows(), shape.heads * shape.value_width),
@@ -85,6 +80,15 @@ struct Decode<'a> {
     o: &'a MatMut<'a, f32>,
 }
 
+/// Query heads that one product takes: neighbours in a row, or one head of neighbouring rows. Row
+/// and head count from the first of a run and of the heads that share a key.
+struct Batch {
+    row: usize,
+    head: usize,
+    count: usize,
+    along_rows: bool,
+}
+
 /// Neighbouring rows that read the same slots for a block of keys.
 struct Run {
     rows: Range<usize>,
@@ -108,12 +112,14 @@ impl Decode<'_> {
         let panel = panel.row_mut(0);
         for first in (0..longest).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
-                self.fill(run, panel);
                 let to = (run.rows.start - rows.start) * heads;
-                // SAFETY: the run's scores are rows of this group's scratch.
-                unsafe {
-                    let c = scores.pointer().add(to * longest + first);
-                    self.score(cx, &run.rows, panel, c, longest);
+                for key in 0..heads / self.shape.sharing {
+                    self.fill(run, key, panel);
+                    // SAFETY: the run's scores are rows of this group's scratch.
+                    unsafe {
+                        let c = scores.pointer().add(to * longest + first);
+                        self.score(cx, &run.rows, key, panel, c, longest);
+                    }
                 }
             });
         }
@@ -170,16 +176,23 @@ impl Decode<'_> {
         (count > 0).then_some(Run { rows: row..row + 1, slots, count })
     }
 
-    /// Transposes a run's keys.
-    fn fill(&self, run: &Run, panel: &mut [f32]) {
-        let mut keys: [&[f32]; BLOCK] = [&[]; BLOCK];
-        for (key, slot) in keys.iter_mut().zip(&run.slots[..run.count]) {
-            *key = self.cache.row(*slot);
-        }
-        transpose(&keys[..run.count], panel);
+    /// Transposes a run's keys of key-value head `key`: the key part, then the rope part.
+    fn fill(&self, run: &Run, key: usize, panel: &mut [f32]) {
+        let (keys, ropes) = panel.split_at_mut(self.shape.key_width * BLOCK);
+        self.transpose(run, key * self.shape.head_stride, keys);
+        self.transpose(run, self.shape.kv_width(), ropes);
     }
 
-    /// Scores of all heads of some rows against a panel.
+    /// Transposes as many columns from `first` of a run's cache rows as `panel` holds.
+    fn transpose(&self, run: &Run, first: usize, panel: &mut [f32]) {
+        let mut rows: [&[f32]; BLOCK] = [&[]; BLOCK];
+        for (row, slot) in rows.iter_mut().zip(&run.slots[..run.count]) {
+            *row = &self.cache.row(*slot)[first..][..panel.len() / BLOCK];
+        }
+        transpose(&rows[..run.count], panel);
+    }
+
+    /// Scores of the heads that share key-value head `key`, of some rows, against a panel.
     ///
     /// # Safety
     /// `scores` is good for a row of BLOCK floats, `stride` apart, for each row and head.
@@ -187,29 +200,32 @@ impl Decode<'_> {
         &self,
         cx: &Cx,
         rows: &Range<usize>,
+        key: usize,
         panel: &[f32],
         scores: *mut f32,
         stride: usize,
     ) {
         let (heads, width) = (self.shape.heads, self.shape.query_width());
-        each_batch(rows, self.q.stride == heads * width, |row, count| {
-            let query = self.q.row(rows.start + row).as_ptr();
+        self.each_batch(rows, self.q.stride == heads * width, |batch| {
+            let head = key * self.shape.sharing + batch.head;
+            let query = self.q.row(rows.start + batch.row)[head * width..].as_ptr();
+            let (from, by) =
+                if batch.along_rows { (self.q.stride, heads * stride) } else { (width, stride) };
             // SAFETY: a query's heads lie one after another, and so do the rows of a batch.
             unsafe {
-                let to = scores.add(row * heads * stride);
-                let m = count * heads;
+                let to = scores.add((batch.row * heads + head) * stride);
                 product(
                     cx.isa,
-                    m,
+                    batch.count,
                     BLOCK,
                     width,
                     query,
-                    width,
+                    from,
                     1,
                     panel.as_ptr(),
                     BLOCK,
                     to,
-                    stride,
+                    by,
                     Store::Set,
                 );
             }
@@ -229,20 +245,44 @@ impl Decode<'_> {
         sets: bool,
     ) {
         let (heads, width) = (self.shape.heads, self.shape.value_width);
-        each_batch(&run.rows, self.o.stride == heads * width, |row, count| {
-            for keys in run.neighbours() {
-                let store = if sets && keys.start == 0 { Store::Set } else { Store::Add };
-                let value = self.cache.row(run.slots[keys.start]).as_ptr();
-                // SAFETY: neighbouring slots are neighbouring cache rows; the rest is the caller's
-                // promise.
-                unsafe {
-                    let from = weights.add(row * heads * stride + keys.start);
-                    let to = self.o.pointer().add((run.rows.start + row) * self.o.stride);
-                    let (m, k, b) = (count * heads, keys.len(), self.cache.stride);
-                    product(cx.isa, m, width, k, from, stride, 1, value, b, to, width, store);
+        let shape = self.shape;
+        for key in 0..heads / shape.sharing {
+            let column = key * shape.head_stride + shape.value_offset;
+            self.each_batch(&run.rows, self.o.stride == heads * width, |batch| {
+                let head = key * shape.sharing + batch.head;
+                let (by, out) = match batch.along_rows {
+                    true => (heads * stride, self.o.stride),
+                    false => (stride, width),
+                };
+                for keys in run.neighbours() {
+                    let store = if sets && keys.start == 0 { Store::Set } else { Store::Add };
+                    let value = self.cache.row(run.slots[keys.start])[column..].as_ptr();
+                    // SAFETY: neighbouring slots are neighbouring cache rows; the rest is the
+                    // caller's promise.
+                    unsafe {
+                        let from = weights.add((batch.row * heads + head) * stride + keys.start);
+                        let row = (run.rows.start + batch.row) * self.o.stride;
+                        let to = self.o.pointer().add(row + head * width);
+                        let (m, k, b) = (batch.count, keys.len(), self.cache.stride);
+                        product(cx.isa, m, width, k, from, by, 1, value, b, to, out, store);
+                    }
                 }
-            }
-        });
+            });
+        }
+    }
+
+    /// Calls `call` for the query heads of some rows that share a key: all at once if they lie
+    /// `together`, else along the longer side.
+    fn each_batch(&self, rows: &Range<usize>, together: bool, call: impl FnMut(Batch)) {
+        let (rows, sharing) = (rows.len(), self.shape.sharing);
+        let along = |along_rows, count| move |row, head| Batch { row, head, count, along_rows };
+        if together && sharing == self.shape.heads {
+            std::iter::once(along(false, rows * sharing)(0, 0)).for_each(call);
+        } else if rows > sharing {
+            (0..sharing).map(|head| along(true, rows)(0, head)).for_each(call);
+        } else {
+            (0..rows).map(|row| along(false, sharing)(row, 0)).for_each(call);
+        }
     }
 }
 
@@ -266,16 +306,6 @@ impl Run {
             first += chunk.len();
             first - chunk.len()..first
         })
-    }
-}
-
-/// Calls `call(first row, count)` for rows that one product can take: all if they follow each
-/// other.
-fn each_batch(rows: &Range<usize>, together: bool, mut call: impl FnMut(usize, usize)) {
-    if together {
-        call(0, rows.len());
-    } else {
-        (0..rows.len()).for_each(|row| call(row, 1));
     }
 }
 

@@ -122,12 +122,7 @@ impl<'a> Inputs<'a> {
         k_rope: &'a Buffer,
     ) -> Inputs<'a> {
         assert!(shape.heads.is_multiple_of(shape.sharing), "attention: heads in equal groups");
-        let last = (shape.heads / shape.sharing - 1) * shape.head_stride;
-        assert!(last + shape.key_width <= kv.cols(), "attention: keys inside kv");
-        assert!(
-            last + shape.value_offset + shape.value_width <= kv.cols(),
-            "attention: values inside kv"
-        );
+        assert!(shape.kv_width() <= kv.cols(), "attention: keys and values inside kv");
         assert_eq!(q.cols(), shape.heads * shape.query_width(), "attention: columns of q");
         assert_eq!(k_rope.cols(), shape.rope_width, "attention: columns of k_rope");
         assert!(

@@ -1,11 +1,11 @@
-//! RoPE: rotates interleaved pairs of columns by the angle of the row's position, and back.
+//! RoPE: rotates pairs of columns by the angle of the row's position, and back.
 //!
-//! (a, b) becomes (a cos - b sin, a sin + b cos); `inverse` takes -sin, which is the gradient. Angles and
-//! YaRN are the table's business.
+//! (a, b) becomes (a cos - b sin, a sin + b cos); `inverse` takes -sin, which is the gradient. Which columns
+//! are a pair, angles and YaRN are the table's business.
 
 use super::{Cx, Lanes, OnLanes, work};
 use crate::buffer::Buffer;
-use crate::kernels::RopeTable;
+use crate::kernels::{Pairing, RopeTable};
 
 /// Operations per element, roughly: what decides about threads.
 const COST: usize = 8;
@@ -39,7 +39,7 @@ pub(crate) fn rope(
             for head in 0..heads {
                 let x = &mut x[first + head * stride..][..width];
                 // SAFETY: `isa` was detected.
-                unsafe { cx.isa.run(Rotate { x, cos, sin, sign }) };
+                unsafe { cx.isa.run(Rotate { x, pairing: table.pairing, cos, sin, sign }) };
             }
         }
     });
@@ -47,6 +47,7 @@ pub(crate) fn rope(
 
 struct Rotate<'a> {
     x: &'a mut [f32],
+    pairing: Pairing,
     cos: &'a [f32],
     sin: &'a [f32],
     sign: f32,
@@ -56,10 +57,22 @@ impl OnLanes for Rotate<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let (pairs, _) = self.x.as_chunks_mut::<2>();
-        for (([a, b], cos), sin) in pairs.iter_mut().zip(self.cos).zip(self.sin) {
-            let sin = sin * self.sign;
-            (*a, *b) = (a.mul_add(*cos, -(*b * sin)), a.mul_add(sin, *b * cos));
+        let angles = self.cos.iter().zip(self.sin.iter().map(|sin| sin * self.sign));
+        match self.pairing {
+            Pairing::Interleaved => {
+                let (pairs, _) = self.x.as_chunks_mut::<2>();
+                pairs.iter_mut().zip(angles).for_each(|([a, b], angle)| turn(a, b, angle));
+            }
+            Pairing::Halves => {
+                let (left, right) = self.x.split_at_mut(self.cos.len());
+                let pairs = left.iter_mut().zip(right);
+                pairs.zip(angles).for_each(|((a, b), angle)| turn(a, b, angle));
+            }
         }
     }
+}
+
+#[inline(always)]
+fn turn(a: &mut f32, b: &mut f32, (cos, sin): (&f32, f32)) {
+    (*a, *b) = (a.mul_add(*cos, -(*b * sin)), a.mul_add(sin, *b * cos));
 }

@@ -1,4 +1,4 @@
-//! Movement: numbers in and out, filling, copying, adding, and rows by index.
+//! Movement: numbers in and out, filling, copying, adding, scaling, and rows by index.
 //!
 //! Host numbers of another width are converted here and nowhere else. Where several rows are added to
 //! one (`scatter_add_rows`), threads split the columns, so that the rows come in ascending order.
@@ -105,6 +105,19 @@ pub(crate) fn add(cx: &Cx, src: &Buffer, dst: &mut Buffer) {
         // SAFETY: segments are disjoint.
         let to = unsafe { work::part_mut(&dst, row, range.clone()) };
         add_slice(cx.isa, &src.row(row)[range], to);
+    });
+}
+
+/// See [`Kernels::scale`](crate::Kernels::scale).
+pub(crate) fn scale(cx: &Cx, src: &Buffer, factor: f64, dst: &mut Buffer) {
+    assert_eq!((src.rows(), src.cols()), (dst.rows(), dst.cols()), "shape of a scaled copy");
+    let (src, dst, factor) = (src.host::<f32>(), dst.host_mut::<f32>(), factor as f32);
+    work::segments(cx, src.rows, src.cols, MOVE, &|row, range| {
+        // SAFETY: segments are disjoint.
+        let to = unsafe { work::part_mut(&dst, row, range.clone()) };
+        for (to, from) in to.iter_mut().zip(&src.row(row)[range]) {
+            *to = factor * from;
+        }
     });
 }
 

@@ -118,6 +118,10 @@ impl Kernels for ReferenceKernels {
         movement::add(src, dst);
     }
 
+    fn scale(&self, src: &Buffer, factor: f64, dst: &mut Buffer) {
+        movement::scale(src, factor, dst);
+    }
+
     fn gather_rows(&self, src: &Buffer, index: &Buffer, dst: &mut Buffer) {
         movement::gather_rows(src, index, dst);
     }

@@ -41,6 +41,11 @@ pub fn add(src: &Buffer, dst: &mut Buffer) {
     }
 }
 
+pub fn scale(src: &Buffer, factor: f64, dst: &mut Buffer) {
+    let scaled: Vec<f64> = read::<f64>(src).into_iter().map(|x| factor * x).collect();
+    write(&scaled, dst);
+}
+
 pub fn gather_rows(src: &Buffer, index: &Buffer, dst: &mut Buffer) {
     let index = read::<u32>(index);
     assert_eq!(index.len(), dst.rows(), "one index a gathered row");

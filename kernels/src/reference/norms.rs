@@ -5,7 +5,7 @@
 
 use super::{dot, movement};
 use crate::buffer::Buffer;
-use crate::kernels::{RopeTable, Store};
+use crate::kernels::{Pairing, RopeTable, Store};
 
 pub fn rms_norm(
     x: &Buffer,
@@ -74,11 +74,13 @@ pub fn rope(
         let (cos, sin) = (cos.row(position as usize), sin.row(position as usize));
         for start in starts {
             let block = &mut x.row_mut(t)[*start..][..2 * cos.len()];
-            for (k, pair) in block.chunks_exact_mut(2).enumerate() {
+            for k in 0..cos.len() {
+                let (i, j) = match table.pairing {
+                    Pairing::Interleaved => (2 * k, 2 * k + 1),
+                    Pairing::Halves => (k, k + cos.len()),
+                };
                 let (c, s) = (cos[k], if inverse { -sin[k] } else { sin[k] });
-                let (even, odd) = (pair[0], pair[1]);
-                pair[0] = even * c - odd * s;
-                pair[1] = even * s + odd * c;
+                (block[i], block[j]) = (block[i] * c - block[j] * s, block[i] * s + block[j] * c);
             }
         }
     }

@@ -2,8 +2,8 @@
 
 use crate::bench::{Bench, check_close};
 use rehearsal_kernels::{
-    AdamW, Arena, AttentionShape, CpuKernels, HeadColumns, Pack, Product, ReferenceKernels,
-    RopeTable, RouterSpec, SampleRow, Store,
+    AdamW, Arena, AttentionShape, CpuKernels, HeadColumns, Pack, Pairing, Product,
+    ReferenceKernels, RopeTable, RouterSpec, SampleRow, Store,
 };
 
 /// Runs `test` on both devices with the tolerance of each.
@@ -67,18 +67,28 @@ fn the_balance_loss_is_alpha_when_balanced_and_n_over_k_of_it_when_collapsed() {
 }
 
 #[test]
-fn rotation_turns_interleaved_pairs_and_position_zero_stays() {
+fn rotation_turns_the_pairs_of_its_table_and_position_zero_stays() {
     on_each(|bench, tolerance| {
         let angles = [0.0f64, 0.0, 0.5, 0.1];
-        let table = RopeTable {
-            cos: bench.floats(2, 2, &angles.map(f64::cos)),
-            sin: bench.floats(2, 2, &angles.map(f64::sin)),
-        };
-        let mut x = bench.floats(2, 5, &[9.0, 1.0, 2.0, 3.0, 4.0, 9.0, 1.0, 0.0, 0.0, 2.0]);
-        bench.kernels.rope(&mut x, &bench.indices(2, 1, &[0, 1]), &table, 1, 1, 0, false);
         let (a, b) = (0.5f64, 0.1f64);
-        let want = [9.0, 1.0, 2.0, 3.0, 4.0, 9.0, a.cos(), a.sin(), -2.0 * b.sin(), 2.0 * b.cos()];
-        check_close("rope", &bench.read(&x), &want, tolerance);
+        let turn = |pairing, row: [f64; 4]| {
+            let table = RopeTable {
+                pairing,
+                cos: bench.floats(2, 2, &angles.map(f64::cos)),
+                sin: bench.floats(2, 2, &angles.map(f64::sin)),
+            };
+            let mut x =
+                bench.floats(2, 5, &[[9.0, 1.0, 2.0, 3.0, 4.0, 9.0].as_slice(), &row].concat());
+            bench.kernels.rope(&mut x, &bench.indices(2, 1, &[0, 1]), &table, 1, 1, 0, false);
+            bench.read(&x)
+        };
+        let want = |row: [f64; 4]| [[9.0, 1.0, 2.0, 3.0, 4.0, 9.0].as_slice(), &row].concat();
+        let interleaved = want([a.cos(), a.sin(), -2.0 * b.sin(), 2.0 * b.cos()]);
+        let got = turn(Pairing::Interleaved, [1.0, 0.0, 0.0, 2.0]);
+        check_close("rope, interleaved", &got, &interleaved, tolerance);
+        let halves = want([a.cos(), -2.0 * b.sin(), a.sin(), 2.0 * b.cos()]);
+        let got = turn(Pairing::Halves, [1.0, 0.0, 0.0, 2.0]);
+        check_close("rope, halves", &got, &halves, tolerance);
     });
 }
 

@@ -5,9 +5,10 @@
 
 use crate::bench::{Bench, check_same_bits};
 use crate::problems;
-use crate::problems::attention::{ABSORBED, decode, mixed_rows};
+use crate::problems::attention::{ABSORBED, EXPANDED, GROUPED, decode, mixed_rows};
 use rehearsal_kernels::{
-    Arena, Buffer, CpuKernels, DecodeBatch, Kernels, Product, ReferenceKernels, Store,
+    Arena, AttentionShape, Buffer, CpuKernels, DecodeBatch, Kernels, Product, ReferenceKernels,
+    Store,
 };
 
 /// Runs `test` on both devices.
@@ -85,41 +86,50 @@ fn a_weight_gradient_in_pieces_has_the_bits_of_one_piece() {
 fn a_decoding_row_does_not_depend_on_the_rest_of_its_batch() {
     on_each(|bench| {
         let rows = mixed_rows();
-        let together = bench.read(&decode(bench, &ABSORBED, &rows));
-        let alone: Vec<f64> =
-            rows.iter().flat_map(|row| bench.read(&decode(bench, &ABSORBED, &[*row]))).collect();
-        check_same_bits("decode alone", &alone, &together);
+        for shape in [&ABSORBED, &GROUPED, &EXPANDED] {
+            let together = bench.read(&decode(bench, shape, &rows));
+            let alone: Vec<f64> =
+                rows.iter().flat_map(|row| bench.read(&decode(bench, shape, &[*row]))).collect();
+            check_same_bits("decode alone", &alone, &together);
+        }
     });
 }
 
 #[test]
-fn cached_attention_has_the_bits_of_absorbed_training_attention() {
+fn cached_attention_has_the_bits_of_training_attention_of_the_same_shape() {
     on_each(|bench| {
-        let (shape, page_tokens, tokens) = (&ABSORBED, 5, 23);
-        let q = bench.random(1, tokens, shape.heads * shape.query_width());
-        let (kv, k_rope) = (bench.random(2, tokens, 9), bench.random(3, tokens, 4));
-        let (mut o, mut lse) =
-            (bench.unset(tokens, shape.heads * 9), bench.unset(tokens, shape.heads));
-        let start = bench.indices(tokens, 1, &vec![0; tokens]);
-        let k = bench.kernels;
-        k.mla_train(shape, &q, &kv, &k_rope, &start, &mut o, &mut lse).unwrap();
-
-        let pages = [4, 0, 3, 1, 2];
-        let slots: Vec<u32> = (0..tokens)
-            .map(|j| pages[j / page_tokens] * page_tokens as u32 + (j % page_tokens) as u32)
-            .collect();
-        let slots = bench.indices(tokens, 1, &slots);
-        let mut cache = bench.filled(25, 13, 0.0);
-        k.scatter_rows(&kv, &slots, &mut cache.cols_of_mut(0..9));
-        k.scatter_rows(&k_rope, &slots, &mut cache.cols_of_mut(9..13));
-        let batch = DecodeBatch {
-            tables: &bench.indices(1, 5, &pages),
-            sequence: &bench.indices(tokens, 1, &vec![0; tokens]),
-            length: &bench.indices(tokens, 1, &(1..=tokens as u32).collect::<Vec<_>>()),
-            page_tokens,
-        };
-        let mut cached = bench.unset(tokens, shape.heads * 9);
-        k.mla_decode(shape, &q, &cache, &batch, &mut cached).unwrap();
-        check_same_bits("cached", &bench.read(&cached), &bench.read(&o));
+        for shape in [&ABSORBED, &GROUPED, &EXPANDED] {
+            check_cached(bench, shape);
+        }
     });
+}
+
+fn check_cached(bench: &Bench<'_>, shape: &AttentionShape) {
+    let (page_tokens, tokens) = (5, 23);
+    let (wide, width) = (shape.kv_width(), shape.kv_width() + shape.rope_width);
+    let q = bench.random(1, tokens, shape.heads * shape.query_width());
+    let (kv, k_rope) = (bench.random(2, tokens, wide), bench.random(3, tokens, shape.rope_width));
+    let (mut o, mut lse) =
+        (bench.unset(tokens, shape.heads * shape.value_width), bench.unset(tokens, shape.heads));
+    let start = bench.indices(tokens, 1, &vec![0; tokens]);
+    let k = bench.kernels;
+    k.mla_train(shape, &q, &kv, &k_rope, &start, &mut o, &mut lse).unwrap();
+
+    let pages = [4, 0, 3, 1, 2];
+    let slots: Vec<u32> = (0..tokens)
+        .map(|j| pages[j / page_tokens] * page_tokens as u32 + (j % page_tokens) as u32)
+        .collect();
+    let slots = bench.indices(tokens, 1, &slots);
+    let mut cache = bench.filled(25, width, 0.0);
+    k.scatter_rows(&kv, &slots, &mut cache.cols_of_mut(0..wide));
+    k.scatter_rows(&k_rope, &slots, &mut cache.cols_of_mut(wide..width));
+    let batch = DecodeBatch {
+        tables: &bench.indices(1, 5, &pages),
+        sequence: &bench.indices(tokens, 1, &vec![0; tokens]),
+        length: &bench.indices(tokens, 1, &(1..=tokens as u32).collect::<Vec<_>>()),
+        page_tokens,
+    };
+    let mut cached = bench.unset(tokens, o.cols());
+    k.mla_decode(shape, &q, &cache, &batch, &mut cached).unwrap();
+    check_same_bits("cached", &bench.read(&cached), &bench.read(&o));
 }

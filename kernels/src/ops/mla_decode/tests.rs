@@ -1,11 +1,12 @@
-//! Decoded rows against trained ones: the same bits for any batch, page size, thread count and set.
+//! Decoded rows against trained ones: the same bits for any shape, batch, page size, thread count
+//! and set.
 
 use super::*;
 use crate::ops::Isa;
 use crate::ops::check::{floats, indices, normal, read, with};
 use crate::ops::mla_train::mla_train;
 
-const SHAPE: AttentionShape = AttentionShape {
+const ABSORBED: AttentionShape = AttentionShape {
     heads: 3,
     sharing: 3,
     key_width: 20,
@@ -16,14 +17,41 @@ const SHAPE: AttentionShape = AttentionShape {
     scale: 0.3,
 };
 
+/// All keys, then all values, as in GQA.
+const GROUPED: AttentionShape = AttentionShape {
+    heads: 6,
+    sharing: 3,
+    key_width: 10,
+    rope_width: 0,
+    value_width: 10,
+    head_stride: 10,
+    value_offset: 20,
+    scale: 0.3,
+};
+
+/// A key and a value for each head, and a shared rope key behind them all.
+const EXPANDED: AttentionShape = AttentionShape {
+    heads: 3,
+    sharing: 1,
+    key_width: 7,
+    rope_width: 6,
+    value_width: 5,
+    head_stride: 12,
+    value_offset: 7,
+    scale: 0.3,
+};
+
+const SHAPES: [AttentionShape; 3] = [ABSORBED, GROUPED, EXPANDED];
+
 /// Lengths of the sequences; the last two begin with the first PROMPT tokens of the first.
 const LENGTHS: [usize; 5] = [70, 33, 5, 64, 45];
 const PROMPT: usize = 40;
 
 /// All tokens of all sequences, one after another, and the trainer's output for them.
 struct Tokens {
+    shape: AttentionShape,
     q: Vec<f32>,
-    latent: Vec<f32>,
+    kv: Vec<f32>,
     rope: Vec<f32>,
     output: Vec<f32>,
 }
@@ -32,9 +60,9 @@ fn first(sequence: usize) -> usize {
     LENGTHS[..sequence].iter().sum()
 }
 
-fn tokens(cx: &Cx) -> Tokens {
+fn tokens(cx: &Cx, shape: AttentionShape) -> Tokens {
     let rows = first(LENGTHS.len());
-    let q = normal(cx, rows, SHAPE.heads * SHAPE.query_width(), 1);
+    let q = normal(cx, rows, shape.heads * shape.query_width(), 1);
     let fork = |b: Buffer| {
         let (cols, mut all) = (b.cols(), read(&b));
         for sequence in [3, 4] {
@@ -42,17 +70,17 @@ fn tokens(cx: &Cx) -> Tokens {
         }
         all
     };
-    let latent = fork(normal(cx, rows, SHAPE.key_width, 2));
-    let rope = fork(normal(cx, rows, SHAPE.rope_width, 3));
+    let kv = fork(normal(cx, rows, shape.kv_width(), 2));
+    let rope = fork(normal(cx, rows, shape.rope_width, 3));
     let start: Vec<u32> =
         (0..LENGTHS.len()).flat_map(|s| vec![first(s) as u32; LENGTHS[s]]).collect();
     let blank = |cols| floats(cx, rows, cols, &vec![f32::NAN; rows * cols]);
-    let (mut o, mut lse) = (blank(SHAPE.heads * SHAPE.value_width), blank(SHAPE.heads));
-    let kv = floats(cx, rows, SHAPE.key_width, &latent);
-    let k_rope = floats(cx, rows, SHAPE.rope_width, &rope);
-    mla_train(cx, &SHAPE, &q, &kv, &k_rope, &indices(cx, rows, 1, &start), &mut o, &mut lse)
+    let (mut o, mut lse) = (blank(shape.heads * shape.value_width), blank(shape.heads));
+    let keys = floats(cx, rows, shape.kv_width(), &kv);
+    let k_rope = floats(cx, rows, shape.rope_width, &rope);
+    mla_train(cx, &shape, &q, &keys, &k_rope, &indices(cx, rows, 1, &start), &mut o, &mut lse)
         .unwrap();
-    Tokens { q: read(&q), latent, rope, output: read(&o) }
+    Tokens { shape, q: read(&q), kv, rope, output: read(&o) }
 }
 
 /// A cache full of NaN but for the tokens, in scattered pages; whole prompt pages are shared.
@@ -61,7 +89,9 @@ fn paged(cx: &Cx, tokens: &Tokens, page: usize) -> (Buffer, Buffer) {
     let count = across * LENGTHS.len() + 3;
     assert!(!count.is_multiple_of(11));
     let mut tables = vec![0; across * LENGTHS.len()];
-    let width = SHAPE.query_width();
+    let shape = &tokens.shape;
+    let (wide, narrow) = (shape.kv_width(), shape.rope_width);
+    let width = wide + narrow;
     let mut cache = vec![f32::NAN; count * page * width];
     for (sequence, &length) in LENGTHS.iter().enumerate() {
         for token in 0..length {
@@ -72,9 +102,9 @@ fn paged(cx: &Cx, tokens: &Tokens, page: usize) -> (Buffer, Buffer) {
             tables[sequence * across + token / page] = number as u32;
             let row = first(sequence) + token;
             let slot = &mut cache[(number * page + token % page) * width..][..width];
-            let (latent, rope) = slot.split_at_mut(SHAPE.key_width);
-            latent.copy_from_slice(&tokens.latent[row * SHAPE.key_width..][..SHAPE.key_width]);
-            rope.copy_from_slice(&tokens.rope[row * SHAPE.rope_width..][..SHAPE.rope_width]);
+            let (kv, rope) = slot.split_at_mut(wide);
+            kv.copy_from_slice(&tokens.kv[row * wide..][..wide]);
+            rope.copy_from_slice(&tokens.rope[row * narrow..][..narrow]);
         }
     }
     (floats(cx, count * page, width, &cache), indices(cx, LENGTHS.len(), across, &tables))
@@ -84,7 +114,8 @@ fn paged(cx: &Cx, tokens: &Tokens, page: usize) -> (Buffer, Buffer) {
 /// queries and outputs have `margin` columns that belong to nobody.
 fn check_rows(cx: &Cx, tokens: &Tokens, page: usize, rows: &[(usize, usize)], margin: usize) {
     let (cache, tables) = paged(cx, tokens, page);
-    let (wide, narrow) = (SHAPE.heads * SHAPE.query_width(), SHAPE.heads * SHAPE.value_width);
+    let shape = &tokens.shape;
+    let (wide, narrow) = (shape.heads * shape.query_width(), shape.heads * shape.value_width);
     let mut q = Vec::new();
     for (sequence, position) in rows {
         q.extend(&tokens.q[(first(*sequence) + position) * wide..][..wide]);
@@ -100,7 +131,7 @@ fn check_rows(cx: &Cx, tokens: &Tokens, page: usize, rows: &[(usize, usize)], ma
     let (sequence, length) = (of(&|row| row.0), of(&|row| row.1 + 1));
     let batch =
         DecodeBatch { tables: &tables, sequence: &sequence, length: &length, page_tokens: page };
-    mla_decode(cx, &SHAPE, &q.cols_of(0..wide), &cache, &batch, &mut o.cols_of_mut(0..narrow))
+    mla_decode(cx, shape, &q.cols_of(0..wide), &cache, &batch, &mut o.cols_of_mut(0..narrow))
         .unwrap();
     let found = read(&o.cols_of(0..narrow));
     for (i, (sequence, position)) in rows.iter().enumerate() {
@@ -121,12 +152,13 @@ fn decoded_rows_equal_trained_rows_to_the_bit_for_any_batch_page_and_thread_coun
     let mixed: Vec<_> = (0..200).map(|i| (i * 7 % 5, i * 13 % LENGTHS[i * 7 % 5])).collect();
     for threads in [1, 3] {
         let cx = with(threads, Isa::detect());
-        let tokens = tokens(&cx);
-        for page in [1, 5, 16, 32, 48] {
-            for (rows, margin) in
-                [(&prefill, 0), (&last, 0), (&mixed, 0), (&mixed, 5), (&vec![(1, 0)], 0)]
-            {
-                check_rows(&cx, &tokens, page, rows, margin);
+        for tokens in SHAPES.map(|shape| tokens(&cx, shape)) {
+            for page in [1, 5, 16, 32, 48] {
+                for (rows, margin) in
+                    [(&prefill, 0), (&last, 0), (&mixed, 0), (&mixed, 5), (&vec![(1, 0)], 0)]
+                {
+                    check_rows(&cx, &tokens, page, rows, margin);
+                }
             }
         }
     }
@@ -134,8 +166,10 @@ fn decoded_rows_equal_trained_rows_to_the_bit_for_any_batch_page_and_thread_coun
 
 #[test]
 fn all_instruction_sets_decode_the_same_bits() {
-    let trained = tokens(&with(1, Isa::Portable));
-    for isa in Isa::available() {
-        check_rows(&with(2, isa), &trained, 16, &[(0, 69), (3, 50), (3, 51), (4, 44)], 0);
+    for shape in SHAPES {
+        let trained = tokens(&with(1, Isa::Portable), shape);
+        for isa in Isa::available() {
+            check_rows(&with(2, isa), &trained, 16, &[(0, 69), (3, 50), (3, 51), (4, 44)], 0);
+        }
     }
 }

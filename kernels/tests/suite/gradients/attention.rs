@@ -2,7 +2,7 @@
 
 use super::on_reference;
 use crate::bench::{Bench, check_gradients, inner, normals, starts};
-use crate::problems::attention::{ABSORBED, EXPANDED, GROUPED, kv_cols};
+use crate::problems::attention::{ABSORBED, EXPANDED, GROUPED};
 use rehearsal_kernels::{AttentionShape, Buffer};
 
 const LENGTHS: [usize; 3] = [3, 1, 4];
@@ -22,7 +22,7 @@ fn forward(
 ) -> (Inputs, Buffer, Buffer) {
     let inputs = Inputs {
         q: bench.floats(T, shape.heads * shape.query_width(), &inputs[0]),
-        kv: bench.floats(T, kv_cols(shape), &inputs[1]),
+        kv: bench.floats(T, shape.kv_width(), &inputs[1]),
         k_rope: bench.floats(T, shape.rope_width, &inputs[2]),
         start: bench.indices(T, 1, &starts(&LENGTHS)),
     };
@@ -36,7 +36,7 @@ fn forward(
 fn check_shape(bench: &Bench<'_>, label: &str, shape: &AttentionShape) {
     let values = [
         normals(1, T * shape.heads * shape.query_width()),
-        normals(2, T * kv_cols(shape)),
+        normals(2, T * shape.kv_width()),
         normals(3, T * shape.rope_width),
     ];
     let r = normals(4, T * shape.heads * shape.value_width);

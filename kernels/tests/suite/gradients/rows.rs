@@ -2,7 +2,7 @@
 
 use super::on_reference;
 use crate::bench::{Bench, below, check_close, check_gradients, inner, normals};
-use rehearsal_kernels::{Buffer, Product, RopeTable, Store};
+use rehearsal_kernels::{Buffer, Pairing, Product, RopeTable, Store};
 
 const T: usize = 5;
 const D: usize = 7;
@@ -43,14 +43,18 @@ fn rotating_back_is_the_derivative_of_rotating() {
     on_reference(|bench| {
         // Two heads of 3 + 4 columns, the last 4 rotated; cos and sin need not be on a circle.
         let (positions, width) = (bench.indices(T, 1, &[3, 0, 5, 1, 5]), 2 * (3 + 4));
-        let table = RopeTable { cos: bench.random(1, 6, 2), sin: bench.random(2, 6, 2) };
-        let turned = |values: &[f64], inverse| {
-            let mut x = bench.floats(T, width, values);
-            bench.kernels.rope(&mut x, &positions, &table, 2, 3, 7, inverse);
-            bench.read(&x)
-        };
-        let (inputs, r) = ([normals(3, T * width)], normals(4, T * width));
-        check_gradients("rope", &inputs, &[turned(&r, true)], |x| inner(&r, &turned(&x[0], false)));
+        for pairing in [Pairing::Interleaved, Pairing::Halves] {
+            let table =
+                RopeTable { pairing, cos: bench.random(1, 6, 2), sin: bench.random(2, 6, 2) };
+            let turned = |values: &[f64], inverse| {
+                let mut x = bench.floats(T, width, values);
+                bench.kernels.rope(&mut x, &positions, &table, 2, 3, 7, inverse);
+                bench.read(&x)
+            };
+            let (inputs, r) = ([normals(3, T * width)], normals(4, T * width));
+            let loss = |x: &[Vec<f64>]| inner(&r, &turned(&x[0], false));
+            check_gradients("rope", &inputs, &[turned(&r, true)], loss);
+        }
     });
 }
 

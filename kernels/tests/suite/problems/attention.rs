@@ -8,10 +8,9 @@ pub const PROBLEMS: &[Entry] = &[
     ("mla_train expanded", 2e-5, |bench| train(bench, &EXPANDED)),
     ("mla_train absorbed", 2e-5, |bench| train(bench, &ABSORBED)),
     ("mla_train grouped", 2e-5, |bench| train(bench, &GROUPED)),
-    ("mla_decode", 2e-5, |bench| {
-        let o = decode(bench, &ABSORBED, &mixed_rows());
-        vec![("o", bench.read(&o))]
-    }),
+    ("mla_decode absorbed", 2e-5, |bench| decoded(bench, &ABSORBED)),
+    ("mla_decode grouped", 2e-5, |bench| decoded(bench, &GROUPED)),
+    ("mla_decode expanded", 2e-5, |bench| decoded(bench, &EXPANDED)),
 ];
 
 /// MLA with keys and values of their own per head.
@@ -50,19 +49,13 @@ pub const GROUPED: AttentionShape = AttentionShape {
     scale: 0.4,
 };
 
-/// Columns of kv for a shape.
-pub fn kv_cols(shape: &AttentionShape) -> usize {
-    let last = (shape.heads / shape.sharing - 1) * shape.head_stride;
-    last + shape.key_width.max(shape.value_offset + shape.value_width)
-}
-
 const LENGTHS: [usize; 5] = [41, 1, 70, 16, 5];
 const T: usize = 133;
 
 fn train(bench: &Bench<'_>, shape: &AttentionShape) -> Vec<Output> {
     let (query_cols, out_cols) =
         (shape.heads * shape.query_width(), shape.heads * shape.value_width);
-    let (q, kv) = (bench.random(1, T, query_cols), bench.random(2, T, kv_cols(shape)));
+    let (q, kv) = (bench.random(1, T, query_cols), bench.random(2, T, shape.kv_width()));
     let (k_rope, d_o) = (bench.random(3, T, shape.rope_width), bench.random(4, T, out_cols));
     let start = bench.indices(T, 1, &starts(&LENGTHS));
     let (mut o, mut lse) = (bench.unset(T, out_cols), bench.unset(T, shape.heads));
@@ -109,6 +102,10 @@ pub fn mixed_rows() -> Vec<DecodeRow> {
     (0..60).map(row).collect()
 }
 
+fn decoded(bench: &Bench<'_>, shape: &AttentionShape) -> Vec<Output> {
+    vec![("o", bench.read(&decode(bench, shape, &mixed_rows())))]
+}
+
 /// Attends from `rows` into a cache of 4 sequences whose 10 pages each, of 7 tokens, are scattered.
 pub fn decode(bench: &Bench<'_>, shape: &AttentionShape, rows: &[DecodeRow]) -> Buffer {
     let (pages, page_tokens, sequences) = (10, 7, 4);
@@ -116,7 +113,7 @@ pub fn decode(bench: &Bench<'_>, shape: &AttentionShape, rows: &[DecodeRow]) -> 
     let column = |number: fn(&DecodeRow) -> u32| {
         bench.indices(rows.len(), 1, &rows.iter().map(number).collect::<Vec<_>>())
     };
-    let cache = bench.random(90, 280, shape.key_width + shape.rope_width);
+    let cache = bench.random(90, 280, shape.kv_width() + shape.rope_width);
     let width = shape.heads * shape.query_width();
     let mut q = bench.unset(rows.len(), width);
     for (i, row) in rows.iter().enumerate() {

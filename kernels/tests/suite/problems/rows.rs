@@ -2,7 +2,7 @@
 
 use super::Entry;
 use crate::bench::{Bench, Output, below};
-use rehearsal_kernels::{AdamW, RopeTable, Store};
+use rehearsal_kernels::{AdamW, Pairing, RopeTable, Store};
 
 pub const PROBLEMS: &[Entry] = &[
     ("rms_norm", 1e-5, rms_norm),
@@ -37,14 +37,20 @@ fn rms_norm(bench: &Bench<'_>) -> Vec<Output> {
 
 fn rope(bench: &Bench<'_>) -> Vec<Output> {
     // Three heads of 10 + 12 columns; the last 12 of each are rotated.
-    let table = RopeTable { cos: bench.random(1, 50, 6), sin: bench.random(2, 50, 6) };
+    let table =
+        |pairing| RopeTable { pairing, cos: bench.random(1, 50, 6), sin: bench.random(2, 50, 6) };
     let positions = bench.indices(T, 1, &below(3, T, 50));
-    let turn = |inverse| {
+    let turn = |pairing, inverse| {
         let mut x = bench.random(4, T, 66);
-        bench.kernels.rope(&mut x, &positions, &table, 3, 10, 22, inverse);
+        bench.kernels.rope(&mut x, &positions, &table(pairing), 3, 10, 22, inverse);
         bench.read(&x)
     };
-    vec![("there", turn(false)), ("back", turn(true))]
+    vec![
+        ("pairs there", turn(Pairing::Interleaved, false)),
+        ("pairs back", turn(Pairing::Interleaved, true)),
+        ("halves there", turn(Pairing::Halves, false)),
+        ("halves back", turn(Pairing::Halves, true)),
+    ]
 }
 
 fn swiglu(bench: &Bench<'_>) -> Vec<Output> {
@@ -64,6 +70,9 @@ fn movement(bench: &Bench<'_>) -> Vec<Output> {
     k.copy(&src, &mut copied.cols_of_mut(2..D + 2));
     let mut added = bench.random(2, T, D);
     k.add(&src, &mut added);
+    let mut scaled = bench.unset(T, D + 3);
+    k.fill(&mut scaled, 0.25);
+    k.scale(&src, -1.7, &mut scaled.cols_of_mut(2..D + 2));
     let index = below(3, 2 * T, T as u64);
     let mut gathered = bench.unset(2 * T, D);
     k.gather_rows(&src, &bench.indices(2 * T, 1, &index), &mut gathered);
@@ -77,6 +86,7 @@ fn movement(bench: &Bench<'_>) -> Vec<Output> {
     vec![
         ("copied", bench.read(&copied)),
         ("added", bench.read(&added)),
+        ("scaled", bench.read(&scaled)),
         ("gathered", bench.read(&gathered)),
         ("summed", bench.read(&summed)),
         ("scattered", bench.read(&scattered)),

@@ -14,8 +14,8 @@ use super::tensors::{INDEX_FILE, TensorEntry, TensorFolder};
 use super::tokenizer_json::{
     GENERATION_FILE, TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, copy_tokenizer,
 };
-use crate::config::Fault;
 use crate::config::failpoint::failpoint;
+use crate::config::{Fault, LatentScaling, ModelConfig};
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use std::path::{Path, PathBuf};
@@ -68,13 +68,15 @@ fn export_in_shards(source: &Path, out: &Path, shard_bytes: u64) -> Result<Expor
         )));
     }
 
+    let folded = ModelConfig { latent_scaling: LatentScaling::Off, ..config.clone() };
     let aside = beside(out, "tmp");
     if aside.exists() {
         std::fs::remove_dir_all(&aside).map_err(|e| disk_fault("remove", &aside, e))?;
     }
     std::fs::create_dir_all(&aside).map_err(|e| disk_fault("create", &aside, e))?;
-    let written = fill(source, &aside, &tensors, &entries, shard_bytes)
-        .and_then(|shards| copy_model_config(source, &aside, &config).map(|()| shards))
+    let read = |name: &str| Ok(fold(&config, name, tensors.read_f32(name)?));
+    let written = fill(&read, &aside, &entries, shard_bytes)
+        .and_then(|shards| copy_model_config(source, &aside, &folded).map(|()| shards))
         .and_then(|shards| copy_tokenizer(source, &aside, &config).map(|()| shards))
         .and_then(|shards| read_back(&aside, &entries).map(|()| shards))
         .and_then(|shards| publish(&aside, out).map(|()| shards));
@@ -141,11 +143,21 @@ fn beside(out: &Path, ending: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+/// A tensor as the layout wants it: the norms of scaled latents take the factor, rounded as the model rounds it.
+fn fold(config: &ModelConfig, name: &str, mut values: Vec<f32>) -> Vec<f32> {
+    let (query, latent) = config.latent_factors();
+    for (norm, factor) in [("q_a_layernorm", query), ("kv_a_layernorm", latent)] {
+        if factor != 1.0 && name.ends_with(&format!(".{norm}.weight")) {
+            values.iter_mut().for_each(|value| *value *= factor as f32);
+        }
+    }
+    values
+}
+
 /// Writes the shards and their index.
 fn fill(
-    source: &Path,
+    read: &dyn Fn(&str) -> Result<Vec<f32>>,
     aside: &Path,
-    tensors: &TensorFolder,
     entries: &[TensorEntry],
     shard_bytes: u64,
 ) -> Result<usize> {
@@ -154,10 +166,10 @@ fn fill(
     for (index, shard) in shards.iter().enumerate() {
         let file = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
         weight_map.extend(shard.iter().map(|entry| (entry.name.clone(), json!(file))));
-        let mut fetch = |i: usize| tensors.read_f32(&shard[i].name);
+        let mut fetch = |i: usize| read(&shard[i].name);
         write_file(&aside.join(file), shard, &mut fetch, "export-write")?;
     }
-    assert!(!entries.is_empty(), "{} has a head or an embedding", source.display());
+    assert!(!entries.is_empty(), "a language model has a head or an embedding");
     let total: u64 = entries.iter().map(TensorEntry::bytes).sum();
     let index = json!({"metadata": {"total_size": total}, "weight_map": Value::Object(weight_map)});
     let mut bytes = serde_json::to_vec_pretty(&index).expect("JSON values can be written");

@@ -1,13 +1,13 @@
-//! config.json of a model: the published keys of DeepSeek-V2, written so that transformers and we
-//! read the same model.
+//! config.json of a model: the published keys of its architecture, written so that transformers and
+//! we read the same model.
 //!
 //! Reading is `config::load_model`; here a folder's file becomes a model or a fault of the user's.
 //! Writing keeps what a Hugging Face config holds beyond our keys. Floats are written as floats
-//! (transformers checks types), and `head_dim` is the width of the rotated key: its attention reads
-//! the table of angles by that name.
+//! (transformers checks types), and `head_dim` of DeepSeek-V2 is the width of the rotated key: its
+//! attention reads the table of angles by that name.
 
 use super::disk::{read_limited, write_synced};
-use crate::config::{Fault, ModelConfig, load_model};
+use crate::config::{Fault, LatentScaling, ModelConfig, ModelType, load_model};
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -16,11 +16,15 @@ use std::path::Path;
 pub const CONFIG_FILE: &str = "config.json";
 const CONFIG_LIMIT: u64 = 1 << 20;
 
+/// The one key of our own.
+const LATENT_SCALING: &str = "latent_scaling";
+
 /// Keys that are wrong in our copy of a foreign config: remote code that is not copied, a storage
 /// format that the weights have lost, and newer spellings of keys that we write in the published
 /// form.
-const DROPPED: [&str; 6] = [
+const DROPPED: [&str; 7] = [
     "auto_map",
+    LATENT_SCALING,
     "quantization_config",
     "dtype",
     "rope_parameters",
@@ -68,24 +72,28 @@ fn write_keys(folder: &Path, config: &ModelConfig, carried: Map<String, Value>) 
     write_synced(&folder.join(CONFIG_FILE), &bytes)
 }
 
-/// deepseek_v2.md 7.2, in a fixed order.
+/// The published keys (deepseek_v2.md 7.2), in a fixed order.
 fn published_keys(config: &ModelConfig) -> Map<String, Value> {
     let mut keys = Map::new();
-    keys.insert("architectures".to_string(), json!(["DeepseekV2ForCausalLM"]));
-    keys.insert("model_type".to_string(), json!("deepseek_v2"));
+    let name = match config.model_type {
+        ModelType::DeepseekV2 => "DeepseekV2ForCausalLM",
+        ModelType::Llama => "LlamaForCausalLM",
+    };
+    keys.insert("architectures".to_string(), json!([name]));
     keys.insert("torch_dtype".to_string(), json!("float32"));
-    let Value::Object(ours) = serde_json::to_value(config).expect("a config is plain data") else {
+    let config = config.clone().completed();
+    let Value::Object(ours) = serde_json::to_value(&config).expect("a config is plain data") else {
         unreachable!("a struct serializes as an object")
     };
     keys.extend(ours);
+    if config.latent_scaling == LatentScaling::Off {
+        keys.shift_remove(LATENT_SCALING);
+    }
     // Constants of the architecture that other programs look for.
-    keys.insert(
-        "num_key_value_heads".to_string(),
-        json!(config.num_key_value_heads.unwrap_or(config.num_attention_heads)),
-    );
-    keys.insert("head_dim".to_string(), json!(config.qk_rope_head_dim));
     keys.insert("attention_dropout".to_string(), json!(0.0));
-    keys.insert("ep_size".to_string(), json!(1));
+    if config.model_type == ModelType::DeepseekV2 {
+        keys.insert("ep_size".to_string(), json!(1));
+    }
     keys.insert("pretraining_tp".to_string(), json!(1));
     keys.insert("use_cache".to_string(), json!(true));
     keys
@@ -124,7 +132,8 @@ pub(super) mod tests {
         long.q_lora_rank = None;
         for config in [tiny(), long] {
             let (folder, _) = written(&config);
-            assert_eq!(read_model_config(folder.path()).expect("the config"), config);
+            let read = read_model_config(folder.path()).expect("the config");
+            assert_eq!(read, config.completed());
         }
     }
 
@@ -162,7 +171,7 @@ pub(super) mod tests {
             ("topk_method", "noaux_tc"),
             ("scoring_func", "sigmoid"),
             ("hidden_act", "gelu"),
-            ("model_type", "llama"),
+            ("model_type", "mixtral"),
         ] {
             let mut keys = keys.clone();
             keys.insert(key.to_string(), json!(value));

@@ -6,7 +6,7 @@ use super::machine::free_memory;
 use super::output::{say, say_json};
 use crate::actors::check_stage_data;
 use crate::checkpoint::{TensorFolder, read_model_config};
-use crate::config::{ConfigError, Fault, Loaded, RunConfig, load_model};
+use crate::config::{ConfigError, Fault, Loaded, ModelConfig, RunConfig, load_model};
 use crate::data::audit::{audit, repeats};
 use crate::data::{ChatTemplate, Loader, Sources, Tokenizer, check_set};
 use crate::engine::check_weights;
@@ -27,7 +27,7 @@ use std::sync::Arc;
                   2 and its place as file:line:column.",
     after_help = "Example:\n  rehearsal check configs/quickstart.toml\n  \
                   rehearsal check configs/quickstart.toml --set stage.solve.steps=100 --plan-only\n  \
-                  rehearsal check configs/model/deepseek-v2.json --json"
+                  rehearsal check configs/model/deepseek-v2.json --against configs/model/deepseek-67b.json"
 )]
 pub struct CheckArgs {
     /// A run's TOML, or a model's config.json
@@ -36,6 +36,9 @@ pub struct CheckArgs {
     /// Set a key of the TOML; stage.NAME.key addresses a stage. May be given more than once
     #[arg(long, value_name = "TABLE.KEY=VALUE")]
     pub set: Vec<String>,
+    /// Compare with another model: ratios beside those of DeepSeek-V2 to DeepSeek 67B
+    #[arg(long, value_name = "MODEL.json")]
+    pub against: Option<PathBuf>,
     /// Read no data file
     #[arg(long)]
     pub plan_only: bool,
@@ -74,19 +77,29 @@ fn devices(threads: usize) -> String {
 }
 
 fn report(args: &CheckArgs) -> Result<CheckReport> {
+    let (report, model) = report_alone(args)?;
+    Ok(match &args.against {
+        Some(file) => report.against(&model, file, &load_model(file)?),
+        None => report,
+    })
+}
+
+/// The report without a comparison, and the model that it is about.
+fn report_alone(args: &CheckArgs) -> Result<(CheckReport, ModelConfig)> {
     if is_model(&args.file) {
         if let Some(assignment) = args.set.first() {
             return Err(Fault::user(format!(
                 "--set {assignment}: a model's config.json takes no --set; edit the file"
             )));
         }
-        return Ok(CheckReport::of_model(&args.file, &load_model(&args.file)?));
+        let model = load_model(&args.file)?;
+        return Ok((CheckReport::of_model(&args.file, &model), model));
     }
     let loaded = RunConfig::load(&args.file, &args.set)?;
     let lines = if args.plan_only { BTreeMap::new() } else { check_files(&loaded)? };
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = args.threads.given().or(configured).unwrap_or_else(cores);
-    Ok(CheckReport::of_run(&loaded, lines, threads)?)
+    Ok((CheckReport::of_run(&loaded, lines, threads)?, loaded.config.model))
 }
 
 /// True for JSON: by its extension, or by its first character if it has another.
@@ -243,6 +256,7 @@ mod tests {
         report(&CheckArgs {
             file,
             set: Vec::new(),
+            against: None,
             plan_only,
             json: false,
             threads: Threads::default(),
@@ -297,7 +311,14 @@ mod tests {
         let file = folder.path().join("run.toml");
         std::fs::write(&file, run + TALK).unwrap();
         let threads = Threads::default();
-        report(&CheckArgs { file, set: Vec::new(), plan_only: false, json: false, threads })
+        report(&CheckArgs {
+            file,
+            set: Vec::new(),
+            against: None,
+            plan_only: false,
+            json: false,
+            threads,
+        })
     }
 
     #[test]
@@ -333,9 +354,15 @@ mod tests {
         let file = folder.path().join("run.toml");
         std::fs::write(&file, run + TALK).unwrap();
         let threads = Threads::default();
-        let fault =
-            report(&CheckArgs { file, set: Vec::new(), plan_only: false, json: false, threads })
-                .unwrap_err();
+        let fault = report(&CheckArgs {
+            file,
+            set: Vec::new(),
+            against: None,
+            plan_only: false,
+            json: false,
+            threads,
+        })
+        .unwrap_err();
         assert!(fault.to_string().contains("talk.jsonl:2: the conversation has 2"), "{fault}");
     }
 
@@ -360,6 +387,7 @@ mod tests {
             let args = CheckArgs {
                 file: configs.join(name),
                 set: Vec::new(),
+                against: None,
                 plan_only: true,
                 json: false,
                 threads: Threads::default(),
@@ -367,16 +395,11 @@ mod tests {
             let report = report(&args).unwrap_or_else(|fault| panic!("{fault}"));
             assert!(report.to_string().contains("parameters"), "{report}");
         }
-        for name in [
-            "deepseek-v2.json",
-            "deepseek-v2-lite.json",
-            "quickstart.json",
-            "small.json",
-            "smoke.json",
-        ] {
+        for file in std::fs::read_dir(configs.join("model")).unwrap() {
             let args = CheckArgs {
-                file: configs.join("model").join(name),
+                file: file.unwrap().path(),
                 set: Vec::new(),
+                against: None,
                 plan_only: false,
                 json: false,
                 threads: Threads::default(),

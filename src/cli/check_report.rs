@@ -2,13 +2,14 @@
 
 use super::machine::share_for_arenas;
 use super::output::{duration, grouped};
-use crate::config::{Bytes, ConfigError, Loaded, ModelConfig};
+use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig};
+use crate::plan::comparison::PAPER;
 use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{FLOPS_PER_THREAD, generated_lines, sequence};
 use crate::plan::memory::{Owners, total};
 use crate::plan::{
-    Estimate, Memory, Parameters, cache_bytes_per_token, estimate, flops_per_token, host_bytes,
-    memory, model_memory, parameters,
+    Comparison, Estimate, Memory, Parameters, cache_bytes_per_token, cache_elements_per_token,
+    compare, estimate, flops_per_token, host_bytes, memory, model_memory, parameters,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -25,14 +26,20 @@ pub struct CheckReport {
     pub file: String,
     /// Counts of the model.
     pub parameters: Parameters,
-    /// Bytes of the latent cache.
+    /// Bytes of the cache.
     pub cache_bytes_per_token: u64,
     /// Type of its elements.
     pub cache_dtype: &'static str,
+    /// Elements of the cache.
+    pub cache_elements_per_token: u64,
+    /// Bytes of the cache by type of its elements; 6 bits, scales included, only of a latent cache.
+    pub cache_bytes_by_type: BTreeMap<&'static str, u64>,
     /// FLOPs of a token in training, causal.
     pub flops_per_token: f64,
     /// The sequence length that they are for.
     pub sequence: usize,
+    /// The model it is compared with, the ratios, and those of the paper.
+    pub comparison: Option<Against>,
     /// Bytes by phase and owner; of a run, those of the stage that holds most in the phase.
     pub memory: BTreeMap<&'static str, Owners>,
     /// `engine.budget`.
@@ -49,6 +56,17 @@ pub struct CheckReport {
     /// Bytes that this machine has free; another one has others, so that they are told as text alone.
     #[serde(skip)]
     free: Option<u64>,
+}
+
+/// `--against`.
+#[derive(Debug, Serialize)]
+pub struct Against {
+    /// The other model.
+    pub file: String,
+    /// This model's figures as shares of the other's.
+    pub ratios: Comparison,
+    /// DeepSeek-V2's as shares of DeepSeek 67B's.
+    pub paper: Comparison,
 }
 
 impl CheckReport {
@@ -85,12 +103,25 @@ impl CheckReport {
         })
     }
 
+    /// The same report beside another model.
+    pub fn against(self, model: &ModelConfig, file: &Path, other: &ModelConfig) -> CheckReport {
+        let against = Against {
+            file: file.display().to_string(),
+            ratios: compare(model, other, self.sequence),
+            paper: PAPER,
+        };
+        CheckReport { comparison: Some(against), ..self }
+    }
+
     fn costs(file: &Path, model: &ModelConfig, sequence: usize) -> CheckReport {
         CheckReport {
             file: file.display().to_string(),
             parameters: parameters(model),
             cache_bytes_per_token: cache_bytes_per_token(model),
             cache_dtype: CACHE_DTYPE,
+            cache_elements_per_token: cache_elements_per_token(model),
+            cache_bytes_by_type: cache_bytes_by_type(model),
+            comparison: None,
             flops_per_token: flops_per_token(model, sequence),
             sequence,
             memory: BTreeMap::new(),
@@ -173,16 +204,25 @@ impl fmt::Display for CheckReport {
         )?;
         writeln!(
             out,
-            "cache     {} bytes a token ({})",
+            "cache     {} bytes a token ({}), {} elements",
             grouped(self.cache_bytes_per_token),
-            self.cache_dtype
+            self.cache_dtype,
+            grouped(self.cache_elements_per_token)
         )?;
+        for (kind, bytes) in &self.cache_bytes_by_type {
+            if *kind != self.cache_dtype {
+                writeln!(out, "          {} bytes in {kind}", grouped(*bytes))?;
+            }
+        }
         writeln!(
             out,
             "training  {} a token at {} tokens",
             flops(self.flops_per_token),
             grouped(self.sequence as u64)
         )?;
+        if let Some(against) = &self.comparison {
+            write_comparison(out, against)?;
+        }
         for (name, lines) in &self.lines {
             writeln!(out, "data      {name}: {} examples", grouped(*lines))?;
         }
@@ -210,6 +250,44 @@ impl fmt::Display for CheckReport {
         }
         self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
     }
+}
+
+fn cache_bytes_by_type(model: &ModelConfig) -> BTreeMap<&'static str, u64> {
+    let elements = cache_elements_per_token(model);
+    let mut bytes = BTreeMap::from([("bf16", 2 * elements), ("f32", 4 * elements)]);
+    if model.attention() == Attention::Mla {
+        bytes.insert("6 bits", elements * 6 / 8);
+    }
+    bytes
+}
+
+fn write_comparison(out: &mut fmt::Formatter<'_>, against: &Against) -> fmt::Result {
+    let (found, paper) = (&against.ratios, &against.paper);
+    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
+    writeln!(out, "against   {}; in brackets DeepSeek-V2 against DeepSeek 67B", against.file)?;
+    for (what, found, paper) in [
+        ("active parameters", found.active, paper.active),
+        ("parameters", found.total, paper.total),
+        ("elements of the cache", found.cache_elements, paper.cache_elements),
+        ("FLOPs of training", found.flops, paper.flops),
+    ] {
+        writeln!(out, "          {found:.4} of its {what} ({paper})")?;
+    }
+    writeln!(
+        out,
+        "          {} of its cache saved in elements ({})",
+        percent(found.cache_saved),
+        percent(paper.cache_saved)
+    )?;
+    if let (Some(found), Some(paper)) = (found.cache_saved_at_6_bits, paper.cache_saved_at_6_bits) {
+        writeln!(
+            out,
+            "          {} of its cache saved in bytes, 6 bits against bf16 ({})",
+            percent(found),
+            percent(paper)
+        )?;
+    }
+    Ok(())
 }
 
 fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Result {
@@ -288,6 +366,33 @@ mod tests {
         assert!(text.contains("235 741 434 880 parameters in 29 102 tensors"), "{text}");
         assert!(text.contains("155.3") && text.contains("GFLOP a token at 4 096 tokens"), "{text}");
         assert_eq!(report.memory["train"]["policy/weights"], 4 * 235_741_434_880);
+    }
+
+    #[test]
+    fn a_pair_is_told_beside_the_papers_ratios() {
+        let load = |name: &str| {
+            let path = configs().join("model").join(name);
+            let model = load_model(&path).unwrap();
+            (path, model)
+        };
+        let ((path, model), (other, dense)) = (load("deepseek-v2.json"), load("deepseek-67b.json"));
+        let report = CheckReport::of_model(&path, &model).against(&model, &other, &dense);
+        let text = report.to_string();
+        for line in [
+            "cache     138 240 bytes a token (f32), 34 560 elements\n",
+            "          25 920 bytes in 6 bits\n          69 120 bytes in bf16\n",
+            "0.3132 of its active parameters (0.313)\n",
+            "3.4964 of its parameters (3.5)\n",
+            "0.1776 of its elements of the cache (0.1776)\n",
+            "82.24 % of its cache saved in elements (82.24 %)\n",
+            "93.34 % of its cache saved in bytes, 6 bits against bf16 (93.34 %)\n",
+        ] {
+            assert!(text.contains(line), "{line}: {text}");
+        }
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["cache_bytes_by_type"]["6 bits"], 25_920);
+        assert_eq!(json["comparison"]["paper"]["active"], 0.313);
+        assert!(json["comparison"]["ratios"]["cache_saved_at_6_bits"].as_f64().unwrap() > 0.933);
     }
 
     #[test]

@@ -30,7 +30,7 @@ use std::path::PathBuf;
     group = ArgGroup::new("measure").required(true).args(["verifier", "metric"])
 )]
 pub struct EvalArgs {
-    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model
+    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model or a Llama
     pub checkpoint: PathBuf,
     /// Prompts with answers, or texts; plain or gzip
     #[arg(long, value_name = "FILE.jsonl")]

@@ -29,7 +29,7 @@ use std::path::PathBuf;
                   rehearsal generate runs/quickstart/export"
 )]
 pub struct GenerateArgs {
-    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model
+    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model or a Llama
     pub checkpoint: PathBuf,
     /// The prompt
     #[arg(long, value_name = "TEXT", conflicts_with = "prompts", allow_hyphen_values = true)]

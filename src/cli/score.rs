@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
                   rehearsal score runs/quickstart/export --input texts.jsonl --json --decode"
 )]
 pub struct ScoreArgs {
-    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model
+    /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model or a Llama
     pub checkpoint: PathBuf,
     /// Texts or token ids, one JSON object a line
     #[arg(long, value_name = "FILE.jsonl")]

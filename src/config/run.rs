@@ -95,10 +95,12 @@ impl RunConfig {
         refuse_unknown(&document, "", &TABLES)?;
         resolve_model(&mut document, folder)?;
         let top: Top = read(&document, "", &TABLES)?;
+        let model: ModelConfig = table(&document, "model", &["config"])?
+            .expect("`resolve_model` refuses a run without it");
+        validate_model::model(&model, &document, &["model"])?;
         let config = RunConfig {
             seed: top.seed,
-            model: table(&document, "model", &["config"])?
-                .expect("`resolve_model` refuses a run without it"),
+            model: model.completed(),
             tokenizer: table(&document, "tokenizer", &[])?.unwrap_or_default(),
             data: table(&document, "data", &[])?.unwrap_or_default(),
             engine: table(&document, "engine", &[])?.unwrap_or_default(),
@@ -165,9 +167,9 @@ impl Loaded {
 pub fn load_model(path: &Path) -> Result<ModelConfig, ConfigError> {
     let mut node = parse_json(&Source::read(path)?)?;
     unify_rope(&mut node);
-    let model = read(&node, "model", &[])?;
+    let model: ModelConfig = read(&node, "model", &[])?;
     validate_model::model(&model, &node, &[])?;
-    Ok(model)
+    Ok(model.completed())
 }
 
 /// The keys of the top level that are no tables.

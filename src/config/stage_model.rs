@@ -5,7 +5,7 @@
 
 use super::run::{ConfigError, Place, RunConfig, load_model};
 use super::stage::{LongContextStage, StageKind};
-use super::{ModelConfig, RopeScaling};
+use super::{Attention, ModelConfig, ModelType, RopeScaling};
 use std::path::{Path, PathBuf};
 
 impl RunConfig {
@@ -53,11 +53,12 @@ impl ModelConfig {
     pub fn continued_from(&self, other: &ModelConfig) -> Result<ModelConfig, ModelDifference> {
         let (ours, theirs) = (keys(self), keys(other));
         let differs = |key: &&String| {
-            !TAKEN_OR_TRAINING.contains(&key.as_str()) && ours[*key] != theirs[*key]
+            !TAKEN_OR_TRAINING.contains(&key.as_str()) && ours.get(*key) != theirs.get(*key)
         };
+        // Models of one architecture have the same keys, and the first of all says which it is.
         if let Some(key) = ours.keys().find(differs) {
-            let shown = |value: &serde_json::Value| value.to_string();
-            let (ours, theirs) = (shown(&ours[key]), shown(&theirs[key]));
+            let shown = |keys: &serde_json::Map<_, _>| keys[key].to_string();
+            let (ours, theirs) = (shown(&ours), shown(&theirs));
             return Err(ModelDifference { key: key.clone(), ours, theirs });
         }
         Ok(ModelConfig {
@@ -76,14 +77,21 @@ impl ModelConfig {
             .as_ref()
             .map_or(present, |yarn| yarn.original_max_position_embeddings);
         let longest = (present as f64 * long.factor).round() as usize;
+        let factor = longest as f64 / original as f64;
+        // The same temperature of attention in both: DeepSeek-V2 has it in the softmax scale, a Llama in cos and sin.
+        let (mscale, mscale_all_dim, attention_factor) = match self.model_type {
+            ModelType::DeepseekV2 => (long.mscale, long.mscale, None),
+            ModelType::Llama => (1.0, 0.0, Some(RopeScaling::mscale(factor, long.mscale))),
+        };
         let yarn = RopeScaling {
             kind: "yarn".to_string(),
-            factor: longest as f64 / original as f64,
+            factor,
             original_max_position_embeddings: original,
             beta_fast: long.beta_fast,
             beta_slow: long.beta_slow,
-            mscale: long.mscale,
-            mscale_all_dim: long.mscale,
+            mscale,
+            mscale_all_dim,
+            attention_factor,
         };
         ModelConfig { rope_scaling: Some(yarn), max_position_embeddings: longest, ..self.clone() }
     }
@@ -91,13 +99,12 @@ impl ModelConfig {
 
 /// Keys that a stage takes from what it starts from (positions), and keys that only say how a model is trained or where
 /// its replies end.
-const TAKEN_OR_TRAINING: [&str; 9] = [
+const TAKEN_OR_TRAINING: [&str; 8] = [
     "rope_scaling",
     "max_position_embeddings",
     "aux_loss_alpha",
     "seq_aux",
     "initializer_range",
-    "num_key_value_heads",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",
@@ -129,7 +136,13 @@ impl ModelDifference {
 
 fn keys(model: &ModelConfig) -> serde_json::Map<String, serde_json::Value> {
     match serde_json::to_value(model) {
-        Ok(serde_json::Value::Object(keys)) => keys,
+        Ok(serde_json::Value::Object(mut keys)) => {
+            if model.attention() == Attention::Mla {
+                // Published, and without meaning.
+                keys.retain(|key, _| !["num_key_value_heads", "head_dim"].contains(&key.as_str()));
+            }
+            keys
+        }
         _ => unreachable!("a model is a table of plain values"),
     }
 }

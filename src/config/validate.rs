@@ -6,12 +6,11 @@
 use super::data::{Schema, SetConfig, Split};
 use super::document::{ConfigError, Node};
 use super::nearest::{hint, listed};
-use super::{RunConfig, StageKind, validate_model, validate_stage};
+use super::{RunConfig, StageKind, validate_stage};
 use std::path::Path;
 
-/// Checks a whole run. Relative paths start in `folder`.
+/// Checks a whole run, whose model was checked. Relative paths start in `folder`.
 pub fn run(config: &RunConfig, document: &Node, folder: &Path) -> Result<(), ConfigError> {
-    validate_model::model(&config.model, document, &["model"])?;
     let rules = Rules { config, document, folder };
     rules.numbers()?;
     rules.sets()?;

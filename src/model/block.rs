@@ -1,7 +1,7 @@
-//! One layer: h = x + MLA(norm(x)); y = h + FFN(norm(h)) (deepseek_v2.md 1.1).
+//! One layer: h = x + attention(norm(x)); y = h + FFN(norm(h)) (deepseek_v2.md 1.1).
 
+use super::attention::{Attention, AttentionPending, AttentionSaved};
 use super::linear::Packing;
-use super::mla::{Mla, MlaPending, MlaSaved};
 use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::moe::{Moe, MoePending, MoeSaved, Routing};
 use super::norm::{Norm, Normed};
@@ -14,7 +14,7 @@ use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, OutOfMemory, RopeTable, St
 /// A packed layer.
 pub struct Block {
     input_norm: Norm,
-    attention: Mla,
+    attention: Attention,
     post_norm: Norm,
     feed_forward: FeedForward,
 }
@@ -41,7 +41,7 @@ enum FeedForwardPending {
 pub struct BlockSaved {
     x: Buffer,
     input: Normed,
-    attention: MlaSaved,
+    attention: AttentionSaved,
     h: Buffer,
     post: Normed,
     feed_forward: FeedForwardSaved,
@@ -53,7 +53,7 @@ pub struct BlockPending {
     dh: Buffer,
     d_input: Buffer,
     d_post: Buffer,
-    attention: MlaPending,
+    attention: AttentionPending,
     feed_forward: FeedForwardPending,
 }
 
@@ -66,14 +66,14 @@ impl Block {
         index: &LayerIndex,
         form: AttentionForm,
     ) -> Result<Block, OutOfMemory> {
-        let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps };
+        let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps, factor: 1.0 };
         let feed_forward = match &index.feed_forward {
             FeedForwardIndex::Dense(mlp) => FeedForward::Dense(Mlp::pack(packing, params, mlp)?),
             moe => FeedForward::Moe(Moe::pack(packing, params, config, moe)?),
         };
         Ok(Block {
             input_norm: norm(index.input_norm),
-            attention: Mla::pack(packing, params, config, &index.attention, form)?,
+            attention: Attention::pack(packing, params, config, &index.attention, form)?,
             post_norm: norm(index.post_norm),
             feed_forward,
         })

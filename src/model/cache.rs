@@ -1,12 +1,12 @@
-//! The sampler's memory: one latent cache entry per token and layer, in pages (deepseek_v2.md 1.6).
+//! The sampler's memory: one cache entry per token and layer, in pages (deepseek_v2.md 1.6).
 //!
-//! An entry is the latent after its norm (d_c elements), then the rope key after its rotation
-//! (d_R): all that attention needs of a token, for all heads. Which sequence holds which page is
-//! `inference::pages`' business.
+//! An entry of MLA is the latent after its norm (d_c elements), then the rope key after its rotation
+//! (d_R): all that attention needs of a token, for all heads. An entry of GQA is all rotated keys,
+//! then all values. Which sequence holds which page is `inference::pages`' business.
 //!
 //! Invariants:
 //!   * slot of token j of a sequence = table[j / page_tokens] * page_tokens + j % page_tokens
-//!   * one more token costs d_c + d_R elements a layer and nothing else
+//!   * one more token costs `ModelConfig::cache_width` elements a layer and nothing else
 
 use crate::config::ModelConfig;
 use rehearsal_kernels::{Buffer, Kernels, Kind, OutOfMemory};
@@ -66,7 +66,7 @@ impl DecodeRows {
 
 /// The cache entries of all layers.
 pub struct LatentCache {
-    /// One buffer per layer: `[page_count * page_tokens, d_c + d_R]`.
+    /// One buffer per layer: `[page_count * page_tokens, cache_width]`.
     pub layers: Vec<Buffer>,
     /// Tokens of a page.
     pub page_tokens: usize,

@@ -58,7 +58,7 @@ impl Heads {
         let linear =
             |index: usize, format| Linear::pack(&packing.kept(format), params, index..index + 1, 1);
         Ok(Heads {
-            norm: Norm { weight: layout.norm, epsilon: config.rms_norm_eps },
+            norm: Norm { weight: layout.norm, epsilon: config.rms_norm_eps, factor: 1.0 },
             vocabulary: linear(layout.head, vocabulary)?,
             scalar: layout.score.map(|score| linear(score, WeightFormat::F32)).transpose()?,
         })

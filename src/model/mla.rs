@@ -14,7 +14,7 @@
 
 use super::linear::{Linear, Packing};
 use super::norm::{Norm, Normed};
-use super::params::{AttentionIndex, Gradients, Params};
+use super::params::{Gradients, MlaIndex, Params};
 use super::pass::{Pass, floats};
 use super::per_head::{Dims, PerHead, reversed};
 use crate::config::ModelConfig;
@@ -88,14 +88,16 @@ impl Mla {
         packing: &Packing<'_>,
         params: &Params,
         config: &ModelConfig,
-        index: &AttentionIndex,
+        index: &MlaIndex,
         form: AttentionForm,
     ) -> Result<Mla, OutOfMemory> {
         let dims = Dims::new(config);
-        let norm = |weight| Norm { weight, epsilon: dims.epsilon };
+        let norm = |weight, factor| Norm { weight, epsilon: dims.epsilon, factor };
+        let (query_factor, latent_factor) = config.latent_factors();
         let query = match index.query {
             Some((weight, q_b)) => {
-                Some((norm(weight), Linear::pack(packing, params, q_b..q_b + 1, 1)?))
+                let q_b = Linear::pack(packing, params, q_b..q_b + 1, 1)?;
+                Some((norm(weight, query_factor), q_b))
             }
             None => None,
         };
@@ -127,7 +129,7 @@ impl Mla {
             dims,
             down: Linear::pack(packing, params, index.down.clone(), 1)?,
             query,
-            latent_norm: norm(index.latent_norm),
+            latent_norm: norm(index.latent_norm, latent_factor),
             core,
             output: Linear::pack(packing, params, index.output..index.output + 1, 1)?,
         })

@@ -1,4 +1,5 @@
-//! What is learned: a DeepSeek-V2 transformer, layer by layer, with explicit backward passes.
+//! What is learned: a DeepSeek-V2 transformer or the dense one that it is compared with, layer by layer, with explicit
+//! backward passes.
 //!
 //! Every module has `forward`, `backward_input` (B: what the layer below waits for) and
 //! `backward_weight` (W: may run later), over [`Kernels`](rehearsal_kernels::Kernels). There is no autograd.
@@ -13,6 +14,8 @@ pub mod rope;
 pub mod linear;
 pub mod norm;
 
+pub mod attention;
+pub mod gqa;
 pub mod mla;
 pub mod mlp;
 pub mod moe;

@@ -1,13 +1,13 @@
 //! Named parameters: which tensors a model has, in which order they lie in memory, and their gradients.
 //!
 //! Names are the published ones, so that saving is a gather and a write. Tensors that one product reads
-//! together (q_a over kv_a, gate over up, all experts of a layer) are neighbours in the slab.
+//! together (q_a over kv_a, q over k over v, gate over up, all experts of a layer) are neighbours in the slab.
 //!
 //! Invariants:
 //!   * every tensor of the published checkpoint is in the layout once, and nothing else but `score.weight`
 //!   * a gradient slab has the layout's shapes; after a backward pass every trainable tensor was written
 
-use crate::config::ModelConfig;
+use crate::config::{Attention, ModelConfig};
 use anyhow::{Result, ensure};
 use rehearsal_kernels::random::{self, Stream};
 use rehearsal_kernels::{Kernels, Kind, OutOfMemory, Slab};
@@ -64,9 +64,27 @@ pub struct LayerIndex {
     pub feed_forward: FeedForwardIndex,
 }
 
+/// Tensors of one attention.
+#[derive(Debug)]
+pub enum AttentionIndex {
+    /// Multi-head latent attention.
+    Mla(MlaIndex),
+    /// Grouped-query attention.
+    Gqa(GqaIndex),
+}
+
+/// Tensors of one GQA.
+#[derive(Debug)]
+pub struct GqaIndex {
+    /// q, k and v: one product.
+    pub qkv: Range<usize>,
+    /// o.
+    pub output: usize,
+}
+
 /// Tensors of one MLA.
 #[derive(Debug)]
-pub struct AttentionIndex {
+pub struct MlaIndex {
     /// q_a (or q without compression) and kv_a: one product.
     pub down: Range<usize>,
     /// q_a_layernorm and q_b, if queries are compressed.
@@ -162,7 +180,16 @@ impl Builder {
         let prefix = format!("model.layers.{index}");
         LayerIndex {
             input_norm: self.norm(format!("{prefix}.input_layernorm.weight"), config.hidden_size),
-            attention: self.attention(config, &format!("{prefix}.self_attn")),
+            attention: match config.attention() {
+                Attention::Mla => {
+                    AttentionIndex::Mla(self.mla(config, &format!("{prefix}.self_attn")))
+                }
+                Attention::Gqa { kv_heads, head_dim } => {
+                    let rows = [config.num_attention_heads * head_dim, kv_heads * head_dim];
+                    let prefix = format!("{prefix}.self_attn");
+                    AttentionIndex::Gqa(self.gqa(config.hidden_size, rows, &prefix))
+                }
+            },
             post_norm: self
                 .norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size),
             feed_forward: if config.is_moe(index) {
@@ -177,7 +204,16 @@ impl Builder {
         }
     }
 
-    fn attention(&mut self, config: &ModelConfig, prefix: &str) -> AttentionIndex {
+    /// Grouped-query attention with as many rows of queries, and of keys and values.
+    fn gqa(&mut self, d: usize, [queries, keys]: [usize; 2], prefix: &str) -> GqaIndex {
+        let first = self.matrix(format!("{prefix}.q_proj.weight"), queries, d);
+        self.matrix(format!("{prefix}.k_proj.weight"), keys, d);
+        let last = self.matrix(format!("{prefix}.v_proj.weight"), keys, d);
+        let output = self.matrix(format!("{prefix}.o_proj.weight"), d, queries);
+        GqaIndex { qkv: first..last + 1, output }
+    }
+
+    fn mla(&mut self, config: &ModelConfig, prefix: &str) -> MlaIndex {
         let (d, heads) = (config.hidden_size, config.num_attention_heads);
         let query_rows = heads * config.query_width();
         let first = match config.q_lora_rank {
@@ -193,7 +229,7 @@ impl Builder {
         let expanded = heads * (config.qk_nope_head_dim + config.v_head_dim);
         let kv_b = self.matrix(format!("{prefix}.kv_b_proj.weight"), expanded, config.kv_lora_rank);
         let output = self.matrix(format!("{prefix}.o_proj.weight"), d, heads * config.v_head_dim);
-        AttentionIndex { down: first..first + 2, query, latent_norm, kv_b, output }
+        MlaIndex { down: first..first + 2, query, latent_norm, kv_b, output }
     }
 
     fn mlp(&mut self, d: usize, width: usize, prefix: &str) -> MlpIndex {

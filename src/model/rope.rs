@@ -1,15 +1,17 @@
 //! Rotary positions: frequencies with YaRN, the table of cosines and sines, and the softmax scale.
 //!
-//! Published order: interleaved pairs (2k, 2k + 1) (deepseek_v2.md 1.3, 1.4). Angles in f64, tables in the kernels' float.
+//! Published orders: interleaved pairs (2k, 2k + 1) in DeepSeek-V2 (deepseek_v2.md 1.3, 1.4), halves (k, k + width / 2) in
+//! a Llama. YaRN's temperature of attention is in the softmax scale of the former, in cos and sin of the latter. Angles in
+//! f64, tables in the kernels' float.
 
-use crate::config::{ModelConfig, RopeScaling};
-use rehearsal_kernels::{Kernels, OutOfMemory, RopeTable};
+use crate::config::{Attention, ModelConfig, RopeScaling};
+use rehearsal_kernels::{Kernels, OutOfMemory, Pairing, RopeTable};
 
 /// The frequencies θ_k, k < d_R / 2, YaRN applied if the config has it.
 pub fn frequencies(config: &ModelConfig) -> Vec<f64> {
-    let width = config.qk_rope_head_dim as f64;
+    let width = config.rope_width() as f64;
     let plain = |k: usize| config.rope_theta.powf(-2.0 * k as f64 / width);
-    let half = config.qk_rope_head_dim / 2;
+    let half = config.rope_width() / 2;
     let Some(yarn) = &config.rope_scaling else {
         return (0..half).map(plain).collect();
     };
@@ -29,22 +31,28 @@ pub fn frequencies(config: &ModelConfig) -> Vec<f64> {
     (0..half).map(stretched).collect()
 }
 
-/// mscale(s, a) = 0.1 a ln s + 1, or 1 if s <= 1.
-fn mscale(factor: f64, weight: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 }
+/// What YaRN multiplies cos and sin with: mscale(s, mscale) / mscale(s, mscale_all_dim). In a Llama that ratio counts only
+/// if neither is 0, behind `attention_factor` and before mscale(s, 1).
+pub fn table_multiplier(yarn: &RopeScaling, attention: Attention) -> f64 {
+    let mscale = |weight| RopeScaling::mscale(yarn.factor, weight);
+    let ratio = mscale(yarn.mscale) / mscale(yarn.mscale_all_dim);
+    match attention {
+        Attention::Mla => ratio,
+        Attention::Gqa { .. } => yarn.attention_factor.unwrap_or_else(|| {
+            if yarn.mscale * yarn.mscale_all_dim == 0.0 { mscale(1.0) } else { ratio }
+        }),
+    }
 }
 
-/// What cos and sin are multiplied with: mscale(s, mscale) / mscale(s, mscale_all_dim).
-pub fn table_multiplier(yarn: &RopeScaling) -> f64 {
-    mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
-}
-
-/// Softmax scale: (d_nope + d_R)^(-1/2), times m² with YaRN (1.2, item 6).
+/// Softmax scale: (width of a query)^(-1/2), times m² with YaRN in MLA (1.2, item 6).
 pub fn softmax_scale(config: &ModelConfig) -> f64 {
     let base = (config.query_width() as f64).powf(-0.5);
-    let m = config.rope_scaling.as_ref().map_or(1.0, |yarn| {
-        if yarn.mscale_all_dim == 0.0 { 1.0 } else { mscale(yarn.factor, yarn.mscale_all_dim) }
-    });
+    let m = match (&config.rope_scaling, config.attention()) {
+        (Some(yarn), Attention::Mla) if yarn.mscale_all_dim != 0.0 => {
+            RopeScaling::mscale(yarn.factor, yarn.mscale_all_dim)
+        }
+        _ => 1.0,
+    };
     base * m * m
 }
 
@@ -55,7 +63,8 @@ pub fn table(
     positions: usize,
 ) -> Result<RopeTable, OutOfMemory> {
     let frequencies = frequencies(config);
-    let factor = config.rope_scaling.as_ref().map_or(1.0, table_multiplier);
+    let attention = config.attention();
+    let factor = config.rope_scaling.as_ref().map_or(1.0, |yarn| table_multiplier(yarn, attention));
     let owner = kernels.arena().owner("rope", rehearsal_kernels::Kind::Weights);
     let angles: Vec<f64> =
         (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
@@ -66,12 +75,17 @@ pub fn table(
         kernels.upload_f64(&values, &mut buffer);
         Ok(buffer)
     };
-    Ok(RopeTable { cos: column(f64::cos)?, sin: column(f64::sin)? })
+    let pairing = match attention {
+        Attention::Mla => Pairing::Interleaved,
+        Attention::Gqa { .. } => Pairing::Halves,
+    };
+    Ok(RopeTable { pairing, cos: column(f64::cos)?, sin: column(f64::sin)? })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::ModelType;
 
     fn published() -> ModelConfig {
         let text = r#"{"vocab_size":102400,"hidden_size":5120,"num_hidden_layers":60,"first_k_dense_replace":1,
@@ -118,8 +132,23 @@ mod tests {
     #[test]
     fn the_table_multiplier_is_a_ratio_of_the_two_mscales() {
         let mut yarn = published().rope_scaling.unwrap();
-        assert_eq!(table_multiplier(&yarn), 1.0);
+        assert_eq!(table_multiplier(&yarn, Attention::Mla), 1.0);
         yarn.mscale = 1.0;
-        assert!((table_multiplier(&yarn) - 1.3688879454 / 1.2608037774).abs() < 1e-9);
+        let multiplier = table_multiplier(&yarn, Attention::Mla);
+        assert!((multiplier - 1.3688879454 / 1.2608037774).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_llama_has_yarns_temperature_in_its_table_and_not_in_the_softmax() {
+        let mut yarn = published().rope_scaling.unwrap();
+        let gqa = Attention::Gqa { kv_heads: 8, head_dim: 128 };
+        assert_eq!(table_multiplier(&yarn, gqa), 1.0, "two mscales that are equal");
+        yarn.mscale_all_dim = 0.0;
+        assert!((table_multiplier(&yarn, gqa) - 1.3688879454).abs() < 1e-9);
+        yarn.attention_factor = Some(1.25);
+        assert_eq!(table_multiplier(&yarn, gqa), 1.25);
+        let mut llama = published();
+        (llama.model_type, llama.head_dim) = (ModelType::Llama, Some(64));
+        assert_eq!(softmax_scale(&llama), 0.125);
     }
 }

@@ -6,16 +6,21 @@ use crate::config::ModelConfig;
 /// Data type of the latent cache.
 pub const CACHE_DTYPE: &str = "f32";
 
-/// Bytes of the latent cache that one token takes over all layers.
+/// Elements of the cache that one token takes over all layers.
+pub fn cache_elements_per_token(model: &ModelConfig) -> u64 {
+    (model.num_hidden_layers * model.cache_width()) as u64
+}
+
+/// Bytes of the cache that one token takes over all layers.
 pub fn cache_bytes_per_token(model: &ModelConfig) -> u64 {
-    (model.num_hidden_layers * model.cache_width() * size_of::<f32>()) as u64
+    cache_elements_per_token(model) * size_of::<f32>() as u64
 }
 
 /// FLOPs of a token's forward pass in the middle of a causal sequence: 2 for each active parameter that it passes,
 /// and 2 for each element of query, key and value over the half of the sequence that it sees on average.
 pub fn forward_flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
     let weights = 2.0 * parameters(model).active_without_input_embedding as f64;
-    let widths = model.num_attention_heads * (model.query_width() + model.v_head_dim);
+    let widths = model.num_attention_heads * (model.query_width() + model.value_width());
     let seen = (sequence as f64 + 1.0) / 2.0;
     weights + model.num_hidden_layers as f64 * 2.0 * widths as f64 * seen
 }
@@ -31,15 +36,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn v2_trains_at_155_gigaflops_a_token() {
-        let gigaflops = flops_per_token(&preset("deepseek-v2.json"), 4096) / 1e9;
-        assert_eq!(format!("{gigaflops:.1}"), "155.3");
+    fn v2_trains_at_155_gigaflops_a_token_and_67b_at_419() {
+        for (name, gigaflops) in [("deepseek-v2.json", "155.3"), ("deepseek-67b.json", "418.6")] {
+            let found = flops_per_token(&preset(name), 4096) / 1e9;
+            assert_eq!(format!("{found:.1}"), gigaflops, "{name}");
+        }
     }
 
     #[test]
-    fn the_cache_holds_576_elements_a_layer() {
-        assert_eq!(cache_bytes_per_token(&preset("deepseek-v2.json")), 34_560 * 4);
-        assert_eq!(cache_bytes_per_token(&preset("deepseek-v2-lite.json")), 15_552 * 4);
+    fn the_cache_holds_576_elements_a_layer_and_2048_of_67b() {
+        for (name, elements) in [
+            ("deepseek-v2.json", 34_560),
+            ("deepseek-v2-lite.json", 15_552),
+            ("deepseek-67b.json", 194_560),
+        ] {
+            assert_eq!(cache_elements_per_token(&preset(name)), elements, "{name}");
+            assert_eq!(cache_bytes_per_token(&preset(name)), 4 * elements, "{name}");
+        }
     }
 
     #[test]

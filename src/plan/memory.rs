@@ -16,7 +16,7 @@ use super::cost::cache_bytes_per_token;
 use super::estimate::example_tokens;
 use super::parameters::{multiplied, parameters};
 use crate::config::stage::GrpoStage;
-use crate::config::{ModelConfig, Offload, RunConfig, Stage, StageKind};
+use crate::config::{Attention, ModelConfig, Offload, RunConfig, Stage, StageKind};
 use crate::engine::ROWS_AT_ONCE;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -273,9 +273,17 @@ fn one_layer_bytes(model: &ModelConfig) -> u64 {
 /// Floats of a token that one layer keeps.
 fn layer_floats(model: &ModelConfig, moe: bool) -> usize {
     let (hidden, heads) = (model.hidden_size, model.num_attention_heads);
-    let query = 2 * model.q_lora_rank.unwrap_or(0) + heads * model.query_width();
-    let keys = 2 * model.cache_width() + heads * (model.qk_nope_head_dim + model.v_head_dim);
-    let attention = 4 * hidden + query + keys + heads * model.v_head_dim;
+    let query = heads * model.query_width();
+    let projected = match model.attention() {
+        Attention::Mla => {
+            let keys = 2 * model.cache_width();
+            2 * model.q_lora_rank.unwrap_or(0)
+                + keys
+                + heads * (model.qk_nope_head_dim + model.v_head_dim)
+        }
+        Attention::Gqa { .. } => model.cache_width(),
+    };
+    let attention = 4 * hidden + query + projected + heads * model.value_width();
     let feed_forward = match moe {
         false => 3 * model.intermediate_size,
         true => {

@@ -4,6 +4,7 @@
 //! and cache bytes are exact, everything else is an estimate and says so.
 
 // Exact.
+pub mod comparison;
 pub mod cost;
 pub mod parameters;
 
@@ -12,7 +13,8 @@ pub mod estimate;
 pub mod host;
 pub mod memory;
 
-pub use cost::{cache_bytes_per_token, flops_per_token};
+pub use comparison::{Comparison, compare};
+pub use cost::{cache_bytes_per_token, cache_elements_per_token, flops_per_token};
 pub use estimate::{Estimate, StageEstimate, estimate};
 pub use host::host_bytes;
 pub use memory::{Memory, StageMemory, memory, model_memory};

@@ -1,6 +1,6 @@
 //! How many parameters and tensors a model has (deepseek_v2.md, section 2).
 
-use crate::config::ModelConfig;
+use crate::config::{Attention, ModelConfig};
 use serde::Serialize;
 
 /// Counts of a model.
@@ -36,7 +36,11 @@ pub fn parameters(model: &ModelConfig) -> Parameters {
     let (matrices, looked_up) = if model.tie_word_embeddings { (1, 0) } else { (2, embedding) };
     let active = matrices * embedding + always + experts(model.num_experts_per_tok);
 
-    let attention_tensors = if model.q_lora_rank.is_some() { 7 } else { 5 };
+    let attention_tensors = match (model.attention(), model.q_lora_rank) {
+        (Attention::Mla, Some(_)) => 7,
+        (Attention::Mla, None) => 5,
+        (Attention::Gqa { .. }, _) => 4,
+    };
     let moe_tensors =
         1 + 3 * model.n_routed_experts as u64 + if model.n_shared_experts > 0 { 3 } else { 0 };
     Parameters {
@@ -51,8 +55,18 @@ pub fn parameters(model: &ModelConfig) -> Parameters {
     }
 }
 
-/// Parameters of MLA in one layer.
+/// Parameters of attention in one layer.
 fn attention(model: &ModelConfig) -> u64 {
+    match model.attention() {
+        Attention::Mla => latent_attention(model),
+        Attention::Gqa { kv_heads, head_dim } => {
+            let queries_and_output = 2 * model.num_attention_heads * head_dim;
+            (model.hidden_size * (queries_and_output + 2 * kv_heads * head_dim)) as u64
+        }
+    }
+}
+
+fn latent_attention(model: &ModelConfig) -> u64 {
     let (hidden, heads, latent) =
         (model.hidden_size, model.num_attention_heads, model.kv_lora_rank);
     let queries = heads * model.query_width();
@@ -70,8 +84,11 @@ fn attention(model: &ModelConfig) -> u64 {
 
 /// Parameters of the matrices that are multiplied with, and so are packed: all but norms and the input embedding.
 pub fn multiplied(model: &ModelConfig) -> u64 {
-    let norms = model.num_hidden_layers
-        * (2 * model.hidden_size + model.q_lora_rank.unwrap_or(0) + model.kv_lora_rank);
+    let latents = match model.attention() {
+        Attention::Mla => model.q_lora_rank.unwrap_or(0) + model.kv_lora_rank,
+        Attention::Gqa { .. } => 0,
+    };
+    let norms = model.num_hidden_layers * (2 * model.hidden_size + latents);
     let embedding =
         if model.tie_word_embeddings { 0 } else { model.vocab_size * model.hidden_size };
     parameters(model).total - (norms + model.hidden_size + embedding) as u64
@@ -81,7 +98,11 @@ pub fn multiplied(model: &ModelConfig) -> u64 {
 pub(super) mod tests {
     use super::*;
     use crate::config::load_model;
+    use crate::model::{Layout, Params};
+    use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
+    use std::collections::BTreeSet;
     use std::path::Path;
+    use std::sync::Arc;
 
     pub fn preset(name: &str) -> ModelConfig {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -100,12 +121,82 @@ pub(super) mod tests {
         assert_eq!(lite.active, 2_661_150_208);
         assert_eq!(lite.active_without_input_embedding, 2_451_435_008);
         assert_eq!(lite.tensors, 5_291);
+        let dense = parameters(&preset("deepseek-67b.json"));
+        assert_eq!(dense.total, 67_425_001_472);
+        assert_eq!(dense.active, dense.total);
+        assert_eq!(dense.active_without_input_embedding, 66_586_140_672);
+        assert_eq!(dense.tensors, 95 * 9 + 3);
+    }
+
+    #[test]
+    fn the_small_pairs_have_the_counts_of_their_recipes() {
+        let counts = |name: &str| {
+            let counts = parameters(&preset(name));
+            (counts.total, counts.active_without_input_embedding)
+        };
+        assert_eq!(counts("cpu-nano-dense.json"), (7_517_440, 7_386_368));
+        assert_eq!(counts("cpu-nano-moe.json"), (22_219_968, 2_445_504));
+        assert_eq!(counts("h200-mini-dense.json"), (704_718_336, 654_386_688));
+        assert_eq!(counts("h200-mini-moe.json"), (2_572_951_936, 208_019_840));
+        assert_eq!(counts("quarter-depth-67b.json"), (18_287_566_848, 17_448_706_048));
+        assert_eq!(counts("quarter-depth-v2.json"), (56_996_193_280, 5_605_483_520));
+    }
+
+    /// Every model's file, with its name.
+    fn presets() -> Vec<(String, ModelConfig)> {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model");
+        let name = |file: std::fs::DirEntry| file.file_name().into_string().unwrap();
+        let files = std::fs::read_dir(folder).unwrap().map(|file| name(file.unwrap()));
+        files.map(|name| (name.clone(), preset(&name))).collect()
+    }
+
+    #[test]
+    fn every_preset_has_the_tensors_and_elements_that_are_counted() {
+        assert!(presets().len() >= 12);
+        for (name, model) in presets() {
+            let (layout, counts) = (Layout::new(&model, false), parameters(&model));
+            assert_eq!(layout.elements() as u64, counts.total, "{name}");
+            assert_eq!(layout.specs.len() as u64, counts.tensors, "{name}");
+            let names: BTreeSet<&str> = layout.specs.iter().map(|s| s.name.as_str()).collect();
+            assert_eq!(names.len(), layout.specs.len(), "{name}: a tensor is named twice");
+        }
+    }
+
+    #[test]
+    fn what_is_allocated_is_what_is_counted() {
+        for name in ["smoke.json", "cpu-nano-dense.json"] {
+            let (model, kernels) = (preset(name), CpuKernels::new(1, Arena::new(None)));
+            let layout = Arc::new(Layout::new(&model, false));
+            let params = Params::new(&kernels, layout, "policy").unwrap();
+            assert_eq!(params.slab.whole().len() as u64, parameters(&model).total, "{name}");
+            let held = kernels.arena().held_by(Kind::Weights);
+            assert!(held >= 4 * parameters(&model).total, "{name}: {held}");
+        }
+    }
+
+    #[test]
+    fn a_model_without_query_compression_has_one_query_matrix_and_dense_layers_come_first() {
+        let names = |preset: &ModelConfig| -> Vec<String> {
+            Layout::new(preset, false).specs.into_iter().map(|spec| spec.name).collect()
+        };
+        let lite = names(&preset("deepseek-v2-lite.json"));
+        assert!(lite.contains(&"model.layers.3.self_attn.q_proj.weight".to_string()));
+        assert!(!lite.iter().any(|name| name.contains("q_a_") || name.contains("q_b_")));
+        let mut deeper = preset("smoke.json");
+        (deeper.num_hidden_layers, deeper.first_k_dense_replace) = (4, 3);
+        let experts: BTreeSet<char> = names(&deeper)
+            .iter()
+            .filter(|name| name.contains(".experts."))
+            .filter_map(|name| name.strip_prefix("model.layers.")?.chars().next())
+            .collect();
+        assert_eq!(experts, BTreeSet::from(['3']), "layers 0 to 2 are dense");
     }
 
     #[test]
     fn parts_of_a_layer_have_the_counts_of_the_paper() {
         assert_eq!(attention(&preset("deepseek-v2.json")), 149_227_520);
         assert_eq!(attention(&preset("deepseek-v2-lite.json")), 13_763_072);
+        assert_eq!(attention(&preset("deepseek-67b.json")), 150_994_944);
     }
 
     #[test]

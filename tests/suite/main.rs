@@ -5,6 +5,7 @@ mod tiny;
 mod training;
 
 mod alignment;
+mod architectures;
 mod budget;
 mod edges;
 mod end_to_end;

@@ -1,13 +1,16 @@
 //! The model against finite differences, against itself in its other form, and f32 against f64.
 
-use crate::tiny::{Tiny, config, config_lite, cpu, documents, reference, relative_l2, worst};
+use crate::tiny::{
+    Tiny, config, config_dense, config_dense_long, config_lite, config_scaled, cpu, documents,
+    reference, relative_l2, worst,
+};
 use rehearsal::config::ModelConfig;
 use rehearsal::config::engine::AttentionForm::{self, Absorbed, Expanded};
 use rehearsal::data::example::Pair;
 use rehearsal::model::{DecodeRows, Documents, LatentCache};
 use rehearsal::train::Items;
-use rehearsal_kernels::Kernels;
 use rehearsal_kernels::random::{Draws, Stream};
+use rehearsal_kernels::{Buffer, Kernels};
 
 /// Compares every tensor's gradient with central differences at a few random elements.
 fn check_gradients(
@@ -64,6 +67,10 @@ fn every_gradient_equals_its_finite_difference() {
         (config(), Absorbed),
         (config_lite(), Expanded),
         (config_lite(), Absorbed),
+        (config_scaled(), Expanded),
+        (config_scaled(), Absorbed),
+        (config_dense(), Expanded),
+        (config_dense_long(), Expanded),
     ] {
         let documents = documents(&config, &[7, 4, 9]);
         // The balance loss is only piecewise smooth: choices of experts must not flip within a step of 1e-5.
@@ -73,12 +80,13 @@ fn every_gradient_equals_its_finite_difference() {
 
 #[test]
 fn a_reward_models_gradients_equal_their_finite_differences() {
-    let config = config();
-    let pairs: Vec<Pair> = documents(&config, &[5, 7, 6, 4])
-        .chunks(2)
-        .map(|pair| Pair { chosen: pair[0].tokens.clone(), rejected: pair[1].tokens.clone() })
-        .collect();
-    check_gradients(&config, true, &Items::Pairs(&pairs), Expanded, 0.0);
+    for config in [config(), config_dense()] {
+        let pairs: Vec<Pair> = documents(&config, &[5, 7, 6, 4])
+            .chunks(2)
+            .map(|pair| Pair { chosen: pair[0].tokens.clone(), rejected: pair[1].tokens.clone() })
+            .collect();
+        check_gradients(&config, true, &Items::Pairs(&pairs), Expanded, 0.0);
+    }
 }
 
 #[test]
@@ -91,7 +99,7 @@ fn tied_embeddings_collect_both_gradients() {
 
 #[test]
 fn the_absorbed_form_equals_the_expanded_one() {
-    for config in [config(), config_lite()] {
+    for config in [config(), config_lite(), config_scaled()] {
         let documents = documents(&config, &[11, 3, 20]);
         let kernels = reference();
         let tiny = Tiny::new(&kernels, &config, false);
@@ -109,7 +117,12 @@ fn the_absorbed_form_equals_the_expanded_one() {
 
 #[test]
 fn f32_gradients_follow_the_f64_reference() {
-    for (config, form) in [(config(), Expanded), (config_lite(), Absorbed)] {
+    for (config, form) in [
+        (config(), Expanded),
+        (config_lite(), Absorbed),
+        (config_scaled(), Expanded),
+        (config_dense(), Expanded),
+    ] {
         let documents = documents(&config, &[11, 3, 20]);
         let items = Items::Documents(&documents);
         let (fast, exact) = (cpu(2), reference());
@@ -131,18 +144,23 @@ fn f32_gradients_follow_the_f64_reference() {
 
 #[test]
 fn thread_count_changes_no_bit_of_a_gradient() {
-    let config = config();
-    let documents = documents(&config, &[30, 17, 41, 9]);
-    let gradients: Vec<Vec<u32>> = [1, 2, 4]
-        .map(|threads| {
-            let kernels = cpu(threads);
-            let tiny = Tiny::new(&kernels, &config, false);
-            let (_, gradients) =
-                tiny.loss_and_gradients(&Items::Documents(&documents), Expanded, 0.01);
-            kernels.download(&gradients.slab.whole()).iter().map(|g| g.to_bits()).collect()
-        })
-        .to_vec();
-    assert!(gradients[0] == gradients[1] && gradients[0] == gradients[2]);
+    for config in [config(), config_dense()] {
+        let documents = documents(&config, &[30, 17, 41, 9]);
+        let gradients: Vec<Vec<u32>> = [1, 2, 4]
+            .map(|threads| {
+                let kernels = cpu(threads);
+                let tiny = Tiny::new(&kernels, &config, false);
+                let (_, gradients) =
+                    tiny.loss_and_gradients(&Items::Documents(&documents), Expanded, 0.01);
+                bits(&kernels, &gradients.slab.whole())
+            })
+            .to_vec();
+        assert!(gradients[0] == gradients[1] && gradients[0] == gradients[2]);
+    }
+}
+
+fn bits(kernels: &dyn Kernels, buffer: &Buffer) -> Vec<u32> {
+    kernels.download(buffer).iter().map(|x| x.to_bits()).collect()
 }
 
 /// Log-probabilities of one document's tokens through the training forward.
@@ -163,54 +181,80 @@ fn logprobs(tiny: &Tiny<'_>, form: AttentionForm, documents: &[&[u32]], which: u
 #[test]
 fn a_token_sees_neither_the_future_nor_another_document() {
     let kernels = cpu(2);
-    let tiny = Tiny::new(&kernels, &config(), false);
     let document: Vec<u32> = (0..18).map(|i| i * 7 % 29).collect();
     let neighbour: Vec<u32> = (0..9).map(|i| i * 5 % 29).collect();
-    let alone = logprobs(&tiny, Expanded, &[&document], 0);
-    assert_eq!(alone, logprobs(&tiny, Expanded, &[&neighbour, &document, &neighbour], 1));
     let mut changed = document.clone();
     changed[10] = (changed[10] + 1) % 29;
-    let after = logprobs(&tiny, Expanded, &[&changed], 0);
-    assert_eq!(alone[..9], after[..9]);
-    assert_ne!(alone[10..], after[10..]);
+    for config in [config(), config_dense()] {
+        let tiny = Tiny::new(&kernels, &config, false);
+        let alone = logprobs(&tiny, Expanded, &[&document], 0);
+        assert_eq!(alone, logprobs(&tiny, Expanded, &[&neighbour, &document, &neighbour], 1));
+        let after = logprobs(&tiny, Expanded, &[&changed], 0);
+        assert_eq!(alone[..9], after[..9]);
+        assert_ne!(alone[10..], after[10..]);
+    }
+}
+
+/// Logits of every position of a document: a prompt of nine tokens in one go, then token by token, in scattered pages.
+fn decoded_logits(tiny: &Tiny<'_>, document: &[u32]) -> Vec<Buffer> {
+    let (kernels, packed) = (tiny.kernels, tiny.pack(Absorbed, false));
+    let mut cache = LatentCache::new(kernels, &tiny.model.config, 8, 4).unwrap();
+    let table = vec![5, 2, 7, 0, 1, 3];
+    let chunks = std::iter::once(0..9).chain((9..document.len()).map(|i| i..i + 1));
+    let decode = |chunk: std::ops::Range<usize>| {
+        let slot = |i: usize| table[i / 4] * 4 + (i % 4) as u32;
+        let rows = DecodeRows {
+            tokens: document[chunk.clone()].to_vec(),
+            positions: chunk.clone().map(|i| i as u32).collect(),
+            slots: chunk.clone().map(slot).collect(),
+            sequence: vec![0; chunk.len()],
+            length: chunk.clone().map(|i| i as u32 + 1).collect(),
+            tables: vec![table.clone()],
+            wanted: (0..chunk.len() as u32).collect(),
+        };
+        tiny.model.decode(kernels, &tiny.params, &packed, &mut cache, &rows).unwrap()
+    };
+    chunks.map(decode).collect()
 }
 
 #[test]
 fn decoding_from_the_cache_equals_the_training_forward_at_every_position() {
-    for config in [config(), config_lite()] {
+    let document: Vec<u32> = (0..23).map(|i| i * 11 % 29).collect();
+    for config in [config(), config_lite(), config_scaled(), config_dense(), config_dense_long()] {
         let kernels = cpu(2);
         let tiny = Tiny::new(&kernels, &config, false);
-        let document: Vec<u32> = (0..23).map(|i| i * 11 % 29).collect();
-        let packed = tiny.pack(Absorbed, false);
-        let mut cache = LatentCache::new(&kernels, &config, 8, 4).unwrap();
-        let table = vec![5, 2, 7, 0, 1, 3];
-        let mut decoded = Vec::new();
-        // A prompt of nine tokens in one go, then token by token.
-        let chunks = std::iter::once(0..9).chain((9..document.len()).map(|i| i..i + 1));
-        for chunk in chunks {
-            let position = |i: usize| i as u32;
-            let slot = |i: usize| table[i / 4] * 4 + (i % 4) as u32;
-            let rows = DecodeRows {
-                tokens: document[chunk.clone()].to_vec(),
-                positions: chunk.clone().map(position).collect(),
-                slots: chunk.clone().map(slot).collect(),
-                sequence: vec![0; chunk.len()],
-                length: chunk.clone().map(|i| i as u32 + 1).collect(),
-                tables: vec![table.clone()],
-                wanted: (0..chunk.len() as u32).collect(),
-            };
-            let logits =
-                tiny.model.decode(&kernels, &tiny.params, &packed, &mut cache, &rows).unwrap();
-            let flat = kernels.download_f64(&logits);
-            for (row, position) in flat.chunks(config.vocab_size).zip(chunk) {
-                let Some(next) = document.get(position + 1) else { continue };
-                let lse = row.iter().map(|l| l.exp()).sum::<f64>().ln();
-                decoded.push(row[*next as usize] - lse);
-            }
-        }
+        let flat: Vec<f64> = decoded_logits(&tiny, &document)
+            .iter()
+            .flat_map(|logits| kernels.download_f64(logits))
+            .collect();
+        let decoded: Vec<f64> = flat
+            .chunks(config.vocab_size)
+            .zip(&document[1..])
+            .map(|(row, next)| row[*next as usize] - row.iter().map(|l| l.exp()).sum::<f64>().ln())
+            .collect();
         for (form, tolerance) in [(Absorbed, 1e-5), (Expanded, 1e-4)] {
             let (index, error) = worst(&decoded, &logprobs(&tiny, form, &[&document], 0), 1.0);
             assert!(error < tolerance, "{form:?}, position {index}: {error:e}");
         }
+    }
+}
+
+#[test]
+fn decoding_has_the_bits_of_the_training_forward_in_the_form_of_the_sampler() {
+    let document: Vec<u32> = (0..23).map(|i| i * 11 % 29).collect();
+    for config in [config(), config_lite(), config_scaled(), config_dense(), config_dense_long()] {
+        let kernels = cpu(2);
+        let tiny = Tiny::new(&kernels, &config, false);
+        let decoded: Vec<u32> = decoded_logits(&tiny, &document)
+            .iter()
+            .flat_map(|logits| bits(&kernels, logits))
+            .collect();
+        let packed = tiny.pack(Absorbed, false);
+        let documents = Documents::pack(&kernels, &[&document]).unwrap();
+        let pass = tiny.model.pass(&kernels, &documents, &packed);
+        let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
+        let rows: Vec<u32> = (0..document.len() as u32).collect();
+        let logits = packed.heads.logits(&kernels, &tiny.params, &hidden, &rows).unwrap();
+        assert_eq!(decoded, bits(&kernels, &logits), "{:?}", config.attention());
     }
 }

@@ -1,7 +1,7 @@
 //! Tiny models and documents that the other modules of the suite train and sample.
 
-use rehearsal::config::ModelConfig;
 use rehearsal::config::engine::AttentionForm;
+use rehearsal::config::{LatentScaling, ModelConfig};
 use rehearsal::data::example::Sequence;
 use rehearsal::model::{Gradients, PackFor, PackedModel, Params, Transformer};
 use rehearsal::train::Items;
@@ -34,6 +34,34 @@ pub fn config_lite() -> ModelConfig {
         .unwrap(),
     );
     config
+}
+
+/// A dense model of two layers, whose four heads share two keys and values and are wider than the stream divided by them.
+pub fn config_dense() -> ModelConfig {
+    serde_json::from_str(
+        r#"{"model_type":"llama","vocab_size":29,"hidden_size":12,"num_hidden_layers":2,"intermediate_size":10,
+        "num_attention_heads":4,"num_key_value_heads":2,"head_dim":4,"max_position_embeddings":64,"rope_theta":100.0,
+        "initializer_range":0.3}"#,
+    )
+    .unwrap()
+}
+
+/// The dense model with as many keys as heads, and YaRN.
+pub fn config_dense_long() -> ModelConfig {
+    let mut config = config_dense();
+    config.num_key_value_heads = None;
+    config.rope_scaling = Some(
+        serde_json::from_str(
+            r#"{"type":"yarn","factor":4.0,"original_max_position_embeddings":16,"attention_factor":1.1}"#,
+        )
+        .unwrap(),
+    );
+    config
+}
+
+/// The three-layer model with scaled latents.
+pub fn config_scaled() -> ModelConfig {
+    ModelConfig { latent_scaling: LatentScaling::Sqrt, ..config() }
 }
 
 /// Kernels in f64.

@@ -4,7 +4,6 @@ use super::*;
 use crate::checkpoint::model_json::{tests::tiny, write_model_config};
 use crate::checkpoint::tensors::{MODEL_FILE, write_tensors};
 use crate::checkpoint::tokenizer_json::write_tokenizer;
-use crate::config::ModelConfig;
 
 const TOKENIZER: &str = concat!(
     r#"{"added_tokens":[{"id":0,"content":"<|pad|>"},{"id":1,"content":"<|end|>"}],"#,
@@ -77,7 +76,7 @@ fn an_export_holds_the_same_model_in_shards() {
             "tokenizer_config.json"
         ]
     );
-    assert_eq!(read_model_config(&out).expect("a config"), tiny());
+    assert_eq!(read_model_config(&out).expect("a config"), tiny().completed());
     let tensors = TensorFolder::open(&out).expect("tensors");
     for (index, entry) in all.iter().enumerate() {
         assert_eq!(tensors.shape(&entry.name), Some(entry.shape.as_slice()));
@@ -190,4 +189,20 @@ fn killed_anywhere_an_export_is_whole_or_not_there() {
         let left: Vec<String> = list_files(run.path()).expect("files").into_iter().collect();
         assert_eq!(left, ["export", "source", "witness"], "{point} left rubbish");
     }
+}
+
+#[test]
+fn an_export_folds_the_factors_of_scaled_latents_into_their_norms() {
+    let (_run, source, _) = model(&[]);
+    let mut config = read_model_config(&source).expect("a config");
+    config.latent_scaling = LatentScaling::Sqrt;
+    let (query, latent) = config.latent_factors();
+    assert_eq!((query, latent), ((8.0f64 / 6.0).sqrt(), 2.0f64.sqrt()));
+    let values = vec![1.0, -0.3, 7.0];
+    let scaled = |factor: f64| values.iter().map(|x| x * factor as f32).collect::<Vec<_>>();
+    let fold = |name: &str| fold(&config, &format!("model.layers.0.{name}.weight"), values.clone());
+    assert_eq!(fold("self_attn.q_a_layernorm"), scaled(query));
+    assert_eq!(fold("self_attn.kv_a_layernorm"), scaled(latent));
+    assert_eq!(fold("input_layernorm"), values);
+    assert_eq!(fold("self_attn.q_a_proj"), values);
 }

@@ -1,5 +1,6 @@
 //! A run of every kind of stage: what is read, written back and identified; its faults are in the two files below.
 
+mod architectures;
 mod keys;
 mod rules;
 

@@ -202,7 +202,7 @@ fn faults_of_the_model_point_into_its_own_file() {
         "\"torch_dtype\"",
         "\"attention_bias\": true, \"torch_dtype\"",
         "7:3",
-        "model.attention_bias = true is not built, and DeepSeek-V2 has no biases; use false",
+        "model.attention_bias = true is not built: no layer here has biases; use false",
     );
     check_model(
         "\"torch_dtype\"",
@@ -218,9 +218,9 @@ fn faults_of_the_model_point_into_its_own_file() {
     );
     check_model(
         "\"torch_dtype\"",
-        "\"model_type\": \"llama\", \"torch_dtype\"",
-        "7:3",
-        "model.model_type = \"llama\" is another architecture; only \"deepseek_v2\" is built",
+        "\"model_type\": \"mixtral\", \"torch_dtype\"",
+        "7:17",
+        "model.model_type = \"mixtral\" is not known; known are `deepseek_v2` and `llama`",
     );
     check_model(
         "\"torch_dtype\"",

@@ -88,6 +88,8 @@ struct Holding {
     role: String,
     kind: Kind,
     bytes: u64,
+    /// The most bytes that one request asked for.
+    largest: u64,
 }
 
 impl Default for Arena {
@@ -107,7 +109,7 @@ impl Arena {
         let mut state = self.lock();
         let found = state.owners.iter().position(|h| h.role == role && h.kind == kind);
         let index = found.unwrap_or_else(|| {
-            state.owners.push(Holding { role: role.to_string(), kind, bytes: 0 });
+            state.owners.push(Holding { role: role.to_string(), kind, bytes: 0, largest: 0 });
             state.owners.len() - 1
         });
         Owner(index as u32)
@@ -168,6 +170,12 @@ impl Arena {
         self.lock().high_water
     }
 
+    /// The most bytes that one request of a kind ever asked for, over all roles.
+    pub fn largest(&self, kind: Kind) -> u64 {
+        let state = self.lock();
+        state.owners.iter().filter(|h| h.kind == kind).map(|h| h.largest).max().unwrap_or(0)
+    }
+
     /// The budget, if there is one.
     pub fn budget(&self) -> Option<u64> {
         self.lock().budget
@@ -184,7 +192,9 @@ impl Arena {
         let pooled = state.owners[owner.0 as usize].kind.is_pooled();
         let size = if pooled { size_class(bytes) } else { pages(bytes) };
         let mapping = state.take(owner, size, pooled)?;
-        state.owners[owner.0 as usize].bytes += mapping.bytes as u64;
+        let holding = &mut state.owners[owner.0 as usize];
+        holding.bytes += mapping.bytes as u64;
+        holding.largest = holding.largest.max(bytes as u64);
         drop(state);
         Ok(Arc::new(Region { mapping: Some(mapping), owner, pooled, arena: self.clone() }))
     }

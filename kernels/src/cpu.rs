@@ -233,6 +233,20 @@ impl Kernels for CpuKernels {
     ) -> Result<()> {
         ops::mla_decode::mla_decode(&self.cx, shape, q, cache, batch, o)
     }
+    fn mla_prefill(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        first: usize,
+        length: &Buffer,
+        o: &mut Buffer,
+        lse: &mut Buffer,
+        store: Store,
+    ) -> Result<()> {
+        ops::mla_prefill::mla_prefill(&self.cx, shape, q, kv, k_rope, first, length, o, lse, store)
+    }
 
     // --- experts ----------------------------------------------------------------------------------
     fn router(

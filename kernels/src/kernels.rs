@@ -412,6 +412,21 @@ pub trait Kernels: Send + Sync {
         batch: &DecodeBatch<'_>,
         o: &mut Buffer,
     ) -> Result<()>;
+    /// Attention of a prompt's rows to tokens `first ..` of their sequence, whose keys and values these are:
+    /// row r sees those below `length[r]` (`U32 [T, 1]`). `Set` writes o and lse of this range alone (0 and -∞
+    /// for a row that sees none of it); `Add` merges them by log-sum-exp with those of the ranges before.
+    fn mla_prefill(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        first: usize,
+        length: &Buffer,
+        o: &mut Buffer,
+        lse: &mut Buffer,
+        store: Store,
+    ) -> Result<()>;
 
     // --- experts ----------------------------------------------------------------------------------
     /// scores = softmax(logits) `[T, E]`; experts `U32 [T, K]` in descending score (ties: lowest index);

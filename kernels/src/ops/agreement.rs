@@ -11,7 +11,8 @@ use crate::buffer::{Buffer, DType, View, ViewMut};
 use crate::cpu::CpuKernels;
 use crate::format::WeightFormat;
 use crate::kernels::{
-    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, Routes, Store,
+    AdamW, AttentionShape, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, Routes,
+    Store,
 };
 use crate::random::{Draws, Stream};
 use crate::reference::ReferenceKernels;
@@ -312,6 +313,45 @@ fn duplicate(kernels: &dyn Kernels, src: &Buffer) -> Buffer {
     let mut copy = arena.buffer(owner, src.dtype(), src.rows(), src.cols()).unwrap();
     kernels.copy(src, &mut copy);
     copy
+}
+
+#[test]
+fn attention_to_ranges_of_a_prompt_agrees_with_the_reference() {
+    check("mla_prefill", 40, 1e-5, |kernels, made| {
+        let (groups, sharing, key_width, value_width) =
+            (made.size(4), made.size(2), made.size(20), made.size(20));
+        let (rope_width, heads) = (made.size(9), groups * sharing);
+        let shape = AttentionShape {
+            heads,
+            sharing,
+            key_width,
+            rope_width,
+            value_width,
+            head_stride: key_width + value_width + made.size(4) - 1,
+            value_offset: key_width,
+            scale: 0.5,
+        };
+        let (rows, tokens) = (made.size(80), made.size(200));
+        let q = Inner::new(kernels, made, rows, heads * shape.query_width());
+        let mut o = Inner::new(kernels, made, rows, heads * value_width);
+        let mut lse = Inner::new(kernels, made, rows, heads);
+        let lengths: Vec<u32> = (0..rows).map(|_| made.size(tokens as u64) as u32).collect();
+        let length = indices(kernels, 1, &lengths);
+        let mut first = 0;
+        while first < tokens {
+            let count = made.size((tokens - first) as u64);
+            let kv = Inner::new(kernels, made, count, groups * shape.head_stride);
+            let k_rope = Inner::new(kernels, made, count, rope_width);
+            let store = if first == 0 { Store::Set } else { Store::Add };
+            let (q, kv, k_rope) = (q.get(), kv.get(), k_rope.get());
+            let (mut o, mut lse) = (o.set(), lse.set());
+            kernels
+                .mla_prefill(&shape, &q, &kv, &k_rope, first, &length, &mut o, &mut lse, store)
+                .unwrap();
+            first += count;
+        }
+        [&o, &lse].map(|b| kernels.download_f64(&b.whole)).concat()
+    });
 }
 
 #[test]

@@ -20,10 +20,10 @@ mod softmax;
 mod tests;
 
 pub(crate) use backward::mla_train_backward_input;
-pub(crate) use panels::transpose;
+pub(crate) use panels::{Panels, transpose};
 pub(crate) use softmax::{divide, softmax};
 
-use self::panels::{Panels, against_panels};
+use self::panels::against_panels;
 use super::tile::product;
 use super::work::split;
 use super::{Cx, Isa};
@@ -37,7 +37,7 @@ use std::sync::Mutex;
 pub(crate) const BLOCK: usize = 32;
 
 /// Queries of a block: as many as a panel's keys waste least of the causal half.
-const ROWS: usize = 32;
+pub(crate) const ROWS: usize = 32;
 
 /// See [`Kernels::mla_train`](crate::Kernels::mla_train).
 #[allow(clippy::too_many_arguments)]
@@ -53,7 +53,7 @@ pub(crate) fn mla_train(
 ) -> Result<()> {
     let inputs = Inputs::new(cx.isa, shape, q, kv, k_rope);
     inputs.check_output(o, lse);
-    let segments = segments(start, q.rows());
+    let segments = inputs.segments(start);
     let keys = Panels::of_keys(cx, &inputs, &segments)?;
     let blocks = blocks(&segments);
     let (o, lse) = (o.host_mut::<f32>(), lse.host_mut::<f32>());
@@ -105,16 +105,16 @@ pub(crate) fn mla_train(
 }
 
 /// Queries, keys and values, with their shapes checked.
-struct Inputs<'a> {
+pub(crate) struct Inputs<'a> {
     isa: Isa,
-    shape: &'a AttentionShape,
+    pub shape: &'a AttentionShape,
     q: Mat<'a, f32>,
     kv: Mat<'a, f32>,
     k_rope: Mat<'a, f32>,
 }
 
 impl<'a> Inputs<'a> {
-    fn new(
+    pub fn new(
         isa: Isa,
         shape: &'a AttentionShape,
         q: &'a Buffer,
@@ -125,20 +125,41 @@ impl<'a> Inputs<'a> {
         assert!(shape.kv_width() <= kv.cols(), "attention: keys and values inside kv");
         assert_eq!(q.cols(), shape.heads * shape.query_width(), "attention: columns of q");
         assert_eq!(k_rope.cols(), shape.rope_width, "attention: columns of k_rope");
-        assert!(
-            kv.rows() == q.rows() && k_rope.rows() == q.rows(),
-            "attention: rows of keys and values"
-        );
+        assert_eq!(k_rope.rows(), kv.rows(), "attention: rows of keys and values");
         Inputs { isa, shape, q: q.host(), kv: kv.host(), k_rope: k_rope.host() }
     }
 
-    fn check_output(&self, o: &Buffer, lse: &Buffer) {
+    pub fn check_output(&self, o: &Buffer, lse: &Buffer) {
         assert_eq!(
             (o.rows(), o.cols()),
             (self.q.rows, self.shape.heads * self.shape.value_width),
             "attention: o"
         );
         assert_eq!((lse.rows(), lse.cols()), (self.q.rows, self.shape.heads), "attention: lse");
+    }
+
+    /// Rows that see each other: each row has its own key, and starts where its neighbour does or begins a
+    /// segment itself.
+    fn segments(&self, start: &Buffer) -> Vec<Range<usize>> {
+        let rows = self.q.rows;
+        assert_eq!(self.kv.rows, rows, "attention: a key and a value for each row");
+        assert_eq!((start.rows(), start.cols()), (rows, 1), "attention: shape of start");
+        let start = start.host::<u32>();
+        let mut segments: Vec<Range<usize>> = Vec::new();
+        for row in 0..rows {
+            match start.row(row)[0] as usize {
+                first if first == row => segments.push(row..row + 1),
+                first => {
+                    let segment = segments.last_mut().expect("row 0 starts at 0");
+                    assert_eq!(
+                        segment.start, first,
+                        "attention: row {row} starts inside another segment"
+                    );
+                    segment.end = row + 1;
+                }
+            }
+        }
+        segments
     }
 
     /// Operations of a forward pass, about.
@@ -148,13 +169,13 @@ impl<'a> Inputs<'a> {
     }
 
     /// Address of a head's value in row `first`, and elements to the next row's.
-    fn value(&self, head: usize, first: usize) -> (*const f32, usize) {
+    pub fn value(&self, head: usize, first: usize) -> (*const f32, usize) {
         let column = head / self.shape.sharing * self.shape.head_stride + self.shape.value_offset;
         (self.kv.row(first)[column..].as_ptr(), self.kv.stride)
     }
 
     /// Unscaled scores of a block of rows with all panels up to its end.
-    fn scores(
+    pub fn scores(
         &self,
         keys: &Panels,
         (segment, head): (usize, usize),
@@ -173,28 +194,6 @@ impl<'a> Inputs<'a> {
             )
         }
     }
-}
-
-/// Rows that see each other. Each row must start where its neighbour does, or begin a segment
-/// itself.
-fn segments(start: &Buffer, rows: usize) -> Vec<Range<usize>> {
-    assert_eq!((start.rows(), start.cols()), (rows, 1), "attention: shape of start");
-    let start = start.host::<u32>();
-    let mut segments: Vec<Range<usize>> = Vec::new();
-    for row in 0..rows {
-        match start.row(row)[0] as usize {
-            first if first == row => segments.push(row..row + 1),
-            first => {
-                let segment = segments.last_mut().expect("row 0 starts at 0");
-                assert_eq!(
-                    segment.start, first,
-                    "attention: row {row} starts inside another segment"
-                );
-                segment.end = row + 1;
-            }
-        }
-    }
-    segments
 }
 
 /// Blocks of up to ROWS rows: (segment, rows).

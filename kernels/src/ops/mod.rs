@@ -12,7 +12,7 @@
 //! foundations   lanes (16 floats), exp, tile (the product), work (how it is split)
 //! products      quantize (codes), pack, unpack, linear, grouped
 //! rows          rows, rms_norm, rope, swiglu
-//! attention     mla_train, mla_decode
+//! attention     mla_train, mla_decode, mla_prefill
 //! experts       router, balance, routes
 //! head          head_logprob, sample
 //! optimizer     adamw
@@ -35,6 +35,7 @@ pub(crate) mod rows;
 pub(crate) mod swiglu;
 
 pub(crate) mod mla_decode;
+pub(crate) mod mla_prefill;
 pub(crate) mod mla_train;
 
 pub(crate) mod balance;

@@ -1,11 +1,11 @@
-//! Attention: causal over packed rows with its gradient, and against the paged latent cache.
+//! Attention: causal over packed rows with its gradient, against the paged latent cache, and by ranges of a prompt.
 //!
 //! One form for MLA expanded, MLA absorbed and GQA ([`AttentionShape`] says how). Scores are
 //! scale * (q_key . key + q_rope . k_rope), DeepSeek-V2 eq. 17 to 19.
 
 use super::{add_scaled, dot, log_sum_exp, movement};
 use crate::buffer::{Buffer, Mat};
-use crate::kernels::{AttentionShape, DecodeBatch};
+use crate::kernels::{AttentionShape, DecodeBatch, Store};
 
 /// What the forward pass read and wrote.
 pub struct Forward<'a> {
@@ -159,6 +159,44 @@ pub fn mla_decode(
         for index in 0..shape.heads {
             let out = &mut o.row_mut(row)[index * shape.value_width..][..shape.value_width];
             attend(shape, index, q.row(row), &rows, out);
+        }
+    }
+}
+
+/// With parts a and b of the tokens: o = exp(lse_a - lse) o_a + exp(lse_b - lse) o_b, and
+/// lse = ln(exp(lse_a) + exp(lse_b)).
+pub fn mla_prefill(
+    shape: &AttentionShape,
+    q: &Buffer,
+    (kv, k_rope): (&Buffer, &Buffer),
+    first: usize,
+    length: &Buffer,
+    o: &mut Buffer,
+    lse: &mut Buffer,
+    store: Store,
+) {
+    let (kv, k_rope, q) = (kv.host::<f64>(), k_rope.host::<f64>(), q.host::<f64>());
+    let (mut o, mut lse) = (o.host_mut::<f64>(), lse.host_mut::<f64>());
+    for (t, length) in movement::read::<u32>(length).into_iter().enumerate() {
+        let tokens: Vec<usize> = (0..kv.rows).filter(|j| first + j < length as usize).collect();
+        for index in 0..shape.heads {
+            let out = &mut o.row_mut(t)[index * shape.value_width..][..shape.value_width];
+            let before = &mut lse.row_mut(t)[index];
+            if store == Store::Set {
+                out.fill(0.0);
+                *before = f64::NEG_INFINITY;
+            }
+            if tokens.is_empty() {
+                continue;
+            }
+            let mut part = vec![0.0; shape.value_width];
+            let rows = Rows { kv, k_rope, tokens: &tokens };
+            let new = attend(shape, index, q.row(t), &rows, &mut part);
+            let both = log_sum_exp(&[*before, new]);
+            let kept = (*before - both).exp();
+            out.iter_mut().for_each(|o| *o *= kept);
+            add_scaled((new - both).exp(), &part, out);
+            *before = both;
         }
     }
 }

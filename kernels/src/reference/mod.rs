@@ -289,6 +289,22 @@ impl Kernels for ReferenceKernels {
         Ok(())
     }
 
+    fn mla_prefill(
+        &self,
+        shape: &AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        k_rope: &Buffer,
+        first: usize,
+        length: &Buffer,
+        o: &mut Buffer,
+        lse: &mut Buffer,
+        store: Store,
+    ) -> Result<()> {
+        attention::mla_prefill(shape, q, (kv, k_rope), first, length, o, lse, store);
+        Ok(())
+    }
+
     fn router(
         &self,
         spec: &RouterSpec,

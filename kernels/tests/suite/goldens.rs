@@ -2,7 +2,7 @@
 
 use crate::bench::{Bench, check_close};
 use rehearsal_kernels::{
-    AdamW, Arena, AttentionShape, CpuKernels, HeadColumns, Pack, Pairing, Product,
+    AdamW, Arena, AttentionShape, CpuKernels, DType, HeadColumns, Pack, Pairing, Product,
     ReferenceKernels, RopeTable, RouterSpec, SampleRow, Store,
 };
 
@@ -200,5 +200,33 @@ fn sampling_walks_the_ids_of_the_kept_tokens() {
         let logprobs: Vec<f64> = sampled.iter().map(|s| s.logprob).collect();
         let of = |token: &u32| [0.1f64, 0.4, 0.1, 0.4][*token as usize].ln();
         check_close("logprobs", &logprobs, &want.iter().map(of).collect::<Vec<_>>(), tolerance);
+    });
+}
+
+/// y = w * (x / rms), deepseek_v2.md 1.1: against plain f64 loops at the published widths, and rounded to the
+/// device's float between the two products.
+#[test]
+fn a_row_is_divided_by_its_root_mean_square_before_the_weight() {
+    on_each(|bench, tolerance| {
+        for cols in [512, 1536, 2048, 5120] {
+            let (x, w) = (bench.random(1, 3, cols), bench.random(2, 1, cols));
+            let (mut y, mut inverse) = (bench.unset(3, cols), bench.unset(3, 1));
+            bench.kernels.rms_norm(&x, &w, 1e-6, &mut y, &mut inverse);
+            let (x, w, y) = (bench.read(&x), bench.read(&w), bench.read(&y));
+            let inverse = bench.read(&inverse);
+            for (row, x) in x.chunks(cols).enumerate() {
+                let mean = x.iter().map(|x| x * x).sum::<f64>() / cols as f64;
+                let rms = (mean + 1e-6).sqrt();
+                for (i, (x, w)) in x.iter().zip(&w).enumerate() {
+                    let (got, want) = (y[row * cols + i], w * (x / rms));
+                    let error = (got - want).abs() / (1e-3 + want.abs());
+                    assert!(error < tolerance.min(1e-6), "{cols}, {row}, {i}: {got} {want}");
+                    if bench.kernels.float() == DType::F32 {
+                        let scaled = *x as f32 * inverse[row] as f32;
+                        assert_eq!(got, f64::from(*w as f32 * scaled), "{cols}, {row}, {i}");
+                    }
+                }
+            }
+        }
     });
 }

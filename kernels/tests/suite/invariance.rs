@@ -3,7 +3,7 @@
 //! Threads, the other rows of a batch, batches in pieces, and the cached path against the training
 //! path. On the CPU kernels, whose tiles and threads could break it, and on the reference.
 
-use crate::bench::{Bench, check_same_bits};
+use crate::bench::{Bench, check_close, check_same_bits};
 use crate::problems;
 use crate::problems::attention::{ABSORBED, EXPANDED, GROUPED, decode, mixed_rows};
 use rehearsal_kernels::{
@@ -132,4 +132,47 @@ fn check_cached(bench: &Bench<'_>, shape: &AttentionShape) {
     let mut cached = bench.unset(tokens, o.cols());
     k.mla_decode(shape, &q, &cache, &batch, &mut cached).unwrap();
     check_same_bits("cached", &bench.read(&cached), &bench.read(&o));
+}
+
+/// Output and log-sum-exp of a prompt of T tokens whose keys come in ranges that end at `cuts`.
+fn by_ranges(bench: &Bench<'_>, cuts: &[usize]) -> [Vec<f64>; 2] {
+    let shape = &EXPANDED;
+    let q = bench.random(1, T, shape.heads * shape.query_width());
+    let (kv, k_rope) = (bench.random(2, T, shape.kv_width()), bench.random(3, T, shape.rope_width));
+    let length = bench.indices(T, 1, &(1..=T as u32).collect::<Vec<_>>());
+    let (mut o, mut lse) =
+        (bench.unset(T, shape.heads * shape.value_width), bench.unset(T, shape.heads));
+    let mut first = 0;
+    for &end in cuts {
+        let (kv, k_rope) = (kv.rows_of(first..end), k_rope.rows_of(first..end));
+        let store = if first == 0 { Store::Set } else { Store::Add };
+        let k = bench.kernels;
+        k.mla_prefill(shape, &q, &kv, &k_rope, first, &length, &mut o, &mut lse, store).unwrap();
+        first = end;
+    }
+    [bench.read(&o), bench.read(&lse)]
+}
+
+#[test]
+fn a_prompt_in_ranges_merged_by_log_sum_exp_equals_the_whole() {
+    on_each(|bench| {
+        let shape = &EXPANDED;
+        let q = bench.random(1, T, shape.heads * shape.query_width());
+        let (kv, k_rope) =
+            (bench.random(2, T, shape.kv_width()), bench.random(3, T, shape.rope_width));
+        let start = bench.indices(T, 1, &[0; T]);
+        let (mut o, mut lse) =
+            (bench.unset(T, shape.heads * shape.value_width), bench.unset(T, shape.heads));
+        bench.kernels.mla_train(shape, &q, &kv, &k_rope, &start, &mut o, &mut lse).unwrap();
+        let whole = [bench.read(&o), bench.read(&lse)];
+        let one = by_ranges(bench, &[T]);
+        check_same_bits("output of one range", &one[0], &whole[0]);
+        check_same_bits("log-sum-exp of one range", &one[1], &whole[1]);
+        let tolerance = if bench.kernels.name() == "reference" { 1e-13 } else { 1e-6 };
+        for cuts in [&[1, T][..], &[32, 64, T], &[7, 8, 33, 69, T]] {
+            let parts = by_ranges(bench, cuts);
+            check_close(&format!("output, {cuts:?}"), &parts[0], &whole[0], tolerance);
+            check_close(&format!("log-sum-exp, {cuts:?}"), &parts[1], &whole[1], tolerance);
+        }
+    });
 }

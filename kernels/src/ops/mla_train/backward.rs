@@ -14,7 +14,7 @@ use super::super::tile::{Left, Out, PANEL, Right, multiply};
 use super::super::work::split;
 use super::panels::{Panels, against_panels};
 use super::softmax::RowGradient;
-use super::{BLOCK, Inputs, ROWS, attempt, segments};
+use super::{BLOCK, Inputs, ROWS, attempt};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
 use crate::kernels::{AttentionShape, Result, Store};
 use std::ops::Range;
@@ -46,7 +46,7 @@ pub(crate) fn mla_train_backward_input(
         );
     }
     let (heads, rows) = (shape.heads, q.rows());
-    let segments = segments(start, rows);
+    let segments = inputs.segments(start);
     let keys = Panels::of_keys(cx, &inputs, &segments)?;
     let values = if shape.value_offset == 0 && shape.value_width <= shape.key_width {
         None

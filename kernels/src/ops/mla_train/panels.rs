@@ -17,7 +17,7 @@ use std::ops::Range;
 const _: () = assert!(BLOCK == PANEL);
 
 /// A panel for each key-value head and each BLOCK rows of a segment.
-pub(super) struct Panels {
+pub(crate) struct Panels {
     data: Buffer,
     /// First panel of each segment.
     first: Vec<usize>,

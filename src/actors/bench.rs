@@ -136,6 +136,7 @@ impl Direction {
             value_head: false,
             yarn: None,
             form: crate::config::engine::AttentionForm::Absorbed,
+            prefill: crate::config::engine::Prefill::Absorbed,
             balance: 0.0,
         };
         self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage }).await?;

@@ -9,7 +9,7 @@
 //!   * the reference of a GRPO stage is the folder that the stage started from, also after a resume
 
 use super::contents::{Failure, FailureKind};
-use crate::config::engine::AttentionForm;
+use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::START_AGAIN;
 use crate::config::stage::{GrpoStage, OptimizerConfig, Stage, StageKind};
 use crate::config::{ModelConfig, RunConfig, model_folder};
@@ -93,6 +93,7 @@ pub fn prepare_stage(
         value_head: false,
         yarn: None,
         form: config.engine.attention,
+        prefill: Prefill::ByCost,
         balance: config.model.aux_loss_alpha,
     };
     match &stage.kind {
@@ -107,7 +108,8 @@ pub fn prepare_stage(
                 policy = ModelSource::Folder(folders.initial());
             }
             // The sampler decodes in the absorbed form: with the same one its log-probabilities are the trainer's.
-            (plan.form, plan.balance) = (AttentionForm::Absorbed, 0.0);
+            (plan.form, plan.prefill) = (AttentionForm::Absorbed, Prefill::Absorbed);
+            plan.balance = 0.0;
             plan.steps = steps * grpo.updates;
             plan.reference = (grpo.kl_weight != 0.0).then(|| policy.clone());
             plan.policy = policy;

@@ -5,7 +5,7 @@
 use super::machine::{free_memory, share_for_arenas};
 use crate::checkpoint::read_model_config;
 use crate::config::data::{DataConfig, Schema, SetConfig};
-use crate::config::engine::AttentionForm;
+use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::stage::OptimizerConfig;
 use crate::config::{Bytes, EngineConfig, Fault, ModelConfig};
 use crate::data::chat::ChatTemplate;
@@ -57,6 +57,7 @@ pub fn engine(
         value_head: false,
         yarn: None,
         form: AttentionForm::Expanded,
+        prefill: Prefill::ByCost,
         balance: if optimizer.is_some() { config.aux_loss_alpha } else { 0.0 },
         optimizer,
     })?;

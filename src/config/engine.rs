@@ -68,6 +68,16 @@ pub enum AttentionForm {
     Absorbed,
 }
 
+/// How prompts go through the sampler. A new token's row is always absorbed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Prefill {
+    /// Absorbed too, so that log-probabilities are those of a trainer in that form, to the bit.
+    Absorbed,
+    /// Each chunk of a prompt in the form that costs less.
+    ByCost,
+}
+
 /// A number of bytes, written "1.5 GiB", "512 MiB" or as an integer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Bytes(pub u64);

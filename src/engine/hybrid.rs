@@ -18,7 +18,7 @@ use super::resident::{
 use super::scoring::Scorer;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
-use crate::config::engine::AttentionForm;
+use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::{EngineConfig, ModelConfig, Offload};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
@@ -26,7 +26,7 @@ use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, train_step};
 use crate::train::{Items, Optimizer};
 use anyhow::{Context, Result, bail, ensure};
-use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind, WeightFormat};
+use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -65,6 +65,7 @@ pub struct HybridEngine {
     optimizer: Option<ParkedOptimizer>,
     balance: f64,
     form: AttentionForm,
+    prefill: Prefill,
     /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
     fitting: usize,
     /// What the phase made; dropped when it ends.
@@ -97,6 +98,7 @@ impl HybridEngine {
             optimizer: None,
             balance: 0.0,
             form: AttentionForm::Expanded,
+            prefill: Prefill::ByCost,
             fitting: 0,
             working: Working::default(),
         })
@@ -107,7 +109,8 @@ impl HybridEngine {
         self.enter_phase(Phase::Idle)?;
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
         self.others.clear();
-        (self.balance, self.form, self.fitting) = (stage.balance, stage.form, 0);
+        (self.balance, self.fitting) = (stage.balance, 0);
+        (self.form, self.prefill) = (stage.form, stage.prefill);
         let (kernels, seed, spill) =
             (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
         // Whoever only looks at a model may look at a reward model's weights too.
@@ -171,7 +174,9 @@ impl HybridEngine {
             self.kernels.arena().trim();
             if self.policy.is_some() {
                 match phase {
-                    Phase::Generate => self.pack_policy(PackFor::SAMPLING)?,
+                    Phase::Generate => {
+                        self.pack_policy(PackFor { prefill: self.prefill, ..PackFor::SAMPLING })?
+                    }
                     Phase::Train => bytes_in += self.ready_training()?,
                     Phase::Score | Phase::Idle => {}
                 }
@@ -196,7 +201,7 @@ impl HybridEngine {
                 bail!("the engine holds no model {}", job.role.name())
             };
             let (params, _) = resident.take(kernels)?;
-            let pack = PackFor { form, training: false, format: WeightFormat::F32 };
+            let pack = PackFor::documents(form, false);
             let packed =
                 resident.model.pack(kernels, &params, &job.role.name(), self.policy_version, pack);
             self.working.scored = Some((job.role.clone(), params, packed.map_err(out_of_memory)?));
@@ -270,11 +275,7 @@ impl HybridEngine {
         }
         if !report.skipped {
             self.policy_version += 1;
-            self.pack_policy(PackFor {
-                form: self.form,
-                training: true,
-                format: WeightFormat::F32,
-            })?;
+            self.pack_policy(PackFor::documents(self.form, true))?;
         }
         report.policy_version = self.policy_version;
         Ok(report)
@@ -410,7 +411,7 @@ impl HybridEngine {
 
     fn ready_training(&mut self) -> Result<u64> {
         let form: AttentionForm = self.form;
-        self.pack_policy(PackFor { form, training: true, format: WeightFormat::F32 })?;
+        self.pack_policy(PackFor::documents(form, true))?;
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_ref().expect("only called with a policy");
         let gradients =

@@ -4,7 +4,7 @@
 //! Score: one model at a time, forward only. Train: weights, gradients, moments, activations; no cache.
 //! Idle: only what the last phase left resident and nothing else needs.
 
-use crate::config::engine::AttentionForm;
+use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::stage::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -79,6 +79,8 @@ pub struct PrepareStage {
     pub yarn: Option<(crate::config::RopeScaling, usize)>,
     /// Form of attention in training and scoring: the sampler's (absorbed) where its log-probabilities are compared.
     pub form: AttentionForm,
+    /// How prompts go through the sampler: absorbed where its log-probabilities are compared.
+    pub prefill: Prefill,
     /// Weight of the expert balance loss (0 in reward-model and GRPO stages).
     pub balance: f64,
 }

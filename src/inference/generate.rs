@@ -254,6 +254,24 @@ mod tests {
     }
 
     #[test]
+    fn a_prompt_is_cut_at_the_same_tokens_whatever_shares_its_passes() {
+        let prompts = [(700, 2), (40, 1), (1300, 1), (513, 2), (512, 1), (9, 3)];
+        let runs = |prompts: &[(usize, u32)], page_count, decode_batch| {
+            let limits = Limits { decode_batch, context: 2048, page_count, page_tokens: 16 };
+            let mut runs = run(&job(prompts, 1), &limits).2.runs;
+            runs.sort_unstable();
+            runs
+        };
+        let mut alone: Vec<(u32, usize)> =
+            prompts.iter().flat_map(|prompt| runs(&[*prompt], 200, 8)).collect();
+        alone.sort_unstable();
+        for (page_count, decode_batch) in [(200, 1), (90, 8), (200, 64)] {
+            assert_eq!(runs(&prompts, page_count, decode_batch), alone);
+        }
+        assert!(alone.contains(&(1024, 276)) && alone.contains(&(512, 1)), "{alone:?}");
+    }
+
+    #[test]
     fn weights_of_another_version_are_refused_before_the_first_token() {
         let job = GenerateJob { policy_version: 8, ..job(&[(4, 1)], 4) };
         let limits = Limits { decode_batch: 8, context: 30, page_count: 20, page_tokens: 4 };

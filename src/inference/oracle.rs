@@ -59,6 +59,8 @@ pub struct Machine {
     pub widest: usize,
     /// Most sequences of one pass.
     pub batch: usize,
+    /// Runs of one sequence's rows in a pass: first position and length.
+    pub runs: Vec<(u32, usize)>,
 }
 
 impl Machine {
@@ -72,6 +74,7 @@ impl Machine {
             rows: 0,
             widest: 0,
             batch: 0,
+            runs: Vec::new(),
         }
     }
 
@@ -81,6 +84,11 @@ impl Machine {
         self.rows += rows.len();
         self.widest = self.widest.max(rows.len());
         self.batch = self.batch.max(rows.tables.len());
+        let mut first = 0;
+        for run in rows.sequence.chunk_by(|a, b| a == b) {
+            self.runs.push((rows.positions[first], run.len()));
+            first += run.len();
+        }
         let mut seen = Vec::new();
         for row in 0..rows.len() {
             let (length, table) =

@@ -24,7 +24,7 @@ use anyhow::Result;
 use rehearsal_kernels::{SampleRow, Sampled};
 use std::collections::{BTreeMap, VecDeque};
 
-/// Prompt rows that go through the model at once.
+/// Prompt rows that go through the model at once, and tokens from one cut of a prompt to the next.
 const PREFILL_ROWS: usize = 512;
 
 /// The first `tokens` entries of a page, to be copied before the rows run.
@@ -132,14 +132,15 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// The next rows of admitted prompts, if any are not in the cache yet. The last row of a prompt
-    /// is wanted once per sample: each draws its first token there.
+    /// The next rows of admitted prompts, if any are not in the cache yet. A prompt is cut at multiples of
+    /// PREFILL_ROWS and nowhere else, whatever shares the pass. Its last row is wanted once per sample: each
+    /// draws its first token there.
     pub fn prefill(&mut self) -> Option<Plan> {
         let mut plan = Plan::default();
         for (request, group) in &mut self.groups {
             let asked = &self.job.requests[*request];
-            let end = asked.tokens.len().min(group.prefilled + PREFILL_ROWS - plan.rows.len());
-            if group.prefilled == end {
+            let end = asked.tokens.len().min(group.prefilled + PREFILL_ROWS);
+            if group.prefilled == end || plan.rows.len() + end - group.prefilled > PREFILL_ROWS {
                 continue;
             }
             plan.rows.begin(&group.pages[..end.div_ceil(self.limits.page_tokens)]);

@@ -5,9 +5,10 @@ use super::linear::Packing;
 use super::mla::{Mla, MlaPending, MlaSaved};
 use super::params::{AttentionIndex, Gradients, Params};
 use super::pass::Pass;
+use super::prefill::SamplerRows;
+use super::transformer::PackFor;
 use crate::config::ModelConfig;
-use crate::config::engine::AttentionForm;
-use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, OutOfMemory, RopeTable};
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, RopeTable};
 
 /// A packed attention.
 #[allow(clippy::large_enum_variant, reason = "one per layer")]
@@ -37,17 +38,17 @@ pub enum AttentionPending {
 }
 
 impl Attention {
-    /// Packs the weights; `form` is MLA's.
+    /// Packs the weights; forms are MLA's.
     pub fn pack(
         packing: &Packing<'_>,
         params: &Params,
         config: &ModelConfig,
         index: &AttentionIndex,
-        form: AttentionForm,
+        pack: PackFor,
     ) -> Result<Attention, OutOfMemory> {
         Ok(match index {
             AttentionIndex::Mla(index) => {
-                Attention::Mla(Mla::pack(packing, params, config, index, form)?)
+                Attention::Mla(Mla::pack(packing, params, config, index, pack)?)
             }
             AttentionIndex::Gqa(index) => {
                 Attention::Gqa(Gqa::pack(packing, params, config, index)?)
@@ -75,18 +76,14 @@ impl Attention {
         kernels: &dyn Kernels,
         params: &Params,
         x: &Buffer,
-        positions: &Buffer,
         rope: &RopeTable,
-        slots: &Buffer,
-        batch: &DecodeBatch<'_>,
+        rows: &SamplerRows,
         cache: &mut Buffer,
         y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
         match self {
-            Attention::Mla(mla) => {
-                mla.decode(kernels, params, x, positions, rope, slots, batch, cache, y)
-            }
-            Attention::Gqa(gqa) => gqa.decode(kernels, x, positions, rope, slots, batch, cache, y),
+            Attention::Mla(mla) => mla.decode(kernels, params, x, rope, rows, cache, y),
+            Attention::Gqa(gqa) => gqa.decode(kernels, x, rope, rows, cache, y),
         }
     }
 

@@ -7,9 +7,10 @@ use super::moe::{Moe, MoePending, MoeSaved, Routing};
 use super::norm::{Norm, Normed};
 use super::params::{FeedForwardIndex, Gradients, LayerIndex, Params};
 use super::pass::Pass;
+use super::prefill::SamplerRows;
+use super::transformer::PackFor;
 use crate::config::ModelConfig;
-use crate::config::engine::AttentionForm;
-use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, OutOfMemory, RopeTable, Store};
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, RopeTable, Store};
 
 /// A packed layer.
 pub struct Block {
@@ -64,7 +65,7 @@ impl Block {
         params: &Params,
         config: &ModelConfig,
         index: &LayerIndex,
-        form: AttentionForm,
+        pack: PackFor,
     ) -> Result<Block, OutOfMemory> {
         let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps, factor: 1.0 };
         let feed_forward = match &index.feed_forward {
@@ -73,7 +74,7 @@ impl Block {
         };
         Ok(Block {
             input_norm: norm(index.input_norm),
-            attention: Attention::pack(packing, params, config, &index.attention, form)?,
+            attention: Attention::pack(packing, params, config, &index.attention, pack)?,
             post_norm: norm(index.post_norm),
             feed_forward,
         })
@@ -107,15 +108,12 @@ impl Block {
         kernels: &dyn Kernels,
         params: &Params,
         x: &mut Buffer,
-        positions: &Buffer,
         rope: &RopeTable,
-        slots: &Buffer,
-        batch: &DecodeBatch<'_>,
+        rows: &SamplerRows,
         cache: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
         let input = self.input_norm.forward(kernels, params, x)?;
-        self.attention
-            .decode(kernels, params, &input.y, positions, rope, slots, batch, cache, x)?;
+        self.attention.decode(kernels, params, &input.y, rope, rows, cache, x)?;
         let post = self.post_norm.forward(kernels, params, x)?;
         match &self.feed_forward {
             FeedForward::Dense(mlp) => drop(mlp.forward(kernels, &post.y, x)?),

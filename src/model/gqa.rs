@@ -12,11 +12,10 @@
 use super::linear::{Linear, Packing};
 use super::params::{GqaIndex, Gradients, Params};
 use super::pass::{Pass, floats};
+use super::prefill::SamplerRows;
 use super::rope::softmax_scale;
 use crate::config::{Attention, ModelConfig};
-use rehearsal_kernels::{
-    AttentionShape, Buffer, DecodeBatch, Kernels, OutOfMemory, RopeTable, Store, View,
-};
+use rehearsal_kernels::{AttentionShape, Buffer, Kernels, OutOfMemory, RopeTable, Store, View};
 
 /// A packed attention layer.
 pub struct Gqa {
@@ -99,17 +98,17 @@ impl Gqa {
         &self,
         kernels: &dyn Kernels,
         x: &Buffer,
-        positions: &Buffer,
         rope: &RopeTable,
-        slots: &Buffer,
-        batch: &DecodeBatch<'_>,
+        rows: &SamplerRows,
         cache: &mut Buffer,
         y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
-        let qkv = self.project(kernels, x, positions, rope)?;
-        kernels.scatter_rows(&self.keys_and_values(&qkv), slots, cache);
+        let [all] = rows.parts.as_slice() else { panic!("there is one form of grouped queries") };
+        let qkv = self.project(kernels, x, &rows.positions, rope)?;
+        kernels.scatter_rows(&self.keys_and_values(&qkv), &rows.slots, cache);
         let mut attended = floats(kernels, x.rows(), self.shape.heads * self.shape.value_width)?;
-        kernels.mla_decode(&self.shape, &self.queries(&qkv), cache, batch, &mut attended)?;
+        let batch = rows.batch(all);
+        kernels.mla_decode(&self.shape, &self.queries(&qkv), cache, &batch, &mut attended)?;
         self.output.forward(kernels, &attended, y, Store::Add);
         Ok(())
     }

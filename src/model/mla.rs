@@ -17,11 +17,11 @@ use super::norm::{Norm, Normed};
 use super::params::{Gradients, MlaIndex, Params};
 use super::pass::{Pass, floats};
 use super::per_head::{Dims, PerHead, reversed};
+use super::prefill::SamplerRows;
+use super::transformer::PackFor;
 use crate::config::ModelConfig;
-use crate::config::engine::AttentionForm;
-use rehearsal_kernels::{
-    Buffer, DecodeBatch, Kernels, OutOfMemory, Pack, Product, RopeTable, Store,
-};
+use crate::config::engine::{AttentionForm, Prefill};
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Pack, Product, RopeTable, Store};
 
 /// A packed attention layer.
 pub struct Mla {
@@ -33,11 +33,11 @@ pub struct Mla {
     output: Linear,
 }
 
-/// kv_b, packed for one of the two forms.
+/// kv_b, packed for one of the two forms; for the sampler's prompts, for both.
 #[allow(clippy::large_enum_variant, reason = "one per layer")]
 enum Core {
     Expanded { kv_b: Linear },
-    Absorbed { kv_b: usize, key: PerHead, value: PerHead },
+    Absorbed { kv_b: usize, key: PerHead, value: PerHead, prompts: Option<Linear> },
 }
 
 /// Steps 1 to 3: what both forms and the sampler need.
@@ -89,7 +89,7 @@ impl Mla {
         params: &Params,
         config: &ModelConfig,
         index: &MlaIndex,
-        form: AttentionForm,
+        pack: PackFor,
     ) -> Result<Mla, OutOfMemory> {
         let dims = Dims::new(config);
         let norm = |weight, factor| Norm { weight, epsilon: dims.epsilon, factor };
@@ -101,10 +101,9 @@ impl Mla {
             }
             None => None,
         };
-        let core = match form {
-            AttentionForm::Expanded => Core::Expanded {
-                kv_b: Linear::pack(packing, params, index.kv_b..index.kv_b + 1, 1)?,
-            },
+        let expanding = || Linear::pack(packing, params, index.kv_b..index.kv_b + 1, 1);
+        let core = match pack.form {
+            AttentionForm::Expanded => Core::Expanded { kv_b: expanding()? },
             AttentionForm::Absorbed => {
                 let rows = |product, first_row, rows| Pack {
                     product,
@@ -122,6 +121,10 @@ impl Mla {
                         &weight,
                         rows(Product::Transposed, dims.nope, dims.value),
                     )?,
+                    prompts: match pack.prefill {
+                        Prefill::Absorbed => None,
+                        Prefill::ByCost => Some(expanding()?),
+                    },
                 }
             }
         };
@@ -177,41 +180,49 @@ impl Mla {
                     &mut z,
                     &mut lse,
                 )?;
-                let o = self.values(kernels, value, &z)?;
+                let mut o = pass.floats(x.rows(), dims.heads * dims.value)?;
+                self.values(kernels, value, &z, &mut o);
                 self.output.forward(kernels, &o, y, Store::Add);
                 Ok(MlaSaved { projected, expanded: q, attended: z, lse, values: Some(o) })
             }
         }
     }
 
-    /// `y += MLA(x)` for sampler rows: writes their entries to `cache` and attends to it. Absorbed form only.
+    /// `y += MLA(x)` for sampler rows: writes their entries to `cache` and attends to it, absorbed but for the parts
+    /// that expand their context.
     pub fn decode(
         &self,
         kernels: &dyn Kernels,
         params: &Params,
         x: &Buffer,
-        positions: &Buffer,
         rope: &RopeTable,
-        slots: &Buffer,
-        batch: &DecodeBatch<'_>,
+        rows: &SamplerRows,
         cache: &mut Buffer,
         y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
-        let Core::Absorbed { value, .. } = &self.core else {
+        let Core::Absorbed { value, prompts, .. } = &self.core else {
             panic!("the sampler packs the absorbed form")
         };
-        let projected = self.project(kernels, params, x, positions, rope)?;
-        let latent = self.dims.latent;
-        kernels.scatter_rows(&projected.latent.y, slots, &mut cache.cols_of_mut(0..latent));
-        kernels.scatter_rows(
-            &projected.k_rope,
-            slots,
-            &mut cache.cols_of_mut(latent..latent + self.dims.rope),
-        );
-        let q = self.absorb(kernels, &projected.q)?;
-        let mut z = floats(kernels, x.rows(), self.dims.heads * latent)?;
-        kernels.mla_decode(&self.dims.absorbed(), &q, cache, batch, &mut z)?;
-        let o = self.values(kernels, value, &z)?;
+        let dims = &self.dims;
+        let projected = self.project(kernels, params, x, &rows.positions, rope)?;
+        let latent = dims.latent;
+        kernels.scatter_rows(&projected.latent.y, &rows.slots, &mut cache.cols_of_mut(0..latent));
+        let key = latent..latent + dims.rope;
+        kernels.scatter_rows(&projected.k_rope, &rows.slots, &mut cache.cols_of_mut(key));
+        let mut o = floats(kernels, x.rows(), dims.heads * dims.value)?;
+        for part in &rows.parts {
+            let q = projected.q.rows_of(part.rows.clone());
+            let mut o = o.rows_of_mut(part.rows.clone());
+            if let Some(context) = &part.context {
+                let kv_b = prompts.as_ref().expect("kv_b is packed for prompts by cost");
+                context.attend(kernels, dims, kv_b, &q, &part.length, cache, &mut o)?;
+                continue;
+            }
+            let q = self.absorb(kernels, &q)?;
+            let mut z = floats(kernels, q.rows(), dims.heads * latent)?;
+            kernels.mla_decode(&dims.absorbed(), &q, cache, &rows.batch(part), &mut z)?;
+            self.values(kernels, value, &z, &mut o);
+        }
         self.output.forward(kernels, &o, y, Store::Add);
         Ok(())
     }
@@ -337,7 +348,7 @@ impl Mla {
                 self.output.backward_weight(kernels, dy, &saved.attended, gradients);
                 kv_b.backward_weight(kernels, &pending.d_expanded, &projected.latent.y, gradients);
             }
-            Core::Absorbed { kv_b, key, value } => {
+            Core::Absorbed { kv_b, key, value, .. } => {
                 let (values, d_values) =
                     saved.values.as_ref().zip(pending.d_values.as_ref()).expect("absorbed form");
                 self.output.backward_weight(kernels, dy, values, gradients);
@@ -425,15 +436,8 @@ impl Mla {
     }
 
     /// Per head W_UV z.
-    fn values(
-        &self,
-        kernels: &dyn Kernels,
-        value: &PerHead,
-        z: &Buffer,
-    ) -> Result<Buffer, OutOfMemory> {
-        let mut o = floats(kernels, z.rows(), self.dims.heads * self.dims.value)?;
-        kernels.linear_heads(z, &value.forward, self.dims.value_columns(), &mut o, Store::Set);
-        Ok(o)
+    fn values(&self, kernels: &dyn Kernels, value: &PerHead, z: &Buffer, o: &mut Buffer) {
+        kernels.linear_heads(z, &value.forward, self.dims.value_columns(), o, Store::Set);
     }
 
     fn rotate(

@@ -20,6 +20,7 @@ pub mod mla;
 pub mod mlp;
 pub mod moe;
 mod per_head;
+pub mod prefill;
 
 pub mod block;
 pub mod heads;

@@ -86,6 +86,7 @@ pub fn table(
 mod tests {
     use super::*;
     use crate::config::ModelType;
+    use rehearsal_kernels::{Arena, ReferenceKernels};
 
     fn published() -> ModelConfig {
         let text = r#"{"vocab_size":102400,"hidden_size":5120,"num_hidden_layers":60,"first_k_dense_replace":1,
@@ -100,16 +101,43 @@ mod tests {
     #[test]
     fn yarn_frequencies_match_the_golden_values() {
         let theta = frequencies(&published());
+        // Worked out outside this program from deepseek_v2.md 1.4, which prints seven of them.
         let golden = [
-            (0, 1.0),
-            (10, 5.623413252e-2),
-            (11, 3.900692657e-2),
-            (16, 5.5e-3),
-            (22, 1.778279410e-4),
-            (23, 3.333803580e-5),
-            (31, 3.333803580e-6),
+            1.000000000e+00,
+            7.498942093e-01,
+            5.623413252e-01,
+            4.216965034e-01,
+            3.162277660e-01,
+            2.371373706e-01,
+            1.778279410e-01,
+            1.333521432e-01,
+            1.000000000e-01,
+            7.498942093e-02,
+            5.623413252e-02,
+            3.900692657e-02,
+            2.687936011e-02,
+            1.837814622e-02,
+            1.244795587e-02,
+            8.334508951e-03,
+            5.500000000e-03,
+            3.561997494e-03,
+            2.249365301e-03,
+            1.370513636e-03,
+            7.905694150e-04,
+            4.149903985e-04,
+            1.778279410e-04,
+            3.333803580e-05,
+            2.500000000e-05,
+            1.874735523e-05,
+            1.405853313e-05,
+            1.054241259e-05,
+            7.905694150e-06,
+            5.928434264e-06,
+            4.445698525e-06,
+            3.333803580e-06,
         ];
-        for (k, want) in golden {
+        assert_eq!(theta.len(), golden.len());
+        for (k, want) in golden.into_iter().enumerate() {
             assert!(
                 (theta[k] / want - 1.0).abs() < 1e-7,
                 "theta[{k}] = {:e}, want {want:e}",
@@ -134,8 +162,21 @@ mod tests {
         let mut yarn = published().rope_scaling.unwrap();
         assert_eq!(table_multiplier(&yarn, Attention::Mla), 1.0);
         yarn.mscale = 1.0;
-        let multiplier = table_multiplier(&yarn, Attention::Mla);
-        assert!((multiplier - 1.3688879454 / 1.2608037774).abs() < 1e-9);
+        let ratio = 1.3688879454 / 1.2608037774;
+        assert!((table_multiplier(&yarn, Attention::Mla) - ratio).abs() < 1e-9);
+        // The ratio is on every cosine and sine; the softmax scale takes mscale_all_dim and knows no ratio.
+        let mut config = published();
+        config.rope_scaling = Some(yarn);
+        assert!((softmax_scale(&config) - 0.1147213868).abs() < 1e-9);
+        let kernels = ReferenceKernels::new(Arena::new(None));
+        let table = table(&kernels, &config, 3).unwrap();
+        let theta = frequencies(&config);
+        let (cos, sin) = (kernels.download_f64(&table.cos), kernels.download_f64(&table.sin));
+        for (i, (cos, sin)) in cos.iter().zip(&sin).enumerate() {
+            let angle = (i / 32) as f64 * theta[i % 32];
+            assert!((cos - ratio * angle.cos()).abs() < 1e-9, "{i}: {cos}");
+            assert!((sin - ratio * angle.sin()).abs() < 1e-9, "{i}: {sin}");
+        }
     }
 
     #[test]

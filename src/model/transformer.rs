@@ -11,9 +11,10 @@ use super::linear::Packing;
 use super::moe::Routing;
 use super::params::{Gradients, Layout, Params};
 use super::pass::{Documents, Pass, floats, indices};
+use super::prefill::SamplerRows;
 use crate::config::ModelConfig;
-use crate::config::engine::AttentionForm;
-use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, Kind, OutOfMemory, RopeTable, WeightFormat};
+use crate::config::engine::{AttentionForm, Prefill};
+use rehearsal_kernels::{Buffer, Kernels, Kind, OutOfMemory, RopeTable, WeightFormat};
 use std::sync::Arc;
 
 /// What a model's weights are packed for.
@@ -25,12 +26,23 @@ pub struct PackFor {
     pub training: bool,
     /// What the numbers are kept as; norms, embedding and router stay as they are, the head at 16 bits or more.
     pub format: WeightFormat,
+    /// How prompts go through the sampler: kv_b is packed for both forms where they may take either.
+    pub prefill: Prefill,
 }
 
 impl PackFor {
-    /// The sampler: absorbed, forward only.
-    pub const SAMPLING: PackFor =
-        PackFor { form: AttentionForm::Absorbed, training: false, format: WeightFormat::F32 };
+    /// Documents in one form, in f32.
+    pub fn documents(form: AttentionForm, training: bool) -> PackFor {
+        PackFor { form, training, ..PackFor::SAMPLING }
+    }
+
+    /// The sampler: absorbed throughout, forward only.
+    pub const SAMPLING: PackFor = PackFor {
+        form: AttentionForm::Absorbed,
+        training: false,
+        format: WeightFormat::F32,
+        prefill: Prefill::Absorbed,
+    };
 }
 
 /// A DeepSeek-V2 transformer.
@@ -46,6 +58,8 @@ pub struct Transformer {
 pub struct PackedModel {
     /// Form of attention.
     pub form: AttentionForm,
+    /// How prompts go through the sampler.
+    pub prefill: Prefill,
     /// Policy version.
     pub version: u64,
     blocks: Vec<Block>,
@@ -81,13 +95,14 @@ impl Transformer {
         version: u64,
         pack: PackFor,
     ) -> Result<PackedModel, OutOfMemory> {
-        let PackFor { form: _, training, format } = pack;
+        let PackFor { training, format, .. } = pack;
         assert!(format == WeightFormat::F32 || !training, "only f32 weights are trained");
         let owner = kernels.arena().owner(role, Kind::Packed);
         let packing = Packing { kernels, owner, version, format, training };
-        let block = |index| Block::pack(&packing, params, &self.config, index, pack.form);
+        let block = |index| Block::pack(&packing, params, &self.config, index, pack);
         Ok(PackedModel {
             form: pack.form,
+            prefill: pack.prefill,
             version,
             blocks: self.layout.layers.iter().map(block).collect::<Result<_, _>>()?,
             heads: Heads::pack(&packing, params, &self.config)?,
@@ -169,20 +184,11 @@ impl Transformer {
         cache: &mut LatentCache,
         rows: &DecodeRows,
     ) -> Result<Buffer, OutOfMemory> {
-        let [tokens, positions, slots, sequence, length] =
-            [&rows.tokens, &rows.positions, &rows.slots, &rows.sequence, &rows.length]
-                .map(|v| indices(kernels, v));
-        let (positions, slots, sequence, length) = (positions?, slots?, sequence?, length?);
-        let tables = page_tables(kernels, rows)?;
-        let batch = DecodeBatch {
-            tables: &tables,
-            sequence: &sequence,
-            length: &length,
-            page_tokens: cache.page_tokens,
-        };
-        let mut x = self.embed(kernels, params, &tokens?)?;
+        let (config, page_tokens) = (&self.config, cache.page_tokens);
+        let placed = SamplerRows::new(kernels, config, rows, page_tokens, packed.prefill)?;
+        let mut x = self.embed(kernels, params, &indices(kernels, &rows.tokens)?)?;
         for (block, layer) in packed.blocks.iter().zip(&mut cache.layers) {
-            block.decode(kernels, params, &mut x, &positions, &self.rope, &slots, &batch, layer)?;
+            block.decode(kernels, params, &mut x, &self.rope, &placed, layer)?;
         }
         packed.heads.logits(kernels, params, &x, &rows.wanted)
     }
@@ -197,17 +203,4 @@ impl Transformer {
         kernels.gather_rows(&params.slab.tensor(self.layout.embed), tokens, &mut x);
         Ok(x)
     }
-}
-
-/// The page tables as one index matrix, short ones padded with page 0 (never read past a row's length).
-fn page_tables(kernels: &dyn Kernels, rows: &DecodeRows) -> Result<Buffer, OutOfMemory> {
-    let width = rows.tables.iter().map(Vec::len).max().unwrap_or(0).max(1);
-    let mut flat = Vec::with_capacity(rows.tables.len() * width);
-    for table in &rows.tables {
-        flat.extend_from_slice(table);
-        flat.resize(flat.len().next_multiple_of(width), 0);
-    }
-    let mut buffer = super::pass::index_buffer(kernels, rows.tables.len(), width)?;
-    kernels.upload_indices(&flat, &mut buffer);
-    Ok(buffer)
 }

@@ -6,7 +6,7 @@
 //! | phase    | resident                                                                      |
 //! |----------|-------------------------------------------------------------------------------|
 //! | train    | weights, two packed copies (forward, input gradient), gradients, moments      |
-//! | generate | weights, one packed copy, cache; what is not offloaded                         |
+//! | generate | weights, one packed copy (kv_b twice but in GRPO), cache; what is not offloaded |
 //! | score    | weights, the largest scored model with one packed copy; what is not offloaded |
 //!
 //! Two sizes are told: what a stage holds if everything asked for goes through at once, and the least that it can do
@@ -106,7 +106,7 @@ pub fn model_memory(model: &ModelConfig) -> BTreeMap<&'static str, Owners> {
                 ("moments", 2 * weights),
             ]),
         ),
-        ("generate", owned(&[("weights", weights), ("packed", packed)])),
+        ("generate", owned(&[("weights", weights), ("packed", packed + prompt_bytes(model))])),
     ])
 }
 
@@ -170,9 +170,14 @@ impl Sizes<'_> {
         let tokens = (example_tokens(self.config) + reply).min(self.model.max_position_embeddings);
         let pages =
             tokens.div_ceil(self.config.engine.page_tokens) * self.config.engine.page_tokens;
+        // The rollouts of GRPO are absorbed throughout; other prompts may be expanded.
+        let prompts = match kind {
+            StageKind::Grpo(_) => 0,
+            _ => prompt_bytes(self.model),
+        };
         owners.extend(self.owned([
             ("weights", self.weights()),
-            ("packed", self.packed()),
+            ("packed", self.packed() + prompts),
             ("cache", rows * pages as u64 * cache_bytes_per_token(self.model)),
             ("activations", rows * one_layer_bytes(self.model)),
         ]));
@@ -254,6 +259,16 @@ fn others(stage: &GrpoStage) -> Vec<String> {
         .filter_map(|entry| entry.model.as_ref())
         .map(|name| format!("reward {name}"));
     reference.into_iter().chain(rewards).collect()
+}
+
+/// Bytes of kv_b over all layers, packed once more where prompts may be expanded.
+fn prompt_bytes(model: &ModelConfig) -> u64 {
+    if model.attention() != Attention::Mla {
+        return 0;
+    }
+    let per_head = model.qk_nope_head_dim + model.v_head_dim;
+    let layer = model.kv_lora_rank * model.num_attention_heads * per_head;
+    4 * (model.num_hidden_layers * layer) as u64
 }
 
 /// Bytes of a token that the backward pass needs, over all layers and the head.

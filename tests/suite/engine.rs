@@ -1,7 +1,7 @@
 //! The hybrid engine: what is resident in each phase, what a stamp refuses, what comes back bit for bit.
 
 use crate::tiny::config;
-use rehearsal::config::engine::AttentionForm;
+use rehearsal::config::engine::{AttentionForm, Prefill};
 use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
 use rehearsal::config::{Bytes, EngineConfig, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
@@ -34,6 +34,7 @@ pub fn stage(reference: Option<ModelSource>) -> PrepareStage {
         value_head: false,
         yarn: None,
         form: AttentionForm::Absorbed,
+        prefill: Prefill::Absorbed,
         balance: 0.01,
     }
 }

@@ -6,6 +6,7 @@ mod training;
 
 mod alignment;
 mod architectures;
+mod attention;
 mod budget;
 mod edges;
 mod end_to_end;
@@ -13,5 +14,6 @@ mod engine;
 mod faults;
 mod model;
 mod oracle;
+mod prefill;
 mod signals;
 mod tidy;

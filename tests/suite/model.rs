@@ -183,15 +183,18 @@ fn a_token_sees_neither_the_future_nor_another_document() {
     let kernels = cpu(2);
     let document: Vec<u32> = (0..18).map(|i| i * 7 % 29).collect();
     let neighbour: Vec<u32> = (0..9).map(|i| i * 5 % 29).collect();
-    let mut changed = document.clone();
-    changed[10] = (changed[10] + 1) % 29;
-    for config in [config(), config_dense()] {
+    for (config, form) in [(config(), Expanded), (config(), Absorbed), (config_dense(), Expanded)] {
         let tiny = Tiny::new(&kernels, &config, false);
-        let alone = logprobs(&tiny, Expanded, &[&document], 0);
-        assert_eq!(alone, logprobs(&tiny, Expanded, &[&neighbour, &document, &neighbour], 1));
-        let after = logprobs(&tiny, Expanded, &[&changed], 0);
-        assert_eq!(alone[..9], after[..9]);
-        assert_ne!(alone[10..], after[10..]);
+        let alone = logprobs(&tiny, form, &[&document], 0);
+        assert_eq!(alone, logprobs(&tiny, form, &[&neighbour, &document, &neighbour], 1));
+        for place in 1..document.len() - 1 {
+            let mut changed = document.clone();
+            changed[place] = (changed[place] + 1) % 29;
+            let after = logprobs(&tiny, form, &[&changed], 0);
+            // Entry i is the log-probability of token i + 1, from what stands before it.
+            assert_eq!(alone[..place - 1], after[..place - 1], "{form:?}, {place}");
+            assert!(alone[place..].iter().zip(&after[place..]).all(|(a, b)| a != b), "{place}");
+        }
     }
 }
 

@@ -4,12 +4,12 @@ use crate::tiny::{cpu, relative_l2, worst};
 use candle_core::{Device, Tensor};
 use rehearsal::checkpoint::{TensorFolder, read_model_config};
 use rehearsal::config::ModelConfig;
-use rehearsal::config::engine::AttentionForm;
+use rehearsal::config::engine::{AttentionForm, Prefill};
 use rehearsal::data::example::Sequence;
 use rehearsal::model::{DecodeRows, Documents, LatentCache, PackFor, Params, Transformer};
 use rehearsal::train::Items;
 use rehearsal::train::objective::{Micro, Tally};
-use rehearsal_kernels::{Kernels, WeightFormat};
+use rehearsal_kernels::Kernels;
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -58,8 +58,15 @@ impl Fixture {
 }
 
 /// Logits of every position through the sampler's path.
-fn logits(kernels: &dyn Kernels, model: &Transformer, params: &Params, tokens: &[u32]) -> Vec<f64> {
-    let packed = model.pack(kernels, params, "policy", 0, PackFor::SAMPLING).unwrap();
+fn logits(
+    kernels: &dyn Kernels,
+    model: &Transformer,
+    params: &Params,
+    tokens: &[u32],
+    prefill: Prefill,
+) -> Vec<f64> {
+    let packed =
+        model.pack(kernels, params, "policy", 0, PackFor { prefill, ..PackFor::SAMPLING }).unwrap();
     let mut cache = LatentCache::new(kernels, &model.config, tokens.len().div_ceil(8), 8).unwrap();
     let all = 0..tokens.len() as u32;
     let rows = DecodeRows {
@@ -79,10 +86,12 @@ fn logits_equal_those_of_transformers() {
     for case in CASES {
         let (fixture, kernels) = (Fixture::open(case), cpu(2));
         let (model, params) = fixture.load(&kernels);
-        let got = logits(&kernels, &model, &params, &fixture.tokens("tokens"));
-        let (index, error) = worst(&got, &fixture.numbers("logits"), 1.0);
-        println!("{case}: largest error of a logit {error:e}");
-        assert!(error < 1e-4, "{case}, logit {index}: {error:e}");
+        for prefill in [Prefill::Absorbed, Prefill::ByCost] {
+            let got = logits(&kernels, &model, &params, &fixture.tokens("tokens"), prefill);
+            let (index, error) = worst(&got, &fixture.numbers("logits"), 1.0);
+            println!("{case}, {prefill:?}: largest error of a logit {error:e}");
+            assert!(error < 1e-4, "{case}, {prefill:?}, logit {index}: {error:e}");
+        }
     }
 }
 
@@ -97,15 +106,8 @@ fn loss_and_every_gradient_equal_those_of_transformers() {
         let (model, params) = fixture.load(&kernels);
         let documents = [Sequence::all_targets(fixture.tokens("tokens"))];
         let items = Items::Documents(&documents);
-        let packed = model
-            .pack(
-                &kernels,
-                &params,
-                "policy",
-                0,
-                PackFor { form, training: true, format: WeightFormat::F32 },
-            )
-            .unwrap();
+        let packed =
+            model.pack(&kernels, &params, "policy", 0, PackFor::documents(form, true)).unwrap();
         let mut gradients =
             rehearsal::model::Gradients::new(&kernels, &model.layout, "policy").unwrap();
         let packed_documents = Documents::pack(&kernels, &items.sequences(0..1)).unwrap();
@@ -143,7 +145,7 @@ fn greedy_continuations_equal_those_of_transformers() {
         let (model, params) = fixture.load(&kernels);
         let mut tokens = fixture.tokens("tokens")[..6].to_vec();
         for wanted in fixture.tokens("greedy") {
-            let all = logits(&kernels, &model, &params, &tokens);
+            let all = logits(&kernels, &model, &params, &tokens, Prefill::Absorbed);
             let last = &all[all.len() - model.config.vocab_size..];
             let best = (0..last.len()).max_by(|a, b| last[*a].total_cmp(&last[*b])).unwrap();
             assert_eq!(best as u32, wanted, "{case}, after {} tokens", tokens.len());

@@ -7,7 +7,7 @@ use rehearsal::model::{Gradients, PackFor, PackedModel, Params, Transformer};
 use rehearsal::train::Items;
 use rehearsal::train::objective::{Micro, Tally};
 use rehearsal_kernels::random::{self, Stream};
-use rehearsal_kernels::{Arena, CpuKernels, Kernels, ReferenceKernels, WeightFormat};
+use rehearsal_kernels::{Arena, CpuKernels, Kernels, ReferenceKernels};
 
 /// A three-layer model: one dense, two MoE; with compressed queries.
 pub fn config() -> ModelConfig {
@@ -114,15 +114,11 @@ impl<'a> Tiny<'a> {
     }
 
     pub fn pack(&self, form: AttentionForm, training: bool) -> PackedModel {
-        self.model
-            .pack(
-                self.kernels,
-                &self.params,
-                "policy",
-                1,
-                PackFor { form, training, format: WeightFormat::F32 },
-            )
-            .unwrap()
+        self.pack_for(PackFor::documents(form, training))
+    }
+
+    pub fn pack_for(&self, pack: PackFor) -> PackedModel {
+        self.model.pack(self.kernels, &self.params, "policy", 1, pack).unwrap()
     }
 
     /// Loss (balance loss included) and gradients of one micro-batch.

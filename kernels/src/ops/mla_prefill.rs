@@ -37,7 +37,8 @@ pub(crate) fn mla_prefill(
     inputs.check_output(o, lse);
     assert_eq!((length.rows(), length.cols()), (q.rows(), 1), "prefill: one length per row");
     assert!(kv.rows() > 0, "prefill: a range has tokens");
-    let keys = Panels::of_keys(cx, &inputs, &[0..kv.rows()])?;
+    let range = 0..kv.rows();
+    let keys = Panels::of_keys(cx, &inputs, std::slice::from_ref(&range))?;
     let (tokens, length) = (kv.rows(), length.host::<u32>());
     let seen = |row: usize| (length.row(row)[0] as usize).saturating_sub(first).min(tokens);
     let job = Prefill {

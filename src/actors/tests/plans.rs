@@ -2,6 +2,7 @@
 
 use super::Place;
 use crate::actors::stage_plan::{Folders, prepare_stage, require_artefacts};
+use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::{RunConfig, StageKind};
 use crate::engine::phase::{ModelSource, PrepareStage};
 use std::path::PathBuf;
@@ -45,6 +46,16 @@ fn a_grpo_stage_refers_to_the_folder_it_starts_from_and_loads_only_models_that_c
     (settings.kl_weight, settings.reward[1].weight, settings.updates) = (0.0, 0.0, 3);
     let second = plan(&config, 3);
     assert_eq!((second.reference, second.rewards.len(), second.steps), (None, 0, 30));
+}
+
+#[test]
+fn only_a_grpo_stage_keeps_prompts_in_the_form_it_trains_in() {
+    let config = Place::new().config(&[]);
+    for index in 0..3 {
+        assert_eq!(plan(&config, index).prefill, Prefill::ByCost, "stage {index}");
+    }
+    let grpo = plan(&config, 3);
+    assert_eq!((grpo.form, grpo.prefill), (AttentionForm::Absorbed, Prefill::Absorbed));
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub mod random;
 pub mod slab;
 
 // The trait and its implementations.
+pub mod attention;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -24,12 +25,13 @@ mod ops;
 mod pool;
 
 pub use arena::{Arena, Kind, OutOfMemory, Owner};
+pub use attention::{AttentionShape, DecodeBatch};
 pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use format::WeightFormat;
 pub use kernels::{
-    AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Pairing, Product,
-    RopeTable, RouterSpec, Routes, SampleRow, Sampled, Store,
+    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, RouterSpec, Routes,
+    SampleRow, Sampled, Store,
 };
 pub use reference::ReferenceKernels;
 pub use slab::{Slab, Spilled};

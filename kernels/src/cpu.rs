@@ -7,10 +7,11 @@ use crate::buffer::{Buffer, DType};
 use crate::format::WeightFormat;
 use crate::kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
-    RouterSpec, Routes, SampleRow, Sampled, Store,
+    SampleRow, Sampled, Store,
 };
 use crate::ops::{self, Cx, Isa};
 use crate::pool::Pool;
+use crate::routing::{BalanceSpec, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 
 /// The processor as a device.
 pub struct CpuKernels {
@@ -272,14 +273,27 @@ impl Kernels for CpuKernels {
     }
     fn balance_loss(
         &self,
+        spec: &BalanceSpec,
         scores: &Buffer,
         experts: &Buffer,
         segment: &Buffer,
-        alpha: f64,
-        weight: f64,
         d_scores: &mut Buffer,
-    ) -> f64 {
-        ops::balance::balance_loss(&self.cx, scores, experts, segment, alpha, weight, d_scores)
+    ) -> Vec<f64> {
+        ops::balance::balance_loss(&self.cx, spec, scores, experts, segment, d_scores)
+    }
+    fn count_routes(&self, experts: &Buffer, count: usize, groups: usize) -> RouteCounts {
+        ops::routes::count_routes(&self.cx, experts, count, groups)
+    }
+    fn drop_overflow(
+        &self,
+        spec: &DropSpec,
+        scores: &Buffer,
+        experts: &Buffer,
+        segment: &Buffer,
+        protected: &Buffer,
+        kept: &mut Buffer,
+    ) -> DropCounts {
+        ops::dropping::drop_overflow(&self.cx, spec, scores, experts, segment, protected, kept)
     }
     fn routes(&self, experts: &Buffer, count: usize) -> Result<Routes> {
         ops::routes::routes(&self.cx, experts, count)

@@ -1,6 +1,6 @@
 //! The one trait between the model and a device: steps of a DeepSeek-V2 model at fused granularity.
 //!
-//! Shapes: T rows (tokens), d hidden width, E experts, K experts a token, S = T x K slots, H heads.
+//! Shapes: T rows (tokens), d hidden width, E experts, K experts a token, S slots (T x K less what was dropped), H heads.
 //! Every buffer is a matrix `[rows, cols]`; heads and experts are column or row blocks of it. Floats
 //! have the dtype [`Kernels::float`]; indices are `U32`. A wrong shape or dtype is our own mistake and
 //! asserts; only memory can run out ([`OutOfMemory`]).
@@ -15,6 +15,7 @@
 use crate::arena::{Arena, OutOfMemory, Owner};
 use crate::buffer::{Buffer, DType};
 use crate::format::WeightFormat;
+use crate::routing::{BalanceSpec, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 
 pub use crate::attention::{AttentionShape, DecodeBatch};
 
@@ -121,33 +122,6 @@ pub struct RopeTable {
     pub cos: Buffer,
     /// Sines, YaRN's multiplier included.
     pub sin: Buffer,
-}
-
-/// How a router chooses experts (DeepSeek-V2, section 2.2.2).
-#[derive(Clone, Copy, Debug)]
-pub struct RouterSpec {
-    /// Groups of contiguous experts; 1 for plain greedy.
-    pub groups: usize,
-    /// Groups kept by their maximum score.
-    pub top_groups: usize,
-    /// Experts a token, K.
-    pub top_k: usize,
-    /// `routed_scaling_factor`.
-    pub scale: f64,
-    /// `norm_topk_prob`: weights are divided by their sum (+1e-20) and the scale is *not* applied.
-    pub normalize: bool,
-}
-
-/// A counting sort of the (token, choice) pairs by expert: slot order is expert, then token.
-pub struct Routes {
-    /// Number of experts E.
-    pub experts: usize,
-    /// First slot of each expert and the total: `U32 [E + 1, 1]`.
-    pub offsets: Buffer,
-    /// Token of each slot: `U32 [S, 1]`.
-    pub token: Buffer,
-    /// Slot of each (token, choice): `U32 [T, K]`.
-    pub slot: Buffer,
 }
 
 /// One AdamW update (decoupled decay; bias-corrected).
@@ -396,23 +370,36 @@ pub trait Kernels: Send + Sync {
         d_scores: &Buffer,
         d_logits: &mut Buffer,
     );
-    /// Expert-level balance loss (eq. 23-25), one term per segment of rows, mean over segments:
-    /// returns alpha * Σ_i f_i P_i and adds its gradient to d_scores (through P only), times `weight`.
-    /// `segment [T, 1]` numbers the rows' sequences from 0 without gaps, in order.
+    /// Balance losses of experts, devices and communication (eq. 23-31), one term per segment of rows: returns
+    /// α1 Σ f P + α2 Σ f' P' + α3 Σ f'' P'' of each segment, and adds to d_scores the gradient (through P only) of their
+    /// sum divided by `spec.sequences`. `segment [T, 1]` numbers the rows' sequences from 0 without gaps, in order.
     fn balance_loss(
         &self,
+        spec: &BalanceSpec,
         scores: &Buffer,
         experts: &Buffer,
         segment: &Buffer,
-        alpha: f64,
-        weight: f64,
         d_scores: &mut Buffer,
-    ) -> f64;
-    /// Sorts (token, choice) pairs by expert.
+    ) -> Vec<f64>;
+    /// Tokens of each of `count` experts, and the groups that the tokens' experts lie in.
+    fn count_routes(&self, experts: &Buffer, count: usize, groups: usize) -> RouteCounts;
+    /// `kept U32 [T, K]` = experts, with [`DROPPED`](crate::DROPPED) for what exceeds a group's budget in a segment: the
+    /// pairs of the lowest scores, of equal ones the last. A segment whose number has a 1 in `protected [segments, 1]`
+    /// keeps all.
+    fn drop_overflow(
+        &self,
+        spec: &DropSpec,
+        scores: &Buffer,
+        experts: &Buffer,
+        segment: &Buffer,
+        protected: &Buffer,
+        kept: &mut Buffer,
+    ) -> DropCounts;
+    /// Sorts (token, choice) pairs by expert; dropped ones get no slot.
     fn routes(&self, experts: &Buffer, count: usize) -> Result<Routes>;
-    /// `y[t] += Σ_k weights[t, k] * x[slot(t, k)]`, k ascending.
+    /// `y[t] += Σ_k weights[t, k] * x[slot(t, k)]`, k ascending, over what was not dropped.
     fn combine(&self, x: &Buffer, routes: &Routes, weights: &Buffer, y: &mut Buffer);
-    /// d_x in slot order and d_weights `[T, K]`.
+    /// d_x in slot order and d_weights `[T, K]`, which is 0 for a dropped pair.
     fn combine_backward(
         &self,
         dy: &Buffer,

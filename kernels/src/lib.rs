@@ -20,6 +20,7 @@ pub mod cuda;
 pub mod format;
 pub mod kernels;
 pub mod reference;
+pub mod routing;
 
 mod ops;
 mod pool;
@@ -30,8 +31,9 @@ pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use format::WeightFormat;
 pub use kernels::{
-    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, RouterSpec, Routes,
-    SampleRow, Sampled, Store,
+    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, SampleRow, Sampled,
+    Store,
 };
 pub use reference::ReferenceKernels;
+pub use routing::{BalanceSpec, DROPPED, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 pub use slab::{Slab, Spilled};

@@ -20,6 +20,8 @@ pub enum Stream {
     Data = 5,
     /// Choice of prompts for a step: counters (stage, step, slot).
     Prompts = 6,
+    /// Sequences that keep all their tokens: counters (stage, step, number).
+    Protect = 7,
 }
 
 /// 64 random bits for a key.

@@ -137,7 +137,7 @@ impl Direction {
             yarn: None,
             form: crate::config::engine::AttentionForm::Absorbed,
             prefill: crate::config::engine::Prefill::Absorbed,
-            balance: 0.0,
+            balance: crate::config::routing::Balance::NONE,
         };
         self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage }).await?;
         let (mut version, mut steps) = (0, Vec::new());

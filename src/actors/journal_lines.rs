@@ -2,8 +2,7 @@
 
 use crate::config::stage::{Stage, StageKind};
 use crate::console::Event;
-use crate::engine::phase::PhaseReport;
-use crate::engine::phase::StepReport;
+use crate::engine::phase::{LayerRouting, PhaseReport, StepReport};
 
 /// The keys that every step's line has.
 pub(super) fn step_event(
@@ -26,7 +25,28 @@ pub(super) fn step_event(
         .with("seconds", seconds)
         .with("memory", &entered.held)
         .with("memory_high_water", entered.high_water.max(report.memory_high_water))
-        .with("expert_load", &report.expert_load)
+        .with("expert_load", report.routing.iter().map(|r| &r.expert_load).collect::<Vec<_>>())
+        .with("routing", report.routing.iter().map(routing).collect::<Vec<_>>())
+        .with("dropped", dropped(report))
+}
+
+/// A layer's routing in figures; the loads of its experts stand in a list of their own.
+fn routing(layer: &LayerRouting) -> serde_json::Value {
+    serde_json::json!({
+        "expert_cv": layer.expert_cv,
+        "device_load_max": layer.devices.map(|d| d.max_over_mean),
+        "devices_per_token": layer.devices.map(|d| d.per_token),
+        "dropped": layer.drops.map(|d| d.dropped),
+        "protected_overflow": layer.drops.map(|d| d.protected),
+    })
+}
+
+/// The share of all pairs of token and expert that were dropped; all layers have equally many.
+fn dropped(report: &StepReport) -> Option<f64> {
+    let shares: Option<Vec<f64>> =
+        report.routing.iter().map(|layer| layer.drops.map(|drops| drops.dropped)).collect();
+    let shares = shares.filter(|shares| !shares.is_empty())?;
+    Some(shares.iter().sum::<f64>() / shares.len() as f64)
 }
 
 /// A stage, as the run's first line lists it.

@@ -11,9 +11,11 @@ use crate::config::stage::{EvalConfig, Metric, StageKind};
 use crate::config::{Fault, RunConfig};
 use crate::data::audit::{audit, repeats};
 use crate::data::chat::ChatTemplate;
+use crate::data::example::Batch;
+use crate::data::protected::protected;
 use crate::data::word_machine_files::write_files;
 use crate::data::{Loader, Pair, Prompt, Sequence, Sources, StageData, Tokenizer};
-use crate::engine::phase::TrainJob;
+use crate::engine::phase::{Dropping, TrainJob};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -151,7 +153,17 @@ impl Reader {
         };
         let data = self.stage(stage)?;
         let mut data = data.lock().expect("a panic here ends the actor that shares it");
-        Ok(TrainJob::Batch { share: data.share(step), batch: data.batch(step), micro_batch })
+        let (share, batch) = (data.share(step), data.batch(step));
+        let dropping = self.dropping(stage, step, &batch);
+        Ok(TrainJob::Batch { share, batch, micro_batch, dropping })
+    }
+
+    /// What full devices drop of a step's batch: a function of seed, stage, step and place in the batch.
+    fn dropping(&self, stage: usize, step: u64, batch: &Batch) -> Option<Dropping> {
+        let capacity_factor = self.config.stages[stage].kind.capacity_factor()?;
+        let Batch::Documents(documents) = batch else { return None };
+        let protected = protected(self.config.seed, stage as u64, step, documents.len());
+        Some(Dropping { capacity_factor, protected })
     }
 
     /// The prompts of an alignment step.

@@ -94,7 +94,7 @@ pub fn prepare_stage(
         yarn: None,
         form: config.engine.attention,
         prefill: Prefill::ByCost,
-        balance: config.model.aux_loss_alpha,
+        balance: stage.kind.balance(&config.model),
     };
     match &stage.kind {
         StageKind::Pretrain(_) | StageKind::Sft(_) => {}
@@ -102,14 +102,13 @@ pub fn prepare_stage(
             let yarn = model.rope_scaling.clone().expect("a long-context stage has YaRN");
             plan.yarn = Some((yarn, model.max_position_embeddings));
         }
-        StageKind::RewardModel(_) => (plan.value_head, plan.balance) = (true, 0.0),
+        StageKind::RewardModel(_) => plan.value_head = true,
         StageKind::Grpo(grpo) => {
             if policy == ModelSource::Fresh {
                 policy = ModelSource::Folder(folders.initial());
             }
             // The sampler decodes in the absorbed form: with the same one its log-probabilities are the trainer's.
             (plan.form, plan.prefill) = (AttentionForm::Absorbed, Prefill::Absorbed);
-            plan.balance = 0.0;
             plan.steps = steps * grpo.updates;
             plan.reference = (grpo.kl_weight != 0.0).then(|| policy.clone());
             plan.policy = policy;

@@ -94,7 +94,7 @@ pub type DeviceMaker = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + 
 /// A job for the device.
 #[derive(Clone, Debug)]
 enum Job {
-    Prepare(PrepareStage),
+    Prepare(Box<PrepareStage>),
     EnterPhase(Phase),
     Generate(GenerateJob),
     Score(ScoreJob),
@@ -375,7 +375,7 @@ macro_rules! follows {
 }
 
 follows! {
-    PrepareDevice { stage } -> (): Job::Prepare(stage), Yield::Nothing => ();
+    PrepareDevice { stage } -> (): Job::Prepare(Box::new(stage)), Yield::Nothing => ();
     EnterPhase { phase } -> PhaseReport: Job::EnterPhase(phase), Yield::Phase(report) => report;
     Generate { job } -> Generated: Job::Generate(job), Yield::Generated(generated) => generated;
     Score { job } -> Vec<SequenceScore>: Job::Score(job), Yield::Scores(scores) => scores;

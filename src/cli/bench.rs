@@ -232,7 +232,7 @@ fn train(args: &BenchTrainArgs) -> Result<Value> {
     let documents =
         (0..args.batch).map(|i| Sequence::all_targets(tokens(&config, i, args.sequence)));
     let batch = Batch::Documents(documents.collect());
-    let job = TrainJob::Batch { batch, share: 0.0, micro_batch: 0 };
+    let job = TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None };
     engine.train(&job)?;
     let stopwatch = Stopwatch::start();
     for _ in 0..args.steps {

@@ -6,6 +6,7 @@ use super::machine::{free_memory, share_for_arenas};
 use crate::checkpoint::read_model_config;
 use crate::config::data::{DataConfig, Schema, SetConfig};
 use crate::config::engine::{AttentionForm, Prefill};
+use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
 use crate::config::{Bytes, EngineConfig, Fault, ModelConfig};
 use crate::data::chat::ChatTemplate;
@@ -58,7 +59,7 @@ pub fn engine(
         yarn: None,
         form: AttentionForm::Expanded,
         prefill: Prefill::ByCost,
-        balance: if optimizer.is_some() { config.aux_loss_alpha } else { 0.0 },
+        balance: Balance::of_experts(optimizer.as_ref().map_or(0.0, |_| config.aux_loss_alpha)),
         optimizer,
     })?;
     Ok(engine)

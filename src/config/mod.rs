@@ -16,6 +16,7 @@ mod reader;
 mod validate;
 mod validate_grpo;
 mod validate_model;
+mod validate_routing;
 mod validate_stage;
 
 pub mod checkpoint;
@@ -24,6 +25,7 @@ pub mod data;
 pub mod engine;
 pub mod latent_scaling;
 pub mod model;
+pub mod routing;
 pub mod stage;
 pub mod stage_model;
 pub mod tokenizer;

@@ -21,7 +21,7 @@ use super::{
     CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, Stage, StageKind,
     TokenizerConfig,
 };
-use super::{overrides, validate, validate_model};
+use super::{overrides, validate, validate_model, validate_routing};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
@@ -287,6 +287,7 @@ fn stage(node: &Node, index: usize) -> Result<Stage, ConfigError> {
             format!("`{path}` has no `kind`; it is one of {}", super::nearest::listed(&KINDS));
         return Err(ConfigError { place: node.place.clone(), message });
     };
+    validate_routing::refuse_elsewhere(node, &path, kind.text().unwrap_or_default())?;
     let kind = match kind.text() {
         Some("pretrain") => StageKind::Pretrain(read(node, &path, &STAGE_KEYS)?),
         Some("long-context") => StageKind::LongContext(read(node, &path, &STAGE_KEYS)?),

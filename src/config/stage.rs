@@ -1,5 +1,6 @@
 //! `[[stage]]`: one entry of a run, in order.
 
+use super::routing::BalanceConfig;
 use serde::{Deserialize, Serialize};
 
 /// A stage: its name, where it starts, what it must reach, and the settings of its kind.
@@ -146,6 +147,13 @@ pub struct PretrainStage {
     /// Documents that go through the model at once; 0 for all. Changes no result.
     #[serde(default)]
     pub micro_batch: usize,
+    /// Pairs of token and expert that a device may process of each document, as a multiple of an even share; those of the
+    /// lowest affinity are dropped. Absent: none is. The paper: 1.0.
+    #[serde(default)]
+    pub capacity_factor: Option<f64>,
+    /// Weights of the balance losses.
+    #[serde(default)]
+    pub balance: BalanceConfig,
     /// Optimizer.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -178,6 +186,13 @@ pub struct LongContextStage {
     /// Documents at once; 0 for all.
     #[serde(default)]
     pub micro_batch: usize,
+    /// Pairs of token and expert that a device may process of each document, as a multiple of an even share; those of the
+    /// lowest affinity are dropped. Absent: none is. The paper: 1.0.
+    #[serde(default)]
+    pub capacity_factor: Option<f64>,
+    /// Weights of the balance losses.
+    #[serde(default)]
+    pub balance: BalanceConfig,
     /// Optimizer.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -197,6 +212,9 @@ pub struct SftStage {
     /// Conversations at once; 0 for all.
     #[serde(default)]
     pub micro_batch: usize,
+    /// Weights of the balance losses.
+    #[serde(default)]
+    pub balance: BalanceConfig,
     /// Optimizer.
     #[serde(default)]
     pub optimizer: OptimizerConfig,

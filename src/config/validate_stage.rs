@@ -40,7 +40,7 @@ const DOCUMENTS: [Schema; 3] = [Schema::Text, Schema::Messages, Schema::Prompts]
 
 /// A stage with what runs before it.
 pub(super) struct StageRules<'a> {
-    rules: &'a Rules<'a>,
+    pub(super) rules: &'a Rules<'a>,
     stage: &'a Stage,
     index: String,
     pub(super) earlier: &'a [Stage],
@@ -166,6 +166,8 @@ impl StageRules<'_> {
                     )
                 })?;
                 self.share("batch_ramp", stage.batch_ramp)?;
+                self.balance(&stage.balance)?;
+                self.capacity(stage.capacity_factor)?;
                 self.optimizer(&stage.optimizer, Some(stage.steps))?;
             }
             StageKind::LongContext(stage) => return self.long_context(stage, reach),
@@ -173,6 +175,7 @@ impl StageRules<'_> {
                 self.set(&["data"], &stage.data, &[Schema::Messages, Schema::Prompts])?;
                 self.above_zero(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
                 self.moderate(&[("epochs", stage.epochs), ("batch", stage.batch as u64)])?;
+                self.balance(&stage.balance)?;
                 self.optimizer(&stage.optimizer, None)?;
             }
             StageKind::RewardModel(stage) => {
@@ -215,6 +218,8 @@ impl StageRules<'_> {
         self.require(stage.sequence >= 2, &["sequence"], |key| {
             format!("{key} = {} must be at least 2", stage.sequence)
         })?;
+        self.balance(&stage.balance)?;
+        self.capacity(stage.capacity_factor)?;
         self.optimizer(&stage.optimizer, Some(stage.steps))?;
         Ok(longer)
     }

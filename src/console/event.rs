@@ -7,6 +7,7 @@
 //!     known yet)
 //!   * `stage-start`: `steps`; `stage-end`: `seconds`
 //!   * `step`: `loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`, `seconds`;
+//!     `dropped` (share of the pairs of token and expert) in a stage that lets full devices drop;
 //!     for `grpo` also `reward_mean`, `kl`, `entropy`, `clip_share`, `length_mean`,
 //!     `zero_variance_groups`, `logprob_gap_max`
 //!   * `eval`: `name`, one of `pass_at_1`, `perplexity`, `accuracy`, `rate`, and `samples`;

@@ -309,13 +309,19 @@ fn step_figures(event: &Event) -> String {
         ("gradient_norm", "norm"),
     ];
     let aligned = event.number("reward_mean").is_some();
-    // An alignment step's loss says little (its mean is near 0), and its line is full.
-    let left_out = |key: &str| aligned && ["loss", "learning_rate", "gradient_norm"].contains(&key);
+    let dropped = event.number("dropped");
+    // An alignment step's loss says little (its mean is near 0), and its line is full. A line that tells what was dropped
+    // has no room for the learning rate, which the config tells.
+    let left_out = |key: &str| {
+        aligned && ["loss", "learning_rate", "gradient_norm"].contains(&key)
+            || dropped.is_some() && key == "learning_rate"
+    };
     let mut parts: Vec<String> = named
         .iter()
         .filter(|(key, _)| !left_out(key))
         .filter_map(|(key, name)| Some(format!("{name} {}", short(event.number(key)?))))
         .collect();
+    parts.extend(dropped.map(|share| format!("drop {:.1} %", 100.0 * share)));
     parts.extend(event.number("tokens_per_second").map(|rate| format!("{rate:.0} tok/s")));
     if event.get("skipped").and_then(|v| v.as_bool()) == Some(true) {
         parts.push("SKIPPED: not finite".to_string());

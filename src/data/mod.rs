@@ -18,6 +18,7 @@ pub mod corpus;
 pub mod order;
 pub mod preferences;
 pub mod prompts;
+pub mod protected;
 
 // A stage's sets, opened; and the check that nothing held out is trained on.
 pub mod audit;

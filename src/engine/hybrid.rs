@@ -20,6 +20,7 @@ use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
+use crate::config::routing::Balance;
 use crate::config::{EngineConfig, ModelConfig, Offload};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
 use crate::train::job::{StepReport, TrainJob};
@@ -63,7 +64,7 @@ pub struct HybridEngine {
     policy_version: u64,
     others: BTreeMap<Role, Resident>,
     optimizer: Option<ParkedOptimizer>,
-    balance: f64,
+    balance: Balance,
     form: AttentionForm,
     prefill: Prefill,
     /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
@@ -96,7 +97,7 @@ impl HybridEngine {
             policy_version: 0,
             others: BTreeMap::new(),
             optimizer: None,
-            balance: 0.0,
+            balance: Balance::NONE,
             form: AttentionForm::Expanded,
             prefill: Prefill::ByCost,
             fitting: 0,
@@ -230,13 +231,13 @@ impl HybridEngine {
             second: state.second.take(arena)?.0,
             step: state.step,
         };
-        let (items, share, micro_batch) = match job {
-            TrainJob::Batch { batch, share, micro_batch } => {
-                (Items::of_batch(batch), *share, *micro_batch)
+        let (items, share, micro_batch, dropping) = match job {
+            TrainJob::Batch { batch, share, micro_batch, dropping } => {
+                (Items::of_batch(batch), *share, *micro_batch, dropping.as_ref())
             }
             TrainJob::Grpo { groups, settings, micro_batch } => {
                 let share = state.step as f64 / state.steps.max(1) as f64;
-                (Items::rollouts(groups, settings), share, *micro_batch)
+                (Items::rollouts(groups, settings), share, *micro_batch, None)
             }
         };
         let micro_batch = match (micro_batch, self.fitting) {
@@ -250,6 +251,7 @@ impl HybridEngine {
             steps: state.steps,
             share,
             balance: self.balance,
+            dropping,
             micro_batch,
         };
         let report = train_step(

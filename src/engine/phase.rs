@@ -5,6 +5,7 @@
 //! Idle: only what the last phase left resident and nothing else needs.
 
 use crate::config::engine::{AttentionForm, Prefill};
+use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -12,7 +13,8 @@ use std::path::PathBuf;
 
 pub use crate::inference::job::{GenerateJob, GenerateReport, GenerateRequest, TokenGroup};
 pub use crate::rl::grpo::GrpoSettings;
-pub use crate::train::job::{GrpoReport, StepReport, TrainJob};
+pub use crate::train::job::{Dropping, GrpoReport, StepReport, TrainJob};
+pub use crate::train::routing::LayerRouting;
 
 /// What a device is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -81,8 +83,8 @@ pub struct PrepareStage {
     pub form: AttentionForm,
     /// How prompts go through the sampler: absorbed where its log-probabilities are compared.
     pub prefill: Prefill,
-    /// Weight of the expert balance loss (0 in reward-model and GRPO stages).
-    pub balance: f64,
+    /// Weights of the balance losses (none in reward-model and GRPO stages).
+    pub balance: Balance,
 }
 
 /// Forward passes of one model over whole sequences.

@@ -97,7 +97,10 @@ impl Block {
             FeedForward::Dense(mlp) => {
                 FeedForwardSaved::Dense(mlp.forward(kernels, &post.y, &mut y)?)
             }
-            FeedForward::Moe(moe) => FeedForwardSaved::Moe(moe.forward(kernels, &post.y, &mut y)?),
+            FeedForward::Moe(moe) => {
+                let limit = pass.capacity.as_ref().map(|c| (c, &pass.documents.segment));
+                FeedForwardSaved::Moe(moe.forward(kernels, &post.y, &mut y, limit)?)
+            }
         };
         Ok((y, BlockSaved { x, input, attention, h, post, feed_forward }))
     }
@@ -117,7 +120,7 @@ impl Block {
         let post = self.post_norm.forward(kernels, params, x)?;
         match &self.feed_forward {
             FeedForward::Dense(mlp) => drop(mlp.forward(kernels, &post.y, x)?),
-            FeedForward::Moe(moe) => drop(moe.forward(kernels, &post.y, x)?),
+            FeedForward::Moe(moe) => drop(moe.forward(kernels, &post.y, x, None)?),
         }
         Ok(())
     }

@@ -31,5 +31,5 @@ pub mod cache;
 
 pub use cache::{DecodeRows, LatentCache};
 pub use params::{Gradients, Layout, Params};
-pub use pass::{Documents, Pass};
+pub use pass::{Capacity, Documents, Pass};
 pub use transformer::{PackFor, PackedModel, Transformer};

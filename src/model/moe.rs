@@ -1,15 +1,19 @@
-//! DeepSeekMoE (deepseek_v2.md 1.9-1.11): y += Σ shared FFN(u) + Σ_{i in S} g_i FFN_i(u).
+//! DeepSeekMoE (deepseek_v2.md 1.9-1.12): y += Σ shared FFN(u) + Σ_{i in S} g_i FFN_i(u).
 //!
 //! Tokens are sorted by expert (slots), so that each expert's products run on neighbouring rows. The gate is
-//! computed in the float dtype of the kernels (f32 or wider) on every path.
+//! computed in the float dtype of the kernels (f32 or wider) on every path. A pair of token and expert that a full device
+//! drops has no slot: it costs nothing and adds nothing; the other weights of the token stay what they are.
 
 use super::linear::{Linear, Packing};
 use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::params::{FeedForwardIndex, Gradients, Params};
-use super::pass::{Pass, floats, index_buffer};
+use super::pass::{Capacity, Pass, floats, index_buffer};
 use crate::config::ModelConfig;
-use crate::config::model::TopkMethod;
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, RouterSpec, Routes, Store, WeightFormat};
+use crate::config::routing::Balance;
+use rehearsal_kernels::{
+    BalanceSpec, Buffer, DropCounts, DropSpec, Kernels, OutOfMemory, RouterSpec, Routes, Store,
+    WeightFormat,
+};
 
 /// A packed mixture of experts.
 pub struct Moe {
@@ -26,6 +30,8 @@ pub struct MoeSaved {
     scores: Buffer,
     chosen: Buffer,
     weights: Buffer,
+    /// What was dropped, if anything might be.
+    drops: Option<DropCounts>,
     routes: Routes,
     /// Inputs, pre-activations, activations and outputs in slot order.
     x: Buffer,
@@ -41,24 +47,32 @@ pub struct MoePending {
     d_gate_up: Buffer,
     d_logits: Buffer,
     shared: Option<MlpPending>,
-    balance_loss: f64,
+    balance: Vec<f64>,
 }
 
-/// What a layer's routing did.
+/// What a layer's router did in a pass.
 #[derive(Clone, Debug)]
 pub struct Routing {
-    /// Slots that were routed to each expert.
-    pub slots: Vec<u32>,
-    /// Balance loss of this pass, weighted.
-    pub balance_loss: f64,
+    /// Tokens that chose each expert, whether or not they were dropped.
+    pub experts: Vec<u32>,
+    /// Rows T.
+    pub tokens: usize,
+    /// Groups of experts, D.
+    pub groups: usize,
+    /// Groups that hold an expert of a token, summed over tokens.
+    pub devices: u64,
+    /// What full devices dropped, if they were limited.
+    pub drops: Option<DropCounts>,
+    /// Balance losses of each document, weighted; none if all weights are 0.
+    pub balance: Vec<f64>,
 }
 
 /// How a model's routers choose.
 pub fn router_spec(config: &ModelConfig) -> RouterSpec {
-    let limited = config.topk_method == TopkMethod::GroupLimitedGreedy;
+    let groups = config.device_count();
     RouterSpec {
-        groups: if limited { config.n_group } else { 1 },
-        top_groups: if limited { config.topk_group } else { 1 },
+        groups,
+        top_groups: if groups > 1 { config.topk_group } else { 1 },
         top_k: config.num_experts_per_tok,
         scale: config.routed_scaling_factor,
         normalize: config.norm_topk_prob,
@@ -94,21 +108,23 @@ impl Moe {
         })
     }
 
-    /// `y += MoE(u)`.
+    /// `y += MoE(u)`. `limit` is what a device may process, with the number of each row's document.
     pub fn forward(
         &self,
         kernels: &dyn Kernels,
         u: &Buffer,
         y: &mut Buffer,
+        limit: Option<(&Capacity, &Buffer)>,
     ) -> Result<MoeSaved, OutOfMemory> {
-        let (rows, slots) = (u.rows(), u.rows() * self.spec.top_k);
+        let rows = u.rows();
         let mut logits = floats(kernels, rows, self.experts)?;
         self.router.forward(kernels, u, &mut logits, Store::Set);
         let mut scores = floats(kernels, rows, self.experts)?;
         let mut chosen = index_buffer(kernels, rows, self.spec.top_k)?;
         let mut weights = floats(kernels, rows, self.spec.top_k)?;
         kernels.router(&self.spec, &logits, &mut scores, &mut chosen, &mut weights);
-        let routes = kernels.routes(&chosen, self.experts)?;
+        let (routes, drops) = self.routes(kernels, &scores, &chosen, limit)?;
+        let slots = routes.slots();
         let mut x = floats(kernels, slots, u.cols())?;
         kernels.gather_rows(u, &routes.token, &mut x);
         let mut gate_up = floats(kernels, slots, self.gate_up.outputs())?;
@@ -119,10 +135,29 @@ impl Moe {
         self.down.forward_experts(kernels, &activated, &routes, &mut output);
         kernels.combine(&output, &routes, &weights, y);
         let shared = self.shared.as_ref().map(|mlp| mlp.forward(kernels, u, y)).transpose()?;
-        Ok(MoeSaved { scores, chosen, weights, routes, x, gate_up, activated, y: output, shared })
+        let y = output;
+        Ok(MoeSaved { scores, chosen, weights, drops, routes, x, gate_up, activated, y, shared })
     }
 
-    /// Sets dx; the balance loss of the pass is added to the gradient and returned.
+    /// The slots of what the router chose, less what full devices drop.
+    fn routes(
+        &self,
+        kernels: &dyn Kernels,
+        scores: &Buffer,
+        chosen: &Buffer,
+        limit: Option<(&Capacity, &Buffer)>,
+    ) -> Result<(Routes, Option<DropCounts>), OutOfMemory> {
+        let Some((capacity, segment)) = limit else {
+            return Ok((kernels.routes(chosen, self.experts)?, None));
+        };
+        let spec = DropSpec { groups: self.spec.groups, capacity_factor: capacity.factor };
+        let mut kept = index_buffer(kernels, chosen.rows(), chosen.cols())?;
+        let protected = &capacity.protected;
+        let drops = kernels.drop_overflow(&spec, scores, chosen, segment, protected, &mut kept);
+        Ok((kernels.routes(&kept, self.experts)?, Some(drops)))
+    }
+
+    /// Sets dx; the balance losses of the pass are added to the gradient.
     pub fn backward_input(
         &self,
         pass: &Pass<'_>,
@@ -158,7 +193,7 @@ impl Moe {
 
         let mut d_scores = pass.floats(saved.scores.rows(), self.experts)?;
         kernels.fill(&mut d_scores, 0.0);
-        let balance_loss = self.balance(pass, saved, &mut d_scores);
+        let balance = self.balance(pass, saved, &mut d_scores);
         let mut d_logits = pass.floats(saved.scores.rows(), self.experts)?;
         kernels.router_backward(
             &self.spec,
@@ -169,7 +204,7 @@ impl Moe {
             &mut d_logits,
         );
         self.router.backward_input(kernels, &d_logits, dx, Store::Add);
-        Ok(MoePending { d_y, d_gate_up, d_logits, shared, balance_loss })
+        Ok(MoePending { d_y, d_gate_up, d_logits, shared, balance })
     }
 
     /// Adds the weights' gradients; u and dy are the forward's input and the output's gradient.
@@ -204,31 +239,35 @@ impl Moe {
         }
     }
 
-    /// Load and balance loss of a pass.
+    /// What the router did.
     pub fn routing(
         &self,
         kernels: &dyn Kernels,
         saved: &MoeSaved,
         pending: &MoePending,
     ) -> Routing {
-        let offsets = kernels.download_indices(&saved.routes.offsets);
-        let slots = offsets.windows(2).map(|pair| pair[1] - pair[0]).collect();
-        Routing { slots, balance_loss: pending.balance_loss }
+        let groups = self.spec.groups;
+        let counts = kernels.count_routes(&saved.chosen, self.experts, groups);
+        Routing {
+            experts: counts.experts,
+            tokens: saved.chosen.rows(),
+            groups,
+            devices: counts.devices,
+            drops: saved.drops,
+            balance: pending.balance.clone(),
+        }
     }
 
-    fn balance(&self, pass: &Pass<'_>, saved: &MoeSaved, d_scores: &mut Buffer) -> f64 {
-        if pass.balance == 0.0 {
-            return 0.0;
+    /// The balance losses of each document; they count what was chosen, dropped or not.
+    fn balance(&self, pass: &Pass<'_>, saved: &MoeSaved, d_scores: &mut Buffer) -> Vec<f64> {
+        if pass.balance == Balance::NONE {
+            return Vec::new();
         }
-        let segment = &pass.documents.segment;
-        pass.share
-            * pass.kernels.balance_loss(
-                &saved.scores,
-                &saved.chosen,
-                segment,
-                pass.balance,
-                pass.share,
-                d_scores,
-            )
+        let Balance { expert, device, communication } = pass.balance;
+        let RouterSpec { groups, top_groups, .. } = self.spec;
+        let sequences = pass.sequences;
+        let spec = BalanceSpec { groups, top_groups, expert, device, communication, sequences };
+        let (segment, kernels) = (&pass.documents.segment, pass.kernels);
+        kernels.balance_loss(&spec, &saved.scores, &saved.chosen, segment, d_scores)
     }
 }

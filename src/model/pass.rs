@@ -1,6 +1,7 @@
 //! What all layers of one forward and backward pass share: device, scratch memory, packed documents.
 
 use crate::config::engine::AttentionForm;
+use crate::config::routing::Balance;
 use rehearsal_kernels::{Buffer, DType, Kernels, OutOfMemory, Owner, RopeTable};
 
 /// The token rows of a training or scoring pass: documents one after another, each seeing only itself.
@@ -47,6 +48,14 @@ pub fn indices(kernels: &dyn Kernels, values: &[u32]) -> Result<Buffer, OutOfMem
     Ok(buffer)
 }
 
+/// What a device may process of each document of a pass.
+pub struct Capacity {
+    /// Pairs of token and expert, as a multiple of an even share.
+    pub factor: f64,
+    /// 1 for each document that keeps all its pairs: `U32 [documents, 1]`.
+    pub protected: Buffer,
+}
+
 /// Device and settings of a pass over documents.
 pub struct Pass<'a> {
     /// The device.
@@ -57,10 +66,12 @@ pub struct Pass<'a> {
     pub rope: &'a RopeTable,
     /// Form of attention.
     pub form: AttentionForm,
-    /// Weight of the balance loss; 0 for none.
-    pub balance: f64,
-    /// This pass's share of the batch's documents: the balance loss is a mean over all of them.
-    pub share: f64,
+    /// Weights of the balance losses.
+    pub balance: Balance,
+    /// Documents of the whole step, of which this pass has some: the balance losses are means over all of them.
+    pub sequences: usize,
+    /// Limit of the devices; `None` drops nothing, as outside of training.
+    pub capacity: Option<Capacity>,
 }
 
 impl Pass<'_> {

@@ -14,6 +14,7 @@ use super::pass::{Documents, Pass, floats, indices};
 use super::prefill::SamplerRows;
 use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};
+use crate::config::routing::Balance;
 use rehearsal_kernels::{Buffer, Kernels, Kind, OutOfMemory, RopeTable, WeightFormat};
 use std::sync::Arc;
 
@@ -109,14 +110,22 @@ impl Transformer {
         })
     }
 
-    /// A pass over packed documents.
+    /// A pass over packed documents that balances and drops nothing.
     pub fn pass<'a>(
         &'a self,
         kernels: &'a dyn Kernels,
         documents: &'a Documents,
         packed: &PackedModel,
     ) -> Pass<'a> {
-        Pass { kernels, documents, rope: &self.rope, form: packed.form, balance: 0.0, share: 1.0 }
+        Pass {
+            kernels,
+            documents,
+            rope: &self.rope,
+            form: packed.form,
+            balance: Balance::NONE,
+            sequences: documents.count,
+            capacity: None,
+        }
     }
 
     /// The residual stream after the last block, `[T, d]`, before the final norm.

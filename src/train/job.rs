@@ -1,5 +1,6 @@
 //! What an optimizer step is asked for and what it reports.
 
+use super::routing::LayerRouting;
 use crate::data::example::Batch;
 use crate::rl::grpo::GrpoSettings;
 use crate::rl::rollout::ScoredGroup;
@@ -16,6 +17,8 @@ pub enum TrainJob {
         share: f64,
         /// Examples that go through the model at once; 0 for all.
         micro_batch: usize,
+        /// What full devices drop; `None` for nothing.
+        dropping: Option<Dropping>,
     },
     /// One GRPO update.
     Grpo {
@@ -28,12 +31,21 @@ pub enum TrainJob {
     },
 }
 
+/// Token dropping in one step on documents (DeepSeek-V2, section 2.2.4).
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Dropping {
+    /// Pairs of token and expert that a device may process of each document, as a multiple of an even share.
+    pub capacity_factor: f64,
+    /// For each document, whether it keeps all its pairs.
+    pub protected: Vec<bool>,
+}
+
 /// What one optimizer step did.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepReport {
     /// Loss: of the objective, balance loss apart.
     pub loss: f64,
-    /// Balance loss, weighted.
+    /// Balance losses, weighted, summed over layers.
     pub balance_loss: f64,
     /// Learning rate used.
     pub learning_rate: f64,
@@ -51,8 +63,8 @@ pub struct StepReport {
     pub skipped: bool,
     /// Version of the weights after the step.
     pub policy_version: u64,
-    /// Per MoE layer, the share of slots of each expert.
-    pub expert_load: Vec<Vec<f32>>,
+    /// What the router of each MoE layer did.
+    pub routing: Vec<LayerRouting>,
     /// Preference loss: share of pairs whose chosen reply scores higher.
     pub accuracy: Option<f64>,
     /// GRPO only.

@@ -6,6 +6,7 @@ pub mod job;
 pub mod learning_rate;
 pub mod objective;
 pub mod optimizer;
+pub mod routing;
 pub mod step;
 
 pub use learning_rate::learning_rate;

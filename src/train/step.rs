@@ -6,14 +6,17 @@
 //!   * the split into micro-batches changes no bit of the gradient; so a step that does not fit into the budget is
 //!     begun again with half as many examples at once, down to one
 
-use super::job::StepReport;
+use super::job::{Dropping, StepReport};
 use super::learning_rate::learning_rate;
 use super::objective::{Items, Micro, Tally};
 use super::optimizer::Optimizer;
+use super::routing::{balance_loss, layer_routing};
 use crate::config::failpoint::failpoint;
+use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
 use crate::model::moe::Routing;
-use crate::model::{Documents, Gradients, PackedModel, Params, Transformer};
+use crate::model::pass::indices;
+use crate::model::{Capacity, Documents, Gradients, PackedModel, Params, Transformer};
 use rehearsal_kernels::{Kernels, OutOfMemory};
 use std::ops::Range;
 use std::time::Instant;
@@ -44,8 +47,10 @@ pub struct StepSettings<'a> {
     pub steps: u64,
     /// The share of the stage's tokens that were trained on before this step, for schedules in tokens.
     pub share: f64,
-    /// Weight of the balance loss.
-    pub balance: f64,
+    /// Weights of the balance losses.
+    pub balance: Balance,
+    /// What full devices drop; `None` for nothing.
+    pub dropping: Option<&'a Dropping>,
     /// Examples that go through the model at once, if the budget allows; 0 for all.
     pub micro_batch: usize,
 }
@@ -57,12 +62,17 @@ pub fn train_step(
     items: &Items<'_>,
 ) -> Result<StepReport, OutOfMemory> {
     let began = Instant::now();
+    let fits = |d: &Dropping| matches!(items, Items::Documents(documents) if documents.len() == d.protected.len());
+    assert!(
+        settings.dropping.is_none_or(fits),
+        "dropping is for documents, and knows each of them"
+    );
     let mut micro_batch = match settings.micro_batch {
         0 => items.len().max(1),
         asked => asked.min(items.len().max(1)),
     };
     let (tally, routings) = loop {
-        match gradients(trainee, settings.balance, micro_batch, items) {
+        match gradients(trainee, settings, micro_batch, items) {
             Err(_) if micro_batch > 1 => micro_batch = micro_batch.div_ceil(2),
             outcome => break outcome?,
         }
@@ -74,7 +84,7 @@ pub fn train_step(
 
     let gradient_norm = trainee.kernels.squared_sum(&trainee.gradients.slab.whole()).sqrt();
     let rate = learning_rate(settings.optimizer, settings.step, settings.steps, settings.share);
-    let balance_loss = routings.iter().flatten().map(|r| r.balance_loss).sum::<f64>();
+    let balance_loss = balance_loss(&routings);
     let skipped =
         !(tally.loss.is_finite() && balance_loss.is_finite() && gradient_norm.is_finite());
     if !skipped {
@@ -99,7 +109,7 @@ pub fn train_step(
         memory_high_water: trainee.kernels.arena().high_water(),
         skipped,
         policy_version: 0,
-        expert_load: mean_load(&routings),
+        routing: layer_routing(&routings),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
         grpo: matches!(items, Items::Rollouts(..)).then(|| tally.grpo()),
     })
@@ -108,7 +118,7 @@ pub fn train_step(
 /// Loss and gradients of all examples, so many at once.
 fn gradients(
     trainee: &mut Trainee<'_>,
-    balance: f64,
+    settings: &StepSettings<'_>,
     micro_batch: usize,
     items: &Items<'_>,
 ) -> Result<(Tally, Vec<Vec<Routing>>), OutOfMemory> {
@@ -117,7 +127,7 @@ fn gradients(
     let documents = items.sequences(0..items.len()).len();
     for first in (0..items.len()).step_by(micro_batch) {
         let range = first..items.len().min(first + micro_batch);
-        routings.push(backpropagate(trainee, balance, documents, items, range, &mut tally)?);
+        routings.push(backpropagate(trainee, settings, documents, items, range, &mut tally)?);
         failpoint("mid-gradient");
     }
     Ok((tally, routings))
@@ -126,7 +136,7 @@ fn gradients(
 /// Forward and backward of one micro-batch.
 fn backpropagate(
     trainee: &mut Trainee<'_>,
-    balance: f64,
+    settings: &StepSettings<'_>,
     documents_in_step: usize,
     items: &Items<'_>,
     range: Range<usize>,
@@ -135,8 +145,9 @@ fn backpropagate(
     let (kernels, model, packed) = (trainee.kernels, trainee.model, trainee.packed);
     let documents = Documents::pack(kernels, &items.sequences(range.clone()))?;
     let mut pass = model.pass(kernels, &documents, packed);
-    pass.balance = balance;
-    pass.share = documents.count as f64 / documents_in_step as f64;
+    pass.balance = settings.balance;
+    pass.sequences = documents_in_step;
+    pass.capacity = settings.dropping.map(|d| capacity(kernels, d, range.clone())).transpose()?;
     let (hidden, saved) = model.forward(&pass, trainee.params, packed)?;
     let mut d_hidden = pass.floats(hidden.rows(), hidden.cols())?;
     kernels.fill(&mut d_hidden, 0.0);
@@ -152,35 +163,13 @@ fn backpropagate(
     model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)
 }
 
-/// Per MoE layer, each expert's share of the step's slots: counts are summed before they are
-/// divided, so that it does not depend on the micro-batch.
-fn mean_load(routings: &[Vec<Routing>]) -> Vec<Vec<f32>> {
-    let Some(first) = routings.first() else { return Vec::new() };
-    let share = |layer: usize| {
-        let mut slots = vec![0u64; first[layer].slots.len()];
-        for routing in routings {
-            for (sum, count) in slots.iter_mut().zip(&routing[layer].slots) {
-                *sum += u64::from(*count);
-            }
-        }
-        let all = slots.iter().sum::<u64>().max(1) as f64;
-        slots.into_iter().map(|count| (count as f64 / all) as f32).collect()
-    };
-    (0..first.len()).map(share).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_load_of_experts_does_not_depend_on_the_micro_batch() {
-        let routing = |slots: [u32; 3]| vec![Routing { slots: slots.to_vec(), balance_loss: 0.0 }];
-        let whole = mean_load(&[routing([5, 3, 2])]);
-        // Micro-batches of unequal lengths.
-        let parts = mean_load(&[routing([1, 0, 0]), routing([4, 3, 0]), routing([0, 0, 2])]);
-        assert_eq!(whole, [[0.5, 0.3, 0.2]]);
-        assert_eq!(parts, whole);
-        assert!(mean_load(&[]).is_empty());
-    }
+/// What the devices may process of the documents in `range`.
+fn capacity(
+    kernels: &dyn Kernels,
+    dropping: &Dropping,
+    range: Range<usize>,
+) -> Result<Capacity, OutOfMemory> {
+    let protected: Vec<u32> = dropping.protected[range].iter().map(|p| u32::from(*p)).collect();
+    let protected = indices(kernels, &protected)?;
+    Ok(Capacity { factor: dropping.capacity_factor, protected })
 }

@@ -187,7 +187,7 @@ fn stage(policy: ModelSource, reference: Option<ModelSource>) -> PrepareStage {
 fn train(engine: &mut HybridEngine) {
     let document = |d: u32| Sequence::all_targets((0..24).map(|i| (i * 5 + d) % 4096).collect());
     let batch = Batch::Documents((0..8).map(document).collect());
-    engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }).unwrap();
+    engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None }).unwrap();
 }
 
 fn score(engine: &mut HybridEngine, role: Role) -> Vec<SequenceScore> {

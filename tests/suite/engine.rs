@@ -2,6 +2,7 @@
 
 use crate::tiny::config;
 use rehearsal::config::engine::{AttentionForm, Prefill};
+use rehearsal::config::routing::Balance;
 use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
 use rehearsal::config::{Bytes, EngineConfig, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
@@ -35,14 +36,14 @@ pub fn stage(reference: Option<ModelSource>) -> PrepareStage {
         yarn: None,
         form: AttentionForm::Absorbed,
         prefill: Prefill::Absorbed,
-        balance: 0.01,
+        balance: Balance::of_experts(0.01),
     }
 }
 
 pub fn batch() -> TrainJob {
     let document = |d: u32| Sequence::all_targets((0..12).map(|i| (i * 5 + d) % 29).collect());
     let batch = Batch::Documents((0..3).map(document).collect());
-    TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }
+    TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None }
 }
 
 pub fn job(policy_version: u64) -> GenerateJob {
@@ -200,7 +201,9 @@ fn micro_batches_change_no_bit() {
         let TrainJob::Batch { batch, .. } = batch() else { unreachable!() };
         for _ in 0..3 {
             let batch = batch.clone();
-            engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: micro }).unwrap();
+            engine
+                .train(&TrainJob::Batch { batch, share: 0.0, micro_batch: micro, dropping: None })
+                .unwrap();
         }
         rollouts(&mut engine, 3)
     };
@@ -270,7 +273,7 @@ pub fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
 fn trainer_and_sampler_agree_and_advantage_moves_the_policy() {
     let folder = TempDir::new().unwrap();
     let mut engine = engine(&folder, |_| {});
-    engine.prepare(&PrepareStage { balance: 0.0, ..stage(None) }).unwrap();
+    engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
     let groups = rollouts(&mut engine, 0);
     let chosen = groups[0].rollouts[0].clone();
     let settings = settings();

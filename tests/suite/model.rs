@@ -1,11 +1,12 @@
 //! The model against finite differences, against itself in its other form, and f32 against f64.
 
 use crate::tiny::{
-    Tiny, config, config_dense, config_dense_long, config_lite, config_scaled, cpu, documents,
-    reference, relative_l2, worst,
+    Tiny, config, config_dense, config_dense_long, config_grouped, config_lite, config_scaled, cpu,
+    documents, reference, relative_l2, worst,
 };
 use rehearsal::config::ModelConfig;
 use rehearsal::config::engine::AttentionForm::{self, Absorbed, Expanded};
+use rehearsal::config::routing::Balance;
 use rehearsal::data::example::Pair;
 use rehearsal::model::{DecodeRows, Documents, LatentCache};
 use rehearsal::train::Items;
@@ -18,11 +19,12 @@ fn check_gradients(
     value_head: bool,
     items: &Items<'_>,
     form: AttentionForm,
-    balance: f64,
+    balance: Balance,
+    dropping: Option<(f64, &[u32])>,
 ) {
     let kernels = reference();
     let mut tiny = Tiny::new(&kernels, config, value_head);
-    let (_, gradients) = tiny.loss_and_gradients(items, form, balance);
+    let (_, gradients, _) = tiny.trained(items, form, balance, dropping);
     let layout = tiny.model.layout.clone();
     assert!(gradients.missing(&layout, value_head).is_empty());
     let mut draws = Draws::new(1, Stream::Data, [7, 7, 7]);
@@ -39,7 +41,7 @@ fn check_gradients(
                 let mut values = original.clone();
                 values[element] += delta;
                 kernels.upload_f64(&values, &mut tiny.params.slab.tensor_mut(index));
-                tiny.loss_and_gradients(items, form, balance).0
+                tiny.trained(items, form, balance, dropping).0
             };
             let step = 1e-5;
             let numeric = (loss_at(step) - loss_at(-step)) / (2.0 * step);
@@ -74,7 +76,29 @@ fn every_gradient_equals_its_finite_difference() {
     ] {
         let documents = documents(&config, &[7, 4, 9]);
         // The balance loss is only piecewise smooth: choices of experts must not flip within a step of 1e-5.
-        check_gradients(&config, false, &Items::Documents(&documents), form, 0.01);
+        let balance = Balance::of_experts(0.01);
+        check_gradients(&config, false, &Items::Documents(&documents), form, balance, None);
+    }
+}
+
+#[test]
+fn gradients_with_every_balance_loss_and_dropped_pairs_equal_their_finite_differences() {
+    for normalize in [false, true] {
+        let mut config = config_grouped();
+        config.norm_topk_prob = normalize;
+        let documents = documents(&config, &[7, 4, 9]);
+        let items = Items::Documents(&documents);
+        let balance = Balance { expert: 0.02, device: 0.05, communication: 0.04 };
+        // What is chosen and dropped must not flip within a step of 1e-5 either.
+        let dropping: Option<(f64, &[u32])> = Some((0.9, &[0, 1, 0]));
+        check_gradients(&config, false, &items, Expanded, balance, dropping);
+        let kernels = reference();
+        let routings =
+            Tiny::new(&kernels, &config, false).trained(&items, Expanded, balance, dropping).2;
+        for routing in routings {
+            let drops = routing.drops.unwrap();
+            assert!(drops.dropped > 3 && drops.overflow > 0, "{drops:?}");
+        }
     }
 }
 
@@ -85,7 +109,7 @@ fn a_reward_models_gradients_equal_their_finite_differences() {
             .chunks(2)
             .map(|pair| Pair { chosen: pair[0].tokens.clone(), rejected: pair[1].tokens.clone() })
             .collect();
-        check_gradients(&config, true, &Items::Pairs(&pairs), Expanded, 0.0);
+        check_gradients(&config, true, &Items::Pairs(&pairs), Expanded, Balance::NONE, None);
     }
 }
 
@@ -94,7 +118,8 @@ fn tied_embeddings_collect_both_gradients() {
     let mut config = config();
     config.tie_word_embeddings = true;
     let documents = documents(&config, &[8, 5]);
-    check_gradients(&config, false, &Items::Documents(&documents), Expanded, 0.0);
+    let items = Items::Documents(&documents);
+    check_gradients(&config, false, &items, Expanded, Balance::NONE, None);
 }
 
 #[test]

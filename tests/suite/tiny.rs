@@ -1,11 +1,15 @@
 //! Tiny models and documents that the other modules of the suite train and sample.
 
 use rehearsal::config::engine::AttentionForm;
+use rehearsal::config::routing::Balance;
 use rehearsal::config::{LatentScaling, ModelConfig};
 use rehearsal::data::example::Sequence;
-use rehearsal::model::{Gradients, PackFor, PackedModel, Params, Transformer};
+use rehearsal::model::moe::Routing;
+use rehearsal::model::pass::indices;
+use rehearsal::model::{Capacity, Gradients, PackFor, PackedModel, Params, Transformer};
 use rehearsal::train::Items;
 use rehearsal::train::objective::{Micro, Tally};
+use rehearsal::train::routing::balance_loss;
 use rehearsal_kernels::random::{self, Stream};
 use rehearsal_kernels::{Arena, CpuKernels, Kernels, ReferenceKernels};
 
@@ -62,6 +66,15 @@ pub fn config_dense_long() -> ModelConfig {
 /// The three-layer model with scaled latents.
 pub fn config_scaled() -> ModelConfig {
     ModelConfig { latent_scaling: LatentScaling::Sqrt, ..config() }
+}
+
+/// With group-limited routing over four devices, of which a token uses two.
+pub fn config_grouped() -> ModelConfig {
+    let mut config = config();
+    config.topk_method = rehearsal::config::model::TopkMethod::GroupLimitedGreedy;
+    (config.n_routed_experts, config.n_group, config.topk_group) = (8, 4, 2);
+    config.num_experts_per_tok = 3;
+    config
 }
 
 /// Kernels in f64.
@@ -121,19 +134,36 @@ impl<'a> Tiny<'a> {
         self.model.pack(self.kernels, &self.params, "policy", 1, pack).unwrap()
     }
 
-    /// Loss (balance loss included) and gradients of one micro-batch.
+    /// Loss (the experts' balance loss included) and gradients of one micro-batch.
     pub fn loss_and_gradients(
         &self,
         items: &Items<'_>,
         form: AttentionForm,
         balance: f64,
     ) -> (f64, Gradients) {
+        let (loss, gradients, _) = self.trained(items, form, Balance::of_experts(balance), None);
+        (loss, gradients)
+    }
+
+    /// Loss, gradients and routing with all balance losses, and with devices that drop what exceeds a capacity factor,
+    /// except of the documents that are protected.
+    pub fn trained(
+        &self,
+        items: &Items<'_>,
+        form: AttentionForm,
+        balance: Balance,
+        dropping: Option<(f64, &[u32])>,
+    ) -> (f64, Gradients, Vec<Routing>) {
         let packed = self.pack(form, true);
         let mut gradients = Gradients::new(self.kernels, &self.model.layout, "policy").unwrap();
         let sequences = items.sequences(0..items.len());
         let documents = rehearsal::model::Documents::pack(self.kernels, &sequences).unwrap();
         let mut pass = self.model.pass(self.kernels, &documents, &packed);
         pass.balance = balance;
+        pass.capacity = dropping.map(|(factor, protected)| Capacity {
+            factor,
+            protected: indices(self.kernels, protected).unwrap(),
+        });
         let (hidden, saved) = self.model.forward(&pass, &self.params, &packed).unwrap();
         let mut d_hidden = pass.floats(hidden.rows(), hidden.cols()).unwrap();
         self.kernels.fill(&mut d_hidden, 0.0);
@@ -151,7 +181,7 @@ impl<'a> Tiny<'a> {
             .model
             .backward(&pass, &self.params, &packed, saved, d_hidden, &mut gradients)
             .unwrap();
-        (tally.loss + routings.iter().map(|r| r.balance_loss).sum::<f64>(), gradients)
+        (tally.loss + balance_loss(std::slice::from_ref(&routings)), gradients, routings)
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::engine::{engine, rollouts, scored, settings, stage};
 use crate::tiny::{Tiny, config, cpu, reference};
 use rehearsal::config::EngineConfig;
+use rehearsal::config::routing::Balance;
 use rehearsal::config::stage::{OptimizerConfig, RatioLevel};
 use rehearsal::data::example::{Batch, Pair, Sequence};
 use rehearsal::engine::hybrid::HybridEngine;
@@ -15,7 +16,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 /// The bytes of the weights (and moments) that the engine would commit.
-fn saved(engine: &mut HybridEngine) -> BTreeMap<String, Vec<u8>> {
+pub fn saved(engine: &mut HybridEngine) -> BTreeMap<String, Vec<u8>> {
     let folder = TempDir::new().unwrap();
     engine.save(folder.path(), true).unwrap();
     let files = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().path());
@@ -125,7 +126,7 @@ fn a_step_that_is_not_finite_changes_no_weight_and_no_moment() {
         scored(groups, &[f64::NAN, 1.0, -1.0])
     };
     let batch = documents(&[9, 5]);
-    engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }).unwrap();
+    engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None }).unwrap();
     let before = saved(&mut engine);
     let job = TrainJob::Grpo { groups, settings: settings(), micro_batch: 0 };
     let report = engine.train(&job).unwrap();
@@ -136,8 +137,8 @@ fn a_step_that_is_not_finite_changes_no_weight_and_no_moment() {
 #[test]
 fn the_micro_batch_changes_no_bit_for_ragged_documents_pairs_and_rollouts() {
     type Job<'a> = &'a dyn Fn(usize) -> TrainJob;
-    let balanced = PrepareStage { balance: 0.01, ..stage(None) };
-    let reward = PrepareStage { value_head: true, balance: 0.0, ..stage(None) };
+    let balanced = PrepareStage { balance: Balance::of_experts(0.01), ..stage(None) };
+    let reward = PrepareStage { value_head: true, balance: Balance::NONE, ..stage(None) };
     let outcome = |plan: &PrepareStage, micro_batch: usize, job: Job<'_>| {
         let folder = TempDir::new().unwrap();
         let mut engine = prepared(&folder, plan);
@@ -156,9 +157,14 @@ fn the_micro_batch_changes_no_bit_for_ragged_documents_pairs_and_rollouts() {
         batch: documents(&[3, 17, 2, 30, 9, 11, 2]),
         share,
         micro_batch,
+        dropping: None,
     };
-    let preferred =
-        |micro_batch| TrainJob::Batch { batch: Batch::Pairs(pairs(0, 7)), share, micro_batch };
+    let preferred = |micro_batch| TrainJob::Batch {
+        batch: Batch::Pairs(pairs(0, 7)),
+        share,
+        micro_batch,
+        dropping: None,
+    };
     let aligned =
         |micro_batch| TrainJob::Grpo { groups: sampled.clone(), settings: settings(), micro_batch };
     let jobs: [(&str, &PrepareStage, Job<'_>); 3] = [
@@ -226,7 +232,9 @@ fn the_reference_stays_and_a_second_update_sees_the_first() {
 fn fitted(engine: &mut HybridEngine, steps: u32) -> f64 {
     for step in 0..steps {
         let batch = Batch::Pairs(pairs(step * 8, 8));
-        engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }).unwrap();
+        engine
+            .train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None })
+            .unwrap();
     }
     let held_out = pairs(100_003, 40);
     let raw = scores(engine, Role::Policy, &held_out);
@@ -252,14 +260,14 @@ fn a_reward_model_begins_as_its_policy_learns_what_is_separable_and_keeps_its_ca
     let (policy, reward) = (folder.path().join("policy"), folder.path().join("reward"));
     let mut engine = prepared(&folder, &stage(None));
     let batch = documents(&[9, 12]);
-    engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0 }).unwrap();
+    engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None }).unwrap();
     let tuned = save(&mut engine, &policy);
     let optimizer =
         OptimizerConfig { learning_rate: 0.01, warmup_steps: 0, ..OptimizerConfig::default() };
     let fit = PrepareStage {
         policy: ModelSource::Folder(policy.clone()),
         value_head: true,
-        balance: 0.0,
+        balance: Balance::NONE,
         optimizer: Some(optimizer),
         steps: 60,
         ..stage(None)

@@ -11,11 +11,11 @@ use crate::buffer::{Buffer, DType, View, ViewMut};
 use crate::cpu::CpuKernels;
 use crate::format::WeightFormat;
 use crate::kernels::{
-    AdamW, AttentionShape, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, Routes,
-    Store,
+    AdamW, AttentionShape, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, Store,
 };
 use crate::random::{Draws, Stream};
 use crate::reference::ReferenceKernels;
+use crate::routing::Routes;
 
 /// What stands beside a view: a sum that takes it in is far off any tolerance.
 const BESIDE: f64 = 1_048_576.0;

@@ -8,7 +8,8 @@ use super::tile::{Left, Out};
 use super::work::{Term, products};
 use super::{Cx, pack};
 use crate::buffer::Buffer;
-use crate::kernels::{Packed, Routes, Store};
+use crate::kernels::{Packed, Store};
+use crate::routing::Routes;
 use std::ops::Range;
 
 /// See [`Kernels::linear_experts`](crate::Kernels::linear_experts).

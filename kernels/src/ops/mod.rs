@@ -13,7 +13,7 @@
 //! products      quantize (codes), pack, unpack, linear, grouped
 //! rows          rows, rms_norm, rope, swiglu
 //! attention     mla_train, mla_decode, mla_prefill
-//! experts       router, balance, routes
+//! experts       router, balance, dropping, routes
 //! head          head_logprob, sample
 //! optimizer     adamw
 //! ```
@@ -39,6 +39,7 @@ pub(crate) mod mla_prefill;
 pub(crate) mod mla_train;
 
 pub(crate) mod balance;
+pub(crate) mod dropping;
 pub(crate) mod router;
 pub(crate) mod routes;
 

@@ -5,27 +5,29 @@
 //!
 //! Invariants:
 //!   * slot order is expert, then token, then choice: one order for any number of threads
-//!   * each (token, choice) pair has exactly one slot, and each slot one pair
+//!   * each (token, choice) pair that was not dropped has exactly one slot, and each slot one pair
+//!   * a dropped pair has no slot, adds nothing to a sum and gets a weight's gradient of 0
 //!   * an expert that nobody chose has an empty range
 
 use super::Cx;
 use super::lanes::{self, Lanes, OnLanes};
 use super::work::split;
 use crate::buffer::{Buffer, DType, Mat, MatMut};
-use crate::kernels::{Result, Routes};
+use crate::kernels::Result;
+use crate::routing::{DROPPED, RouteCounts, Routes};
 use std::ops::Range;
 
 /// See [`Kernels::routes`](crate::Kernels::routes).
 pub(crate) fn routes(cx: &Cx, experts: &Buffer, count: usize) -> Result<Routes> {
     let (rows, choices) = (experts.rows(), experts.cols());
+    let experts = experts.host::<u32>();
+    let mut next = starts(experts, count);
     let mut routes = Routes {
         experts: count,
         offsets: cx.arena.buffer(cx.scratch, DType::U32, count + 1, 1)?,
-        token: cx.arena.buffer(cx.scratch, DType::U32, rows * choices, 1)?,
+        token: cx.arena.buffer(cx.scratch, DType::U32, next[count] as usize, 1)?,
         slot: cx.arena.buffer(cx.scratch, DType::U32, rows, choices)?,
     };
-    let experts = experts.host::<u32>();
-    let mut next = starts(experts, count);
     let mut offsets = routes.offsets.host_mut::<u32>();
     for (expert, start) in next.iter().enumerate() {
         offsets.row_mut(expert)[0] = *start;
@@ -33,6 +35,10 @@ pub(crate) fn routes(cx: &Cx, experts: &Buffer, count: usize) -> Result<Routes> 
     let (mut token, mut slot) = (routes.token.host_mut::<u32>(), routes.slot.host_mut::<u32>());
     for row in 0..rows {
         for (choice, &expert) in experts.row(row).iter().enumerate() {
+            if expert == DROPPED {
+                slot.row_mut(row)[choice] = DROPPED;
+                continue;
+            }
             let free = next[expert as usize];
             next[expert as usize] += 1;
             token.row_mut(free as usize)[0] = row as u32;
@@ -46,7 +52,7 @@ pub(crate) fn routes(cx: &Cx, experts: &Buffer, count: usize) -> Result<Routes> 
 fn starts(experts: Mat<'_, u32>, count: usize) -> Vec<u32> {
     let mut starts = vec![0; count + 1];
     for row in 0..experts.rows {
-        for &expert in experts.row(row) {
+        for &expert in experts.row(row).iter().filter(|expert| **expert != DROPPED) {
             assert!((expert as usize) < count, "routes: expert {expert} of {count}");
             starts[expert as usize + 1] += 1;
         }
@@ -55,6 +61,27 @@ fn starts(experts: Mat<'_, u32>, count: usize) -> Vec<u32> {
         starts[expert + 1] += starts[expert];
     }
     starts
+}
+
+/// See [`Kernels::count_routes`](crate::Kernels::count_routes).
+pub(crate) fn count_routes(_cx: &Cx, experts: &Buffer, count: usize, groups: usize) -> RouteCounts {
+    assert!(
+        groups >= 1 && count.is_multiple_of(groups),
+        "routes: {count} experts, {groups} groups"
+    );
+    let experts = experts.host::<u32>();
+    let mut counts = RouteCounts { experts: vec![0; count], devices: 0 };
+    // The last token, from 1, that went to each group.
+    let mut last = vec![0; groups];
+    for row in 0..experts.rows {
+        for &expert in experts.row(row) {
+            counts.experts[expert as usize] += 1;
+            let group = &mut last[expert as usize / (count / groups)];
+            counts.devices += u64::from(*group != row + 1);
+            *group = row + 1;
+        }
+    }
+    counts
 }
 
 /// See [`Kernels::combine`](crate::Kernels::combine).
@@ -86,6 +113,9 @@ impl OnLanes for Combine<'_> {
             // SAFETY: the rows of this job are its own.
             let y = unsafe { self.y.shared_row_mut(row) };
             for (&slot, &weight) in self.slot.row(row).iter().zip(self.weights.row(row)) {
+                if slot == DROPPED {
+                    continue;
+                }
                 for (y, x) in y.iter_mut().zip(self.x.row(slot as usize)) {
                     *y = weight.mul_add(*x, *y);
                 }
@@ -135,6 +165,11 @@ impl OnLanes for CombineBackward<'_> {
         for row in self.rows {
             let dy = self.dy.row(row);
             for (choice, &slot) in self.slot.row(row).iter().enumerate() {
+                if slot == DROPPED {
+                    // SAFETY: the tokens of this job are its own.
+                    unsafe { self.d_weights.shared_row_mut(row)[choice] = 0.0 };
+                    continue;
+                }
                 let weight = self.weights.row(row)[choice];
                 // SAFETY: the tokens of this job, and so their slots, are its own; the features are
                 // on.
@@ -160,7 +195,7 @@ pub(crate) fn sum_slots(cx: &Cx, x: &Buffer, routes: &Routes, y: &mut Buffer) {
         for row in rows {
             // SAFETY: a row belongs to one piece.
             let y = unsafe { y.shared_row_mut(row) };
-            for &slot in slot.row(row) {
+            for &slot in slot.row(row).iter().filter(|slot| **slot != DROPPED) {
                 for (y, x) in y.iter_mut().zip(x.row(slot as usize)) {
                     *y += x;
                 }
@@ -170,7 +205,7 @@ pub(crate) fn sum_slots(cx: &Cx, x: &Buffer, routes: &Routes, y: &mut Buffer) {
 }
 
 fn check(x: &Buffer, routes: &Routes, y: &Buffer) {
-    assert_eq!(x.rows(), routes.slot.len(), "routes: rows in slot order");
+    assert_eq!(x.rows(), routes.slots(), "routes: rows in slot order");
     assert_eq!((y.rows(), y.cols()), (routes.slot.rows(), x.cols()), "routes: rows in token order");
 }
 

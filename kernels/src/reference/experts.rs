@@ -1,12 +1,13 @@
-//! Experts: the group-limited router, the balance loss, the sort into slots and the way back.
+//! Experts: the group-limited router, what a device drops, the sort into slots and the way back.
 //!
-//! DeepSeek-V2, sections 2.2.1 to 2.2.3. A group's score is its maximum; experts outside the kept
+//! DeepSeek-V2, sections 2.2.1, 2.2.2 and 2.2.4. A group's score is its maximum; experts outside the kept
 //! groups can never be chosen; ties go to the lowest index.
 
 use super::{add_scaled, dot, log_sum_exp, movement};
 use crate::arena::{Arena, Owner};
 use crate::buffer::{Buffer, DType};
-use crate::kernels::{Result, RouterSpec, Routes};
+use crate::kernels::Result;
+use crate::routing::{DROPPED, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 
 pub fn router(
     spec: &RouterSpec,
@@ -79,44 +80,61 @@ pub fn router_backward(
     }
 }
 
-/// f_i = E / (K T) * tokens that chose i; P_i = mean score of i; loss = alpha Σ f_i P_i.
-/// DeepSeek-V2, eq. 23 to 25, for each segment; the mean over segments.
-pub fn balance_loss(
+pub fn count_routes(experts: &Buffer, count: usize, groups: usize) -> RouteCounts {
+    let experts = experts.host::<u32>();
+    let chose = |t: usize, expert: usize| experts.row(t).contains(&(expert as u32));
+    let size = count / groups;
+    let tokens = |expert| (0..experts.rows).filter(|t| chose(*t, expert)).count() as u32;
+    let devices = (0..groups).map(|group| {
+        let own = group * size..(group + 1) * size;
+        (0..experts.rows).filter(|t| own.clone().any(|expert| chose(*t, expert))).count() as u64
+    });
+    RouteCounts { experts: (0..count).map(tokens).collect(), devices: devices.sum() }
+}
+
+/// DeepSeek-V2, section 2.2.4, for each segment: a pair stays if fewer than ceil(cf K T / D) pairs of its group come
+/// before it, by score and then by order.
+pub fn drop_overflow(
+    spec: &DropSpec,
     scores: &Buffer,
     experts: &Buffer,
     segment: &Buffer,
-    alpha: f64,
-    weight: f64,
-    d_scores: &mut Buffer,
-) -> f64 {
-    let segment = movement::read::<u32>(segment);
-    let (scores, experts, mut d_scores) =
-        (scores.host::<f64>(), experts.host::<u32>(), d_scores.host_mut::<f64>());
-    let segments = segment.last().map_or(0, |last| last + 1);
-    let mut loss = 0.0;
-    for number in 0..segments {
-        let rows: Vec<usize> = (0..segment.len()).filter(|t| segment[*t] == number).collect();
-        let tokens = rows.len() as f64;
-        let per_choice = scores.cols as f64 / (experts.cols as f64 * tokens);
-        for expert in 0..scores.cols {
-            let hits = rows.iter().flat_map(|t| experts.row(*t)).filter(|e| **e as usize == expert);
-            let f = per_choice * hits.count() as f64;
-            let p = rows.iter().map(|t| scores.row(*t)[expert]).sum::<f64>() / tokens;
-            loss += alpha * f * p / f64::from(segments);
-            for t in &rows {
-                d_scores.row_mut(*t)[expert] += weight * alpha * f / (tokens * f64::from(segments));
-            }
-        }
+    protected: &Buffer,
+    kept: &mut Buffer,
+) -> DropCounts {
+    let (segment, protected) = (movement::read::<u32>(segment), movement::read::<u32>(protected));
+    let (scores, experts, mut kept) =
+        (scores.host::<f64>(), experts.host::<u32>(), kept.host_mut::<u32>());
+    let (size, top_k) = (scores.cols / spec.groups, experts.cols);
+    let expert = |pair: usize| experts.row(pair / top_k)[pair % top_k] as usize;
+    let score = |pair: usize| scores.row(pair / top_k)[expert(pair)];
+    let mut counts = DropCounts::default();
+    for pair in 0..segment.len() * top_k {
+        let number = segment[pair / top_k];
+        let tokens = segment.iter().filter(|other| **other == number).count();
+        let even = (top_k * tokens) as f64 / spec.groups as f64;
+        let budget = (spec.capacity_factor * even - 1e-9).ceil().max(1.0) as usize;
+        let before = |other: &usize| {
+            let beside =
+                segment[other / top_k] == number && expert(*other) / size == expert(pair) / size;
+            beside && (score(*other) > score(pair) || score(*other) == score(pair) && *other < pair)
+        };
+        let beyond = (0..segment.len() * top_k).filter(before).count() >= budget;
+        let stays = protected[number as usize] == 1;
+        counts.overflow += u64::from(beyond && stays);
+        counts.dropped += u64::from(beyond && !stays);
+        kept.row_mut(pair / top_k)[pair % top_k] =
+            if beyond && !stays { DROPPED } else { expert(pair) as u32 };
     }
-    loss
+    counts
 }
 
 pub fn routes(arena: &Arena, scratch: Owner, experts: &Buffer, count: usize) -> Result<Routes> {
     let (tokens, top_k) = (experts.rows(), experts.cols());
     let chosen = movement::read::<u32>(experts);
-    let mut order: Vec<usize> = (0..chosen.len()).collect();
+    let mut order: Vec<usize> = (0..chosen.len()).filter(|pair| chosen[*pair] != DROPPED).collect();
     order.sort_by_key(|pair| chosen[*pair]);
-    let mut slot = vec![0; chosen.len()];
+    let mut slot = vec![DROPPED; chosen.len()];
     for (place, pair) in order.iter().enumerate() {
         slot[*pair] = place as u32;
     }
@@ -131,7 +149,7 @@ pub fn routes(arena: &Arena, scratch: Owner, experts: &Buffer, count: usize) -> 
     Ok(Routes {
         experts: count,
         offsets: indices(&offsets, count + 1, 1)?,
-        token: indices(&token, tokens * top_k, 1)?,
+        token: indices(&token, token.len(), 1)?,
         slot: indices(&slot, tokens, top_k)?,
     })
 }
@@ -140,7 +158,7 @@ pub fn combine(x: &Buffer, routes: &Routes, weights: &Buffer, y: &mut Buffer) {
     let (x, slot, weights) = (x.host::<f64>(), routes.slot.host::<u32>(), weights.host::<f64>());
     let mut y = y.host_mut::<f64>();
     for t in 0..slot.rows {
-        for (slot, weight) in slot.row(t).iter().zip(weights.row(t)) {
+        for (slot, weight) in slot.row(t).iter().zip(weights.row(t)).filter(|p| *p.0 != DROPPED) {
             add_scaled(*weight, x.row(*slot as usize), y.row_mut(t));
         }
     }
@@ -159,6 +177,10 @@ pub fn combine_backward(
     let mut d_weights = d_weights.host_mut::<f64>();
     for t in 0..slot.rows {
         for (k, slot) in slot.row(t).iter().enumerate() {
+            if *slot == DROPPED {
+                d_weights.row_mut(t)[k] = 0.0;
+                continue;
+            }
             d_weights.row_mut(t)[k] = dot(dy.row(t), x.row(*slot as usize));
             for (dx, dy) in dx.row_mut(*slot as usize).iter_mut().zip(dy.row(t)) {
                 *dx = weights.row(t)[k] * dy;
@@ -170,7 +192,7 @@ pub fn combine_backward(
 pub fn sum_slots(x: &Buffer, routes: &Routes, y: &mut Buffer) {
     let (x, slot, mut y) = (x.host::<f64>(), routes.slot.host::<u32>(), y.host_mut::<f64>());
     for t in 0..slot.rows {
-        for slot in slot.row(t) {
+        for slot in slot.row(t).iter().filter(|slot| **slot != DROPPED) {
             add_scaled(1.0, x.row(*slot as usize), y.row_mut(t));
         }
     }

@@ -9,6 +9,7 @@
 //!   * sums run over their index in ascending order and start from the output they add to
 
 mod attention;
+mod balance;
 mod experts;
 mod formats;
 mod head;
@@ -22,8 +23,9 @@ use crate::buffer::{Buffer, DType};
 use crate::format::WeightFormat;
 use crate::kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
-    RouterSpec, Routes, SampleRow, Sampled, Store,
+    SampleRow, Sampled, Store,
 };
+use crate::routing::{BalanceSpec, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 
 /// The operations in f64 loops. Slow on purpose; for tests and for tiny models.
 pub struct ReferenceKernels {
@@ -330,14 +332,29 @@ impl Kernels for ReferenceKernels {
 
     fn balance_loss(
         &self,
+        spec: &BalanceSpec,
         scores: &Buffer,
         experts: &Buffer,
         segment: &Buffer,
-        alpha: f64,
-        weight: f64,
         d_scores: &mut Buffer,
-    ) -> f64 {
-        experts::balance_loss(scores, experts, segment, alpha, weight, d_scores)
+    ) -> Vec<f64> {
+        balance::balance_loss(spec, scores, experts, segment, d_scores)
+    }
+
+    fn count_routes(&self, experts: &Buffer, count: usize, groups: usize) -> RouteCounts {
+        experts::count_routes(experts, count, groups)
+    }
+
+    fn drop_overflow(
+        &self,
+        spec: &DropSpec,
+        scores: &Buffer,
+        experts: &Buffer,
+        segment: &Buffer,
+        protected: &Buffer,
+        kept: &mut Buffer,
+    ) -> DropCounts {
+        experts::drop_overflow(spec, scores, experts, segment, protected, kept)
     }
 
     fn routes(&self, experts: &Buffer, count: usize) -> Result<Routes> {

@@ -7,7 +7,8 @@ use super::{chain, formats, movement};
 use crate::arena::{Arena, Owner};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
 use crate::format::WeightFormat;
-use crate::kernels::{HeadColumns, Pack, Packed, Product, Result, Routes, Store};
+use crate::kernels::{HeadColumns, Pack, Packed, Product, Result, Store};
+use crate::routing::Routes;
 use std::ops::Range;
 
 pub fn pack(

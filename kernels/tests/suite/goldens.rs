@@ -47,26 +47,6 @@ fn equal_scores_go_to_the_lowest_index_and_underflow_leaves_the_kept_groups() {
 }
 
 #[test]
-fn the_balance_loss_is_alpha_when_balanced_and_n_over_k_of_it_when_collapsed() {
-    on_each(|bench, tolerance| {
-        let (alpha, uniform) = (0.003, vec![0.25; 8 * 4]);
-        let loss = |scores: &[f64], experts: &[u32]| {
-            let (scores, experts) = (bench.floats(8, 4, scores), bench.indices(8, 1, experts));
-            let segment = bench.indices(8, 1, &[0, 0, 0, 0, 1, 1, 1, 1]);
-            let mut d_scores = bench.filled(8, 4, 0.0);
-            bench.kernels.balance_loss(&scores, &experts, &segment, alpha, 1.0, &mut d_scores)
-        };
-        let balanced = loss(&uniform, &[0, 1, 2, 3, 3, 2, 1, 0]);
-        let collapsed = loss(&[1.0, 0.0, 0.0, 0.0].repeat(8), &[0; 8]);
-        check_close("losses", &[balanced, collapsed], &[alpha, 4.0 * alpha], tolerance);
-        // Each sequence uses one expert: balanced over the batch, but not within a sequence.
-        let scores = [[1.0, 0.0, 0.0, 0.0].repeat(4), [0.0, 1.0, 0.0, 0.0].repeat(4)].concat();
-        let by_sequence = loss(&scores, &[0, 0, 0, 0, 1, 1, 1, 1]);
-        check_close("by sequence", &[by_sequence], &[4.0 * alpha], tolerance);
-    });
-}
-
-#[test]
 fn rotation_turns_the_pairs_of_its_table_and_position_zero_stays() {
     on_each(|bench, tolerance| {
         let angles = [0.0f64, 0.0, 0.5, 0.1];

@@ -3,6 +3,7 @@
 use super::Place;
 use crate::actors::stage_plan::{Folders, prepare_stage, require_artefacts};
 use crate::config::engine::{AttentionForm, Prefill};
+use crate::config::routing::Balance;
 use crate::config::{RunConfig, StageKind};
 use crate::engine::phase::{ModelSource, PrepareStage};
 use std::path::PathBuf;
@@ -40,7 +41,10 @@ fn a_stage_starts_from_the_last_policy_or_from_what_it_names() {
 fn a_grpo_stage_refers_to_the_folder_it_starts_from_and_loads_only_models_that_count() {
     let mut config = Place::new().config(&[]);
     let first = plan(&config, 3);
-    assert_eq!((first.reference, first.balance, first.steps), (Some(folder("02-talk")), 0.0, 10));
+    assert_eq!(
+        (first.reference, first.balance, first.steps),
+        (Some(folder("02-talk")), Balance::NONE, 10)
+    );
     assert_eq!(first.rewards["nice"], PathBuf::from("/runs/a/stages/03-nice"));
     let StageKind::Grpo(settings) = &mut config.stages[3].kind else { panic!("stage 4 is GRPO") };
     (settings.kl_weight, settings.reward[1].weight, settings.updates) = (0.0, 0.0, 3);
@@ -70,8 +74,9 @@ fn a_grpo_stage_without_a_predecessor_refers_to_the_initial_weights() {
 fn a_reward_model_gets_a_head_and_no_balance_loss() {
     let config = Place::new().config(&[]);
     let (tuned, fitted) = (plan(&config, 1), plan(&config, 2));
-    assert_eq!((tuned.value_head, tuned.balance), (false, config.model.aux_loss_alpha));
-    assert_eq!((fitted.value_head, fitted.balance), (true, 0.0));
+    let experts = Balance::of_experts(config.model.aux_loss_alpha);
+    assert_eq!((tuned.value_head, tuned.balance), (false, experts));
+    assert_eq!((fitted.value_head, fitted.balance), (true, Balance::NONE));
 }
 
 #[test]

@@ -87,6 +87,21 @@ fn a_log_has_one_tidy_line_per_step_and_no_control_characters() {
 }
 
 #[test]
+fn a_step_that_drops_tells_its_share_within_the_width() {
+    let step = Event::step("pretraining-on-everything", "pretrain", 1000)
+        .with("loss", 123.456)
+        .with("learning_rate", 1.5e-4)
+        .with("gradient_norm", 12.25)
+        .with("tokens_per_second", 123_456.0)
+        .with("dropped", 0.0314);
+    let start = Event::new("stage-start").of_stage("pretraining-on-everything", "pretrain");
+    let text = shown(false, &[start.with("steps", 1000), step]);
+    let line = text.lines().last().expect("the step's line");
+    assert!(line.ends_with("  loss 123  norm 12.2  drop 3.1 %  123456 tok/s"), "{line:?}");
+    assert!(line.len() <= WIDTH, "{line:?}");
+}
+
+#[test]
 fn replies_before_and_after_stand_side_by_side() {
     let text = shown(false, &events());
     let row = text

@@ -45,7 +45,8 @@ impl Case {
 
 fn sft(data: &str, epochs: u64, batch: usize) -> StageKind {
     let (data, optimizer) = (data.to_string(), OptimizerConfig::default());
-    StageKind::Sft(SftStage { data, epochs, batch, micro_batch: 0, optimizer })
+    let balance = Default::default();
+    StageKind::Sft(SftStage { data, epochs, batch, micro_batch: 0, balance, optimizer })
 }
 
 #[test]
@@ -104,6 +105,8 @@ fn pretraining_recognises_control_tokens_and_ends_documents_that_have_no_end() {
         batch_start: 0,
         batch_ramp: 0.0,
         micro_batch: 0,
+        capacity_factor: None,
+        balance: Default::default(),
         optimizer: OptimizerConfig::default(),
     });
     let mut data = case.loader.stage(0, &kind).unwrap();

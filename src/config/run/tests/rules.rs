@@ -1,6 +1,7 @@
 //! Broken rules, each with its message and place.
 
 use super::*;
+use crate::config::routing::Balance;
 
 #[test]
 fn numbers_and_sets_keep_their_rules() {
@@ -64,6 +65,79 @@ fn numbers_and_sets_keep_their_rules() {
         "20:1",
         "data.sets.chats.split takes lines with from <= index % of < to; from = 4, to = 4 and of = 4 take none",
     );
+}
+
+#[test]
+fn what_is_balanced_and_dropped_keeps_its_rules() {
+    let no_devices = "is about devices, and the model's routing knows of one only; set model.topk_method = \
+                      \"group_limited_greedy\" with model.n_group above 1, or leave it out";
+    let base = |key: &str, at: &str, message: &str| {
+        check_fault("sequence = 64", &format!("sequence = 64\n{key}"), at, message);
+    };
+    base("capacity_factor = 1", "43:1", &format!("stage.base.capacity_factor = 1 {no_devices}"));
+    base(
+        "balance = { device = 0.05 }",
+        "43:13",
+        &format!("stage.base.balance.device = 0.05 {no_devices}"),
+    );
+    base(
+        "balance = { expert = 0.003, communication = 0.02 }",
+        "43:29",
+        &format!("stage.base.balance.communication = 0.02 {no_devices}"),
+    );
+    base(
+        "balance = { expert = -1 }",
+        "43:13",
+        "stage.base.balance.expert = -1 must not be negative; 0 turns the loss off",
+    );
+    base(
+        "balance = { experts = 1 }",
+        "43:13",
+        "unknown key `experts` in `stage.base.balance`; did you mean `expert`?",
+    );
+    let drops = "lets full devices drop tokens, which only pretrain and long-context stages do";
+    for (line, at, path, kind) in [
+        ("data = \"chats\"", "57:1", "stage.sft", "sft"),
+        ("data = \"pairs\"", "70:1", "stage.helpful", "reward-model"),
+        ("steps = 3", "77:1", "stage.align", "grpo"),
+    ] {
+        let message = format!("{path}.capacity_factor {drops}; leave it out of this {kind} stage");
+        check_fault(line, &format!("{line}\ncapacity_factor = 1.0"), at, &message);
+    }
+    check_fault(
+        "steps = 3",
+        "steps = 3\nbalance = { expert = 0.1 }",
+        "77:1",
+        "stage.align.balance weighs the balance losses, which reward-model and grpo stages do not have; leave it out of \
+         this grpo stage",
+    );
+}
+
+#[test]
+fn a_model_with_devices_may_balance_and_drop() {
+    let grouped =
+        ["model.topk_method=group_limited_greedy", "model.n_group=4", "model.topk_group=2"];
+    let with = |more: &[&str]| load(RUN, MODEL, &[&grouped, more].concat());
+    let factor = "stage.base.capacity_factor=1.0";
+    let weights = "stage.base.balance={ device = 0.05, communication = 0.02 }";
+    let config = with(&[factor, weights, "stage.long.capacity_factor=1.5"]).unwrap();
+    let kind = |index: usize| &config.stages[index].kind;
+    assert_eq!((kind(0).capacity_factor(), kind(1).capacity_factor()), (Some(1.0), Some(1.5)));
+    let model = &config.model;
+    let balance = kind(0).balance(model);
+    // The experts' weight is the model's where the stage has none.
+    assert_eq!((balance.expert, balance.device, balance.communication), (0.001, 0.05, 0.02));
+    assert_eq!(kind(2).balance(model), Balance::of_experts(0.001));
+    assert_eq!([kind(3).balance(model), kind(4).balance(model)], [Balance::NONE; 2]);
+    let other = with(&["stage.sft.balance.expert=0.5"]).unwrap();
+    assert_eq!(other.stages[2].kind.balance(model), Balance::of_experts(0.5));
+    let fault = with(&["stage.base.capacity_factor=0"]).unwrap_err().to_string();
+    assert!(
+        fault.ends_with("capacity_factor = 0 must be above 0; leave it out to drop nothing"),
+        "{fault}"
+    );
+    // Groups that routing is not limited to are no devices.
+    assert!(load(RUN, MODEL, &["model.n_group=4", factor]).is_err());
 }
 
 #[test]

@@ -39,6 +39,9 @@ pub struct CheckArgs {
     /// Compare with another model: ratios beside those of DeepSeek-V2 to DeepSeek 67B
     #[arg(long, value_name = "MODEL.json")]
     pub against: Option<PathBuf>,
+    /// GPU hours that a trillion tokens took: tell tokens a second and the share of the peak
+    #[arg(long, value_name = "HOURS", value_parser = hours)]
+    pub gpu_hours: Option<f64>,
     /// Read no data file
     #[arg(long)]
     pub plan_only: bool,
@@ -48,6 +51,13 @@ pub struct CheckArgs {
     /// Threads that the estimated time is for
     #[command(flatten)]
     pub threads: Threads,
+}
+
+fn hours(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(hours) if hours > 0.0 && hours.is_finite() => Ok(hours),
+        _ => Err("give the GPU hours of a trillion tokens, above 0".to_string()),
+    }
 }
 
 /// Checks and reports.
@@ -78,6 +88,10 @@ fn devices(threads: usize) -> String {
 
 fn report(args: &CheckArgs) -> Result<CheckReport> {
     let (report, model) = report_alone(args)?;
+    let report = match args.gpu_hours {
+        Some(hours) => report.trained_in(hours),
+        None => report,
+    };
     Ok(match &args.against {
         Some(file) => report.against(&model, file, &load_model(file)?),
         None => report,
@@ -257,6 +271,7 @@ mod tests {
             file,
             set: Vec::new(),
             against: None,
+            gpu_hours: None,
             plan_only,
             json: false,
             threads: Threads::default(),
@@ -315,6 +330,7 @@ mod tests {
             file,
             set: Vec::new(),
             against: None,
+            gpu_hours: None,
             plan_only: false,
             json: false,
             threads,
@@ -358,6 +374,7 @@ mod tests {
             file,
             set: Vec::new(),
             against: None,
+            gpu_hours: None,
             plan_only: false,
             json: false,
             threads,
@@ -381,6 +398,39 @@ mod tests {
     }
 
     #[test]
+    fn a_vocabulary_below_the_tokenizers_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = crate::config::TokenizerConfig { vocab_size: Some(300), ..Default::default() };
+        let tokenizer = Tokenizer::train(&text, &["a cat sat on a mat".repeat(9)]).unwrap();
+        tokenizer.save(&folder.path().join("tokenizer.json")).unwrap();
+        let size = tokenizer.vocab_size();
+        let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs").display().to_string();
+        let below = format!("json\"\nvocab_size = {}", size - 1);
+        let run = RUN
+            .replace("CONFIGS", &configs)
+            .replacen("json\"", &below, 1)
+            .replace("vocab_size = 288\ntrain_on = [\"text\"]", "file = \"tokenizer.json\"");
+        let file = folder.path().join("run.toml");
+        std::fs::write(&file, run).unwrap();
+        let fault = report(&CheckArgs {
+            file,
+            set: Vec::new(),
+            against: None,
+            gpu_hours: None,
+            plan_only: false,
+            json: false,
+            threads: Threads::default(),
+        })
+        .unwrap_err();
+        let told = format!(
+            "run.toml:5:1: tokenizer.file = \"tokenizer.json\" has {size} tokens, model.vocab_size = {} is smaller; raise it",
+            size - 1
+        );
+        assert!(fault.to_string().ends_with(&told), "{fault}");
+        assert_eq!(exit_code(&fault), 2);
+    }
+
+    #[test]
     fn every_config_of_the_repository_is_right() {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
         for name in ["quickstart.toml", "smoke.toml", "small/gsm8k.toml"] {
@@ -388,6 +438,7 @@ mod tests {
                 file: configs.join(name),
                 set: Vec::new(),
                 against: None,
+                gpu_hours: None,
                 plan_only: true,
                 json: false,
                 threads: Threads::default(),
@@ -400,6 +451,7 @@ mod tests {
                 file: file.unwrap().path(),
                 set: Vec::new(),
                 against: None,
+                gpu_hours: None,
                 plan_only: false,
                 json: false,
                 threads: Threads::default(),

@@ -4,19 +4,20 @@ use super::machine::share_for_arenas;
 use super::output::{duration, grouped};
 use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig};
 use crate::plan::comparison::PAPER;
-use crate::plan::cost::CACHE_DTYPE;
+use crate::plan::cost::{CACHE_DTYPE, PEAK_FLOPS};
 use crate::plan::estimate::{FLOPS_PER_THREAD, generated_lines, sequence};
 use crate::plan::memory::{Owners, total};
 use crate::plan::{
-    Comparison, Estimate, Memory, Parameters, cache_bytes_per_token, cache_elements_per_token,
-    compare, estimate, flops_per_token, host_bytes, memory, model_memory, parameters,
+    Comparison, Estimate, Memory, Parameters, Utilisation, cache_bytes_per_token,
+    cache_elements_per_token, compare, estimate, flops_per_token, host_bytes, memory, model_memory,
+    parameters, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-/// The sequence length of a model's FLOPs.
+/// The sequence length of a model's FLOPs, if it has as many positions.
 const MODEL_SEQUENCE: usize = 4096;
 
 /// What a run or a model costs.
@@ -38,6 +39,8 @@ pub struct CheckReport {
     pub flops_per_token: f64,
     /// The sequence length that they are for.
     pub sequence: usize,
+    /// What `--gpu-hours` makes of a GPU.
+    pub utilisation: Option<Utilisation>,
     /// The model it is compared with, the ratios, and those of the paper.
     pub comparison: Option<Against>,
     /// Bytes by phase and owner; of a run, those of the stage that holds most in the phase.
@@ -74,7 +77,7 @@ impl CheckReport {
     pub fn of_model(file: &Path, model: &ModelConfig) -> CheckReport {
         CheckReport {
             memory: model_memory(model),
-            ..CheckReport::costs(file, model, MODEL_SEQUENCE)
+            ..CheckReport::costs(file, model, MODEL_SEQUENCE.min(model.max_position_embeddings))
         }
     }
 
@@ -103,6 +106,11 @@ impl CheckReport {
         })
     }
 
+    /// The same report with what a GPU did in training that took `gpu_hours` a trillion tokens.
+    pub fn trained_in(self, gpu_hours: f64) -> CheckReport {
+        CheckReport { utilisation: Some(utilisation(self.flops_per_token, gpu_hours)), ..self }
+    }
+
     /// The same report beside another model.
     pub fn against(self, model: &ModelConfig, file: &Path, other: &ModelConfig) -> CheckReport {
         let against = Against {
@@ -121,6 +129,7 @@ impl CheckReport {
             cache_dtype: CACHE_DTYPE,
             cache_elements_per_token: cache_elements_per_token(model),
             cache_bytes_by_type: cache_bytes_by_type(model),
+            utilisation: None,
             comparison: None,
             flops_per_token: flops_per_token(model, sequence),
             sequence,
@@ -220,6 +229,15 @@ impl fmt::Display for CheckReport {
             flops(self.flops_per_token),
             grouped(self.sequence as u64)
         )?;
+        if let Some(found) = &self.utilisation {
+            writeln!(
+                out,
+                "          {:.1} tokens a second and GPU, {:.1} % of {:.1} TFLOP/s (an H100 or H800 in bf16)",
+                found.tokens_per_second,
+                100.0 * found.share_of_peak,
+                PEAK_FLOPS / 1e12
+            )?;
+        }
         if let Some(against) = &self.comparison {
             write_comparison(out, against)?;
         }
@@ -268,8 +286,8 @@ fn write_comparison(out: &mut fmt::Formatter<'_>, against: &Against) -> fmt::Res
     for (what, found, paper) in [
         ("active parameters", found.active, paper.active),
         ("parameters", found.total, paper.total),
-        ("elements of the cache", found.cache_elements, paper.cache_elements),
-        ("FLOPs of training", found.flops, paper.flops),
+        ("cached elements", found.cache_elements, paper.cache_elements),
+        ("training FLOPs", found.flops, paper.flops),
     ] {
         writeln!(out, "          {found:.4} of its {what} ({paper})")?;
     }
@@ -376,14 +394,16 @@ mod tests {
             (path, model)
         };
         let ((path, model), (other, dense)) = (load("deepseek-v2.json"), load("deepseek-67b.json"));
-        let report = CheckReport::of_model(&path, &model).against(&model, &other, &dense);
+        let report = CheckReport::of_model(&path, &model).trained_in(172.8e3);
+        let report = report.against(&model, &other, &dense);
         let text = report.to_string();
         for line in [
+            "1607.5 tokens a second and GPU, 25.2 % of 989.4 TFLOP/s",
             "cache     138 240 bytes a token (f32), 34 560 elements\n",
             "          25 920 bytes in 6 bits\n          69 120 bytes in bf16\n",
             "0.3132 of its active parameters (0.313)\n",
             "3.4964 of its parameters (3.5)\n",
-            "0.1776 of its elements of the cache (0.1776)\n",
+            "0.1776 of its cached elements (0.1776)\n",
             "82.24 % of its cache saved in elements (82.24 %)\n",
             "93.34 % of its cache saved in bytes, 6 bits against bf16 (93.34 %)\n",
         ] {

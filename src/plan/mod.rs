@@ -14,7 +14,9 @@ pub mod host;
 pub mod memory;
 
 pub use comparison::{Comparison, compare};
-pub use cost::{cache_bytes_per_token, cache_elements_per_token, flops_per_token};
+pub use cost::{
+    Utilisation, cache_bytes_per_token, cache_elements_per_token, flops_per_token, utilisation,
+};
 pub use estimate::{Estimate, StageEstimate, estimate};
 pub use host::host_bytes;
 pub use memory::{Memory, StageMemory, memory, model_memory};

@@ -14,7 +14,9 @@ use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself, aside};
 use crate::checkpoint::tokenizer_json::copy_tokenizer;
-use crate::checkpoint::{Commit, Latest, Manifest, Staging, Store, export_hf, read_model_config};
+use crate::checkpoint::{
+    Commit, Latest, Manifest, Staging, Store, StoredType, export_hf, read_model_config,
+};
 use crate::config::RunConfig;
 use crate::console::Event;
 use crate::engine::hybrid::SavedState;
@@ -135,7 +137,7 @@ impl Handler<ExportModel> for Checkpointer {
         let turn = Arc::clone(&self.turn);
         self.post.work(ExportModel::NAME, async move {
             let _turn = turn.lock().await;
-            aside(move || Ok(export_hf(&message.from, &out)?.folder)).await
+            aside(move || Ok(export_hf(&message.from, &out, StoredType::F32)?.out)).await
         })
     }
 }

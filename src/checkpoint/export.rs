@@ -2,13 +2,14 @@
 //! another of its kind.
 //!
 //! The model is gathered into `<out>.tmp`, read back, and renamed: `<out>` is whole or not there.
-//! Weights are f32 in shards with an index, under the published names with one tensor an expert. A
-//! reward model's head has no place in that layout and is left out with a note. The same source
-//! gives the same bytes.
+//! Weights are f32 or bf16 in shards with an index, under the published names with one tensor an
+//! expert. A reward model's head has no place in that layout and is left out with a note. The same
+//! source gives the same bytes.
 
 use super::disk::{disk_fault, rename_synced, sync_folder, write_synced};
 use super::manifest::list_files;
 use super::model_json::{CONFIG_FILE, copy_model_config, read_model_config};
+use super::stored::StoredType;
 use super::tensor_writer::write_file;
 use super::tensors::{INDEX_FILE, TensorEntry, TensorFolder};
 use super::tokenizer_json::{
@@ -22,14 +23,14 @@ use std::path::{Path, PathBuf};
 
 /// Bytes of a shard at most, unless one tensor is larger.
 const SHARD_BYTES: u64 = 4 << 30;
-const SCORE_HEAD: &str = "score.weight";
-const HEAD: &str = "lm_head.weight";
+pub(super) const SCORE_HEAD: &str = "score.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
 
 /// What was exported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExportReport {
-    /// The folder.
-    pub folder: PathBuf,
+    /// The folder, or the one file.
+    pub out: PathBuf,
     /// Tensors and their elements.
     pub tensors: usize,
     /// See `tensors`.
@@ -40,12 +41,18 @@ pub struct ExportReport {
     pub notes: Vec<String>,
 }
 
-/// Exports a model's folder.
-pub fn export_hf(source: &Path, out: &Path) -> Result<ExportReport> {
-    export_in_shards(source, out, SHARD_BYTES)
+/// Exports a model's folder as one in Hugging Face layout.
+pub fn export_hf(source: &Path, out: &Path, stored: StoredType) -> Result<ExportReport> {
+    export_in_shards(source, out, stored, SHARD_BYTES)
 }
 
-fn export_in_shards(source: &Path, out: &Path, shard_bytes: u64) -> Result<ExportReport> {
+fn export_in_shards(
+    source: &Path,
+    out: &Path,
+    stored: StoredType,
+    shard_bytes: u64,
+) -> Result<ExportReport> {
+    let dtype = stored.torch_name()?;
     refuse_foreign(source, out)?;
     let config = read_model_config(source)?;
     let tensors = TensorFolder::open(source)?;
@@ -75,8 +82,8 @@ fn export_in_shards(source: &Path, out: &Path, shard_bytes: u64) -> Result<Expor
     }
     std::fs::create_dir_all(&aside).map_err(|e| disk_fault("create", &aside, e))?;
     let read = |name: &str| Ok(fold(&config, name, tensors.read_f32(name)?));
-    let written = fill(&read, &aside, &entries, shard_bytes)
-        .and_then(|shards| copy_model_config(source, &aside, &folded).map(|()| shards))
+    let written = fill(&read, &aside, &entries, stored, shard_bytes)
+        .and_then(|shards| copy_model_config(source, &aside, &folded, dtype).map(|()| shards))
         .and_then(|shards| copy_tokenizer(source, &aside, &config).map(|()| shards))
         .and_then(|shards| read_back(&aside, &entries).map(|()| shards))
         .and_then(|shards| publish(&aside, out).map(|()| shards));
@@ -85,14 +92,8 @@ fn export_in_shards(source: &Path, out: &Path, shard_bytes: u64) -> Result<Expor
         // one.
         let _ = std::fs::remove_dir_all(&aside);
     })?;
-    let parameters = entries.iter().map(|e| e.bytes() / 4).sum();
-    Ok(ExportReport {
-        folder: out.to_path_buf(),
-        tensors: entries.len(),
-        parameters,
-        shards,
-        notes,
-    })
+    let parameters = entries.iter().map(|e| e.elements() as u64).sum();
+    Ok(ExportReport { out: out.to_path_buf(), tensors: entries.len(), parameters, shards, notes })
 }
 
 /// Refuses an output that holds anything but an earlier export.
@@ -135,7 +136,7 @@ fn is_export_file(name: &str) -> bool {
 }
 
 /// `<out>.tmp` and the like: in the same folder, so that a rename moves no data.
-fn beside(out: &Path, ending: &str) -> PathBuf {
+pub(super) fn beside(out: &Path, ending: &str) -> PathBuf {
     // A trailing `/` or `.` would put it inside.
     let mut name = out.components().as_path().as_os_str().to_owned();
     name.push(".");
@@ -144,7 +145,7 @@ fn beside(out: &Path, ending: &str) -> PathBuf {
 }
 
 /// A tensor as the layout wants it: the norms of scaled latents take the factor, rounded as the model rounds it.
-fn fold(config: &ModelConfig, name: &str, mut values: Vec<f32>) -> Vec<f32> {
+pub(super) fn fold(config: &ModelConfig, name: &str, mut values: Vec<f32>) -> Vec<f32> {
     let (query, latent) = config.latent_factors();
     for (norm, factor) in [("q_a_layernorm", query), ("kv_a_layernorm", latent)] {
         if factor != 1.0 && name.ends_with(&format!(".{norm}.weight")) {
@@ -159,18 +160,20 @@ fn fill(
     read: &dyn Fn(&str) -> Result<Vec<f32>>,
     aside: &Path,
     entries: &[TensorEntry],
+    stored: StoredType,
     shard_bytes: u64,
 ) -> Result<usize> {
-    let shards = plan_shards(entries, shard_bytes);
+    let bytes = |entry: &TensorEntry| stored.bytes(entry.elements());
+    let shards = plan_shards(entries, &bytes, shard_bytes);
     let mut weight_map = Map::new();
     for (index, shard) in shards.iter().enumerate() {
         let file = format!("model-{:05}-of-{:05}.safetensors", index + 1, shards.len());
         weight_map.extend(shard.iter().map(|entry| (entry.name.clone(), json!(file))));
         let mut fetch = |i: usize| read(&shard[i].name);
-        write_file(&aside.join(file), shard, &mut fetch, "export-write")?;
+        write_file(&aside.join(file), shard, stored, &mut fetch, "export-write")?;
     }
     assert!(!entries.is_empty(), "a language model has a head or an embedding");
-    let total: u64 = entries.iter().map(TensorEntry::bytes).sum();
+    let total: u64 = entries.iter().map(bytes).sum();
     let index = json!({"metadata": {"total_size": total}, "weight_map": Value::Object(weight_map)});
     let mut bytes = serde_json::to_vec_pretty(&index).expect("JSON values can be written");
     bytes.push(b'\n');
@@ -179,15 +182,19 @@ fn fill(
 }
 
 /// Cuts the list so that no shard exceeds `shard_bytes`, unless by a single tensor.
-fn plan_shards(entries: &[TensorEntry], shard_bytes: u64) -> Vec<&[TensorEntry]> {
+fn plan_shards<'a>(
+    entries: &'a [TensorEntry],
+    bytes: &dyn Fn(&TensorEntry) -> u64,
+    shard_bytes: u64,
+) -> Vec<&'a [TensorEntry]> {
     let mut shards = Vec::new();
-    let (mut start, mut bytes) = (0, 0);
+    let (mut start, mut filled) = (0, 0);
     for (index, entry) in entries.iter().enumerate() {
-        if index > start && bytes + entry.bytes() > shard_bytes {
+        if index > start && filled + bytes(entry) > shard_bytes {
             shards.push(&entries[start..index]);
-            (start, bytes) = (index, 0);
+            (start, filled) = (index, 0);
         }
-        bytes += entry.bytes();
+        filled += bytes(entry);
     }
     shards.push(&entries[start..]);
     shards

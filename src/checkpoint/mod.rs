@@ -12,7 +12,10 @@
 mod disk;
 
 // Tensors and the files beside them.
+mod fused_experts;
+mod mapped;
 pub mod model_json;
+pub mod stored;
 mod tensor_writer;
 pub mod tensors;
 pub mod tokenizer_json;
@@ -21,12 +24,20 @@ pub mod tokenizer_json;
 pub mod manifest;
 pub mod store;
 
-// A folder that transformers loads.
+// A folder that transformers loads, and a file that llama.cpp loads.
 pub mod export;
+mod export_gguf;
+mod gguf;
+mod gguf_keys;
+mod gguf_tensors;
+mod gguf_tokenizer;
 
 pub use disk::disk_fault;
 pub use export::{ExportReport, export_hf};
+pub use export_gguf::export_gguf;
+pub use gguf_tokenizer::GgufTokenizer;
 pub use manifest::{FileRecord, Manifest};
 pub use model_json::{read_model_config, write_model_config};
 pub use store::{Commit, Latest, Rejected, Staging, Store};
+pub use stored::StoredType;
 pub use tensors::{TensorEntry, TensorFolder, write_tensors};

@@ -48,21 +48,31 @@ pub fn read_model_config(folder: &Path) -> Result<ModelConfig> {
 
 /// Writes config.json into a folder.
 pub fn write_model_config(folder: &Path, config: &ModelConfig) -> Result<()> {
-    write_keys(folder, config, Map::new())
+    write_keys(folder, config, "float32", Map::new())
 }
 
 /// Writes `config` over the keys of `source`'s config.json, so that keys we do not know survive an
-/// export.
-pub(super) fn copy_model_config(source: &Path, folder: &Path, config: &ModelConfig) -> Result<()> {
+/// export. `dtype` is the type of the weights, as torch names it.
+pub(super) fn copy_model_config(
+    source: &Path,
+    folder: &Path,
+    config: &ModelConfig,
+    dtype: &str,
+) -> Result<()> {
     let bytes = read_limited(&source.join(CONFIG_FILE), CONFIG_LIMIT)?;
     let mut keys: Map<String, Value> = serde_json::from_slice(&bytes)
         .map_err(|e| Fault::user(format!("{}: {e}", source.join(CONFIG_FILE).display())))?;
     keys.retain(|key, _| !DROPPED.contains(&key.as_str()));
-    write_keys(folder, config, keys)
+    write_keys(folder, config, dtype, keys)
 }
 
-fn write_keys(folder: &Path, config: &ModelConfig, carried: Map<String, Value>) -> Result<()> {
-    let mut keys = published_keys(config);
+fn write_keys(
+    folder: &Path,
+    config: &ModelConfig,
+    dtype: &str,
+    carried: Map<String, Value>,
+) -> Result<()> {
+    let mut keys = published_keys(config, dtype);
     for (key, value) in carried {
         keys.entry(key).or_insert(value);
     }
@@ -72,15 +82,15 @@ fn write_keys(folder: &Path, config: &ModelConfig, carried: Map<String, Value>) 
     write_synced(&folder.join(CONFIG_FILE), &bytes)
 }
 
-/// The published keys (deepseek_v2.md 7.2), in a fixed order.
-fn published_keys(config: &ModelConfig) -> Map<String, Value> {
+/// The published keys, in a fixed order.
+fn published_keys(config: &ModelConfig, dtype: &str) -> Map<String, Value> {
     let mut keys = Map::new();
     let name = match config.model_type {
         ModelType::DeepseekV2 => "DeepseekV2ForCausalLM",
         ModelType::Llama => "LlamaForCausalLM",
     };
     keys.insert("architectures".to_string(), json!([name]));
-    keys.insert("torch_dtype".to_string(), json!("float32"));
+    keys.insert("torch_dtype".to_string(), json!(dtype));
     let config = config.clone().completed();
     let Value::Object(ours) = serde_json::to_value(&config).expect("a config is plain data") else {
         unreachable!("a struct serializes as an object")

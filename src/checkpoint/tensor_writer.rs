@@ -1,10 +1,11 @@
 //! Writing tensors as safetensors, one at a time: the header first, then the data in the order
 //! given.
 //!
-//! The bytes are a function of names, shapes and numbers alone. No more than one tensor is held, so
+//! The bytes are a function of names, shapes, numbers and their type alone. No more than one tensor is held, so
 //! that a model can be written that fits in memory only once.
 
 use super::disk::disk_fault;
+use super::stored::StoredType;
 use crate::config::failpoint::failpoint;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
@@ -22,13 +23,9 @@ pub struct TensorEntry {
 }
 
 impl TensorEntry {
-    fn elements(&self) -> usize {
+    /// Its numbers.
+    pub(super) fn elements(&self) -> usize {
         self.shape.iter().product()
-    }
-
-    /// Bytes as f32.
-    pub(super) fn bytes(&self) -> u64 {
-        4 * self.elements() as u64
     }
 }
 
@@ -37,18 +34,19 @@ pub type Fetch<'a> = dyn FnMut(usize) -> Result<Vec<f32>> + 'a;
 
 /// Writes a file of f32 tensors in the order given and forces it to the disk.
 pub fn write_tensors(path: &Path, tensors: &[TensorEntry], fetch: &mut Fetch) -> Result<()> {
-    write_file(path, tensors, fetch, "checkpoint-write")
+    write_file(path, tensors, StoredType::F32, fetch, "checkpoint-write")
 }
 
 /// Writes one file; `point` is the failpoint passed after each tensor.
 pub(super) fn write_file(
     path: &Path,
     tensors: &[TensorEntry],
+    stored: StoredType,
     fetch: &mut Fetch,
     point: &str,
 ) -> Result<()> {
     let fault = |e| disk_fault("write", path, e);
-    let header = header(tensors);
+    let header = header(tensors, stored);
     let mut out = BufWriter::with_capacity(1 << 18, File::create(path).map_err(fault)?);
     out.write_all(&(header.len() as u64).to_le_bytes())
         .and_then(|()| out.write_all(&header))
@@ -65,7 +63,7 @@ pub(super) fn write_file(
         let mut bytes = Vec::with_capacity(4 << 14);
         for piece in numbers.chunks(1 << 14) {
             bytes.clear();
-            bytes.extend(piece.iter().flat_map(|x| x.to_le_bytes()));
+            stored.encode(piece, &mut bytes)?;
             out.write_all(&bytes).map_err(fault)?;
         }
         failpoint(point);
@@ -75,14 +73,19 @@ pub(super) fn write_file(
 }
 
 /// The JSON header, padded so that the data is aligned to eight bytes.
-fn header(tensors: &[TensorEntry]) -> Vec<u8> {
+fn header(tensors: &[TensorEntry], stored: StoredType) -> Vec<u8> {
+    let dtype = match stored {
+        StoredType::F32 => "F32",
+        StoredType::Bf16 => "BF16",
+        StoredType::Q8_0 => unreachable!("safetensors has no blocks; asked for before"),
+    };
     let mut entries = Map::new();
     // transformers refuses a file that does not say which framework's layout it has.
     entries.insert("__metadata__".to_string(), json!({"format": "pt"}));
     let mut at = 0;
     for tensor in tensors {
-        let end = at + tensor.bytes();
-        let entry = json!({"dtype": "F32", "shape": tensor.shape, "data_offsets": [at, end]});
+        let end = at + stored.bytes(tensor.elements());
+        let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": [at, end]});
         let previous = entries.insert(tensor.name.clone(), entry);
         assert!(previous.is_none(), "{} is written twice", tensor.name);
         at = end;

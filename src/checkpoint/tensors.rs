@@ -2,12 +2,14 @@
 //!
 //! The header is checked in full before a byte of data is used, so that a hostile file ends in an
 //! error: its length, its names, every shape, type and offset (no hole, no overlap, nothing beyond
-//! the end). Data is read at its place in the file, one tensor at a time; nothing is mapped, for
-//! mapping is `unsafe` and a truncation would be a signal. Numbers come out as f32, whatever 16, 32
-//! or 64 bit float they were stored as.
+//! the end). Files are mapped and data is read at its place, one tensor at a time, so that loading
+//! holds one copy of the model. Numbers come out as f32, whatever 16, 32 or 64 bit float they were
+//! stored as. Fused experts are seen under the names of single ones (`fused_experts`).
 
 use super::disk::{is_plain_name, read_limited};
+use super::fused_experts;
 use super::manifest::{MANIFEST_FILE, Manifest};
+use super::mapped::MappedFile;
 pub use super::tensor_writer::{Fetch, TensorEntry, write_tensors};
 use crate::config::Fault;
 use anyhow::{Context, Result};
@@ -16,9 +18,7 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Name of the index of a sharded model.
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -30,15 +30,15 @@ pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// A header or an index beyond this is an attack or a mistake; DeepSeek-V2's own index has 2.5 MB.
 const HEADER_LIMIT: u64 = 16 << 20;
 const RANK_LIMIT: usize = 8;
-/// Floats of one read.
-const CHUNK: usize = 1 << 16;
 
 /// The tensors of a model's folder, or of one file.
 #[derive(Debug)]
 pub struct TensorFolder {
-    files: Vec<(PathBuf, File)>,
+    files: Vec<MappedFile>,
     places: HashMap<String, Place>,
     order: Vec<String>,
+    /// The file of each tensor under the name that the file has for it.
+    stored: HashMap<String, usize>,
 }
 
 #[derive(Debug)]
@@ -115,26 +115,34 @@ impl TensorFolder {
     /// The tensor's numbers, row by row.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         let Some(place) = self.places.get(name) else {
-            let place =
-                self.files.first().map(|(path, _)| path.display().to_string()).unwrap_or_default();
+            let place = self
+                .files
+                .first()
+                .map(|file| file.path().display().to_string())
+                .unwrap_or_default();
             return Err(Fault::user(format!("{place}: has no tensor {name}")));
         };
-        let (path, file) = &self.files[place.file];
-        let read = || match place.dtype {
-            Dtype::F32 => read_floats(file, place.start, place.elements()),
-            Dtype::BF16 => read_converted(file, place, DType::BF16),
-            Dtype::F16 => read_converted(file, place, DType::F16),
-            Dtype::F64 => read_converted(file, place, DType::F64),
-            other => Err(Fault::user(format!(
-                "stored as {other:?}, which is no float of 16, 32 or 64 bits; convert the model \
-                 to bf16 or f32 first"
-            ))),
+        let file = &self.files[place.file];
+        let read = || -> Result<Vec<f32>> {
+            let Some(size) = float_bytes(place.dtype) else {
+                return Err(Fault::user(format!(
+                    "stored as {:?}, which is no float of 16, 32 or 64 bits; convert the model to \
+                     bf16 or f32 first",
+                    place.dtype
+                )));
+            };
+            floats(place.dtype, file.bytes(place.start, place.elements() * size)?)
         };
-        read().with_context(|| format!("{}: tensor {name}", path.display()))
+        read().with_context(|| format!("{}: tensor {name}", file.path().display()))
     }
 
     fn empty() -> TensorFolder {
-        TensorFolder { files: Vec::new(), places: HashMap::new(), order: Vec::new() }
+        TensorFolder {
+            files: Vec::new(),
+            places: HashMap::new(),
+            order: Vec::new(),
+            stored: HashMap::new(),
+        }
     }
 
     fn of_files(folder: &Path, names: &[String]) -> Result<TensorFolder> {
@@ -165,8 +173,10 @@ impl TensorFolder {
         let names: Vec<String> = names.into_iter().cloned().collect();
         let tensors = TensorFolder::of_files(folder, &names)?;
         for (tensor, file) in &parsed.weight_map {
-            let found =
-                tensors.places.get(tensor).map(|place| tensors.files[place.file].0.ends_with(file));
+            let found = tensors
+                .stored
+                .get(tensor)
+                .map(|place| tensors.files[*place].path().ends_with(file));
             if found != Some(true) {
                 return Err(Fault::user(format!(
                     "{at}: says that {tensor} is in {file}, and it is not there"
@@ -178,16 +188,11 @@ impl TensorFolder {
 
     fn add(&mut self, path: &Path) -> Result<()> {
         let at = path.display();
-        let file = File::open(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Fault::user(format!("{at}: no such file")),
-            _ => anyhow::Error::new(e).context(format!("failed to open {at}")),
-        })?;
-        let (data_start, tensors) = read_header(&file).map_err(|e| match e {
-            HeaderError::Io(e) => anyhow::Error::new(e).context(format!("failed to read {at}")),
-            HeaderError::Bad(reason) => {
-                Fault::user(format!("{at}: {reason}; the file is damaged or no safetensors file"))
-            }
-        })?;
+        let file = MappedFile::open(path)?;
+        let damaged = |reason: String| {
+            Fault::user(format!("{at}: {reason}; the file is damaged or no safetensors file"))
+        };
+        let (data_start, tensors) = read_header(&file).map_err(damaged)?;
         let lossy: Vec<&str> = tensors
             .iter()
             .filter(|(_, info)| matches!(info.dtype, Dtype::F16 | Dtype::F64))
@@ -199,19 +204,40 @@ impl TensorFolder {
                 lossy.len()
             );
         }
-        self.files.push((path.to_path_buf(), file));
+        let index = self.files.len();
+        self.files.push(file);
         for (name, info) in tensors {
             let start = data_start + info.data_offsets.0 as u64;
-            let place =
-                Place { file: self.files.len() - 1, dtype: info.dtype, shape: info.shape, start };
-            if let Some(other) = self.places.insert(name.clone(), place) {
-                return Err(Fault::user(format!(
-                    "{at}: tensor {name} is also in {}",
-                    self.files[other.file].0.display()
-                )));
+            match fused_experts::parts(&name, &info.shape).map_err(damaged)? {
+                None => {
+                    let place = Place { file: index, dtype: info.dtype, shape: info.shape, start };
+                    self.insert(name.clone(), place)?;
+                }
+                Some(parts) => {
+                    let size = float_bytes(info.dtype).unwrap_or(1);
+                    for part in parts {
+                        let start = start + (part.first * size) as u64;
+                        let place =
+                            Place { file: index, dtype: info.dtype, shape: part.shape, start };
+                        self.insert(part.name, place)?;
+                    }
+                }
             }
-            self.order.push(name);
+            self.stored.insert(name, index);
         }
+        Ok(())
+    }
+
+    fn insert(&mut self, name: String, place: Place) -> Result<()> {
+        let file = place.file;
+        if let Some(other) = self.places.insert(name.clone(), place) {
+            return Err(Fault::user(format!(
+                "{}: tensor {name} is also in {}",
+                self.files[file].path().display(),
+                self.files[other.file].path().display()
+            )));
+        }
+        self.order.push(name);
         Ok(())
     }
 }
@@ -223,21 +249,16 @@ impl Place {
     }
 }
 
-enum HeaderError {
-    Io(std::io::Error),
-    Bad(String),
-}
-
 /// Checks the header against the file's length; gives the tensors in order of their data.
-fn read_header(file: &File) -> Result<(u64, Vec<(String, TensorInfo)>), HeaderError> {
-    let bad = |reason: String| Err(HeaderError::Bad(reason));
-    let length = file.metadata().map_err(HeaderError::Io)?.len();
+fn read_header(file: &MappedFile) -> Result<(u64, Vec<(String, TensorInfo)>), String> {
+    let bad = |reason: String| Err(reason);
+    let length = file.length();
     if length < 8 {
         return bad(format!("{length} bytes are too few for a header"));
     }
-    let mut word = [0; 8];
-    file.read_exact_at(&mut word, 0).map_err(HeaderError::Io)?;
-    let header_length = u64::from_le_bytes(word);
+    let bytes = |start, count| file.bytes(start, count).map_err(|e| format!("{e:#}"));
+    let header_length =
+        u64::from_le_bytes(bytes(0, 8)?.try_into().expect("eight bytes were asked for"));
     if header_length > HEADER_LIMIT {
         return bad(format!(
             "a header of {header_length} bytes is over the limit of {HEADER_LIMIT}"
@@ -246,9 +267,7 @@ fn read_header(file: &File) -> Result<(u64, Vec<(String, TensorInfo)>), HeaderEr
     if header_length > length - 8 {
         return bad(format!("truncated: the header has {header_length} bytes, the file {length}"));
     }
-    let mut header = vec![0; header_length as usize];
-    file.read_exact_at(&mut header, 8).map_err(HeaderError::Io)?;
-    let Header(mut tensors) = match serde_json::from_slice(&header) {
+    let Header(mut tensors) = match serde_json::from_slice(bytes(8, header_length as usize)?) {
         Ok(header) => header,
         Err(e) => return bad(format!("bad header: {e}")),
     };
@@ -305,27 +324,34 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-/// Reads little-endian f32 in pieces, so that no second copy of the tensor is held.
-fn read_floats(file: &File, start: u64, count: usize) -> Result<Vec<f32>> {
-    let mut floats = Vec::with_capacity(count);
-    let mut bytes = vec![0; CHUNK.min(count) * 4];
-    let mut at = start;
-    while floats.len() < count {
-        let piece = &mut bytes[..(count - floats.len()).min(CHUNK) * 4];
-        file.read_exact_at(piece, at)?;
-        let words = piece.chunks_exact(4);
-        floats
-            .extend(words.map(|w| f32::from_le_bytes(w.try_into().expect("chunks of four bytes"))));
-        at += piece.len() as u64;
+/// Bytes of a float; `None` for what is none of those that are read.
+fn float_bytes(dtype: Dtype) -> Option<usize> {
+    match dtype {
+        Dtype::BF16 | Dtype::F16 => Some(2),
+        Dtype::F32 => Some(4),
+        Dtype::F64 => Some(8),
+        _ => None,
     }
-    Ok(floats)
 }
 
-fn read_converted(file: &File, place: &Place, dtype: DType) -> Result<Vec<f32>> {
-    let mut bytes = vec![0; place.elements() * dtype.size_in_bytes()];
-    file.read_exact_at(&mut bytes, place.start)?;
-    let stored = Tensor::from_raw_buffer(&bytes, dtype, &[place.elements()], &Device::Cpu)?;
-    Ok(stored.to_dtype(DType::F32)?.to_vec1()?)
+/// Little-endian numbers as f32: of f64 the nearest, of the others the same.
+fn floats(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>> {
+    const WHOLE: &str = "chunks of whole numbers";
+    let wide = |half: &[u8]| {
+        f32::from_bits(u32::from(u16::from_le_bytes(half.try_into().expect(WHOLE))) << 16)
+    };
+    let single = |word: &[u8]| f32::from_le_bytes(word.try_into().expect(WHOLE));
+    let narrow = |word: &[u8]| f64::from_le_bytes(word.try_into().expect(WHOLE)) as f32;
+    Ok(match dtype {
+        Dtype::BF16 => bytes.chunks_exact(2).map(wide).collect(),
+        Dtype::F32 => bytes.chunks_exact(4).map(single).collect(),
+        Dtype::F64 => bytes.chunks_exact(8).map(narrow).collect(),
+        _ => {
+            let count = bytes.len() / 2;
+            let stored = Tensor::from_raw_buffer(bytes, DType::F16, &[count], &Device::Cpu)?;
+            stored.to_dtype(DType::F32)?.to_vec1()?
+        }
+    })
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! came from. Only the names of the special tokens are looked up in them.
 
 use super::disk::{read_limited, write_synced};
-use crate::config::{Fault, ModelConfig};
+use crate::config::{EndTokens, Fault, ModelConfig};
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -68,7 +68,7 @@ fn tokenizer_config(
     keys.insert("clean_up_tokenization_spaces".to_string(), json!(false));
     for (key, id) in [
         ("bos_token", config.bos_token_id),
-        ("eos_token", config.eos_token_id),
+        ("eos_token", config.eos_token_id.as_ref().map(EndTokens::first)),
         ("pad_token", config.pad_token_id),
     ] {
         keys.insert(

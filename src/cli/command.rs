@@ -35,7 +35,7 @@ pub enum Command {
     Score(score::ScoreArgs),
     /// Measure a model: a verifier on its replies, or perplexity
     Eval(eval::EvalArgs),
-    /// Write a model as a Hugging Face folder
+    /// Write a model as a Hugging Face folder, or as a GGUF file for llama.cpp
     Export(export::ExportArgs),
     /// Time training, generation or alignment steps
     Bench(bench::BenchArgs),
@@ -186,7 +186,9 @@ mod tests {
             "eval m --data f",
             "eval m --data f --verifier exact --metric perplexity",
             "bench generate --model m --dtype int3",
-            "export m --format gguf --out d",
+            "export m --format onnx --out d",
+            "export m --format hf --dtype f16 --out d",
+            "export m --format gguf --dtype q4_0 --out d",
         ] {
             let error =
                 Cli::try_parse_from(format!("rehearsal {line}").split(' ')).expect_err(line);

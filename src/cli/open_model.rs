@@ -113,7 +113,10 @@ impl OpenModel {
 
     /// Tokens that end a reply: the config's, else the tokenizer's.
     pub fn stop_tokens(&self) -> Vec<u32> {
-        vec![self.config.eos_token_id.unwrap_or_else(|| self.tokenizer.end())]
+        match &self.config.eos_token_id {
+            Some(tokens) => tokens.ids().to_vec(),
+            None => vec![self.tokenizer.end()],
+        }
     }
 
     /// Samples `samples` replies to each prompt; groups come in the order of the prompts.

@@ -5,6 +5,7 @@
 //! Which attention and which feed-forward a layer has is asked with [`ModelConfig::attention`] and
 //! [`ModelConfig::is_moe`]; nothing else should look at `model_type`.
 
+use super::EndTokens;
 use super::latent_scaling::LatentScaling;
 use serde::ser::{Error, SerializeMap};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -125,9 +126,9 @@ pub struct ModelConfig {
     /// Beginning-of-sequence id, if the model has one.
     #[serde(default)]
     pub bos_token_id: Option<u32>,
-    /// End-of-sequence id.
+    /// End-of-sequence id, or several.
     #[serde(default)]
-    pub eos_token_id: Option<u32>,
+    pub eos_token_id: Option<EndTokens>,
     /// Padding id.
     #[serde(default)]
     pub pad_token_id: Option<u32>,

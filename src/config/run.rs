@@ -15,6 +15,7 @@ pub use super::document::{ConfigError, Place};
 use super::document::{Entry, Node, Source, Value, parse_toml};
 use super::json::parse_json;
 use super::nearest::hint;
+use super::published::unify_rope;
 use super::reader::{read, refuse_unknown};
 use super::stage::{EvalConfig, Gate};
 use super::{
@@ -166,7 +167,7 @@ impl Loaded {
 /// Reads a model's config.json and checks it.
 pub fn load_model(path: &Path) -> Result<ModelConfig, ConfigError> {
     let mut node = parse_json(&Source::read(path)?)?;
-    unify_rope(&mut node);
+    unify_rope(&mut node)?;
     let model: ModelConfig = read(&node, "model", &[])?;
     validate_model::model(&model, &node, &[])?;
     Ok(model.completed())
@@ -217,10 +218,10 @@ fn resolve_model(document: &mut Node, folder: &Path) -> Result<(), ConfigError> 
                 format!("a model's config.json is an object, and this is {}", node.kind());
             return Err(ConfigError { place: node.place, message });
         }
-        unify_rope(&mut node);
+        unify_rope(&mut node)?;
         lay_over(&mut node, written);
     }
-    unify_rope(&mut node);
+    unify_rope(&mut node)?;
     document.put(Entry { key, place, node });
     Ok(())
 }
@@ -237,20 +238,6 @@ fn lay_over(base: &mut Node, over: Node) {
             entry.node = joined;
         }
         base.put(entry);
-    }
-}
-
-/// Newer configs write YaRN and the base as `rope_parameters`; here they become `rope_scaling` and `rope_theta`.
-fn unify_rope(model: &mut Node) {
-    let Some(mut parameters) = model.take("rope_parameters") else { return };
-    if let Some(theta) = parameters.node.take("rope_theta") {
-        model.put(theta);
-    }
-    let kind =
-        ["rope_type", "type"].iter().find_map(|key| parameters.node.get(key).and_then(Node::text));
-    if kind.is_some_and(|kind| kind != "default") {
-        parameters.key = "rope_scaling".to_string();
-        model.put(parameters);
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::document::{ConfigError, Node, Value};
 use super::model::{NEEDED_BY_DEEPSEEK_V2, OPTIONS_OF_DEEPSEEK_V2, TopkMethod};
-use super::{Attention, LatentScaling, ModelConfig, ModelType};
+use super::{Attention, EndTokens, LatentScaling, ModelConfig, ModelType};
 
 /// Checks a model. `document` holds it at `path`, for the places of faults.
 pub fn model(model: &ModelConfig, document: &Node, path: &[&str]) -> Result<(), ConfigError> {
@@ -211,12 +211,10 @@ impl ModelRules<'_> {
     /// Special tokens are tokens.
     fn ids(&self) -> Result<(), ConfigError> {
         let model = self.model;
-        let ids = [
-            ("bos_token_id", model.bos_token_id),
-            ("eos_token_id", model.eos_token_id),
-            ("pad_token_id", model.pad_token_id),
-        ];
-        for (key, id) in ids {
+        let ids = [("bos_token_id", model.bos_token_id), ("pad_token_id", model.pad_token_id)];
+        let ends = model.eos_token_id.iter().flat_map(EndTokens::ids);
+        let ends = ends.map(|id| ("eos_token_id", Some(*id)));
+        for (key, id) in ids.into_iter().chain(ends) {
             self.require(id.is_none_or(|id| (id as usize) < model.vocab_size), key, || {
                 let id = id.unwrap_or_default();
                 format!(
@@ -319,9 +317,6 @@ impl ModelRules<'_> {
 
     fn yarn(&self) -> Result<(), ConfigError> {
         let Some(yarn) = &self.model.rope_scaling else { return Ok(()) };
-        self.require(yarn.kind == "yarn", "rope_scaling.type", || {
-            format!("model.rope_scaling.type = {:?} is not built; use \"yarn\" or leave rope_scaling out", yarn.kind)
-        })?;
         self.require(yarn.factor >= 1.0, "rope_scaling.factor", || {
             format!(
                 "model.rope_scaling.factor = {} must be at least 1: YaRN only lengthens",

@@ -13,7 +13,7 @@
 use crate::config::TokenizerConfig;
 use crate::config::fault::Fault;
 use crate::data::chat::{ChatTemplate, token_text};
-use crate::data::tokenizer_json::{SPLITS, check, differing_part, untrained};
+use crate::data::tokenizer_json::{SPLITS, check, differing_part, split_of, untrained};
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -366,6 +366,11 @@ impl Tokenizer {
     /// The tokenizer.json, byte for byte as it was read or trained.
     pub fn json(&self) -> &str {
         &self.json
+    }
+
+    /// The name of its pre-tokenizer, as llama.cpp knows it; `None` if it is none of [`SPLITS`].
+    pub fn split(&self) -> Option<&'static str> {
+        split_of(&serde_json::from_str(&self.json).expect("it was parsed when this was made"))
     }
 
     /// How the tokenizer in a model's folder differs from this one; `None` if it does not, or if the folder has none.

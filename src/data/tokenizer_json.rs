@@ -91,6 +91,26 @@ pub fn untrained(split: &str) -> Option<Value> {
     }))
 }
 
+/// The split that a tokenizer.json makes, if it is one of the known ones.
+pub fn split_of(value: &Value) -> Option<&'static str> {
+    let own = steps(&value["pre_tokenizer"]);
+    SPLITS
+        .into_iter()
+        .find(|split| untrained(split).is_some_and(|known| steps(&known["pre_tokenizer"]) == own))
+}
+
+/// The steps of a pre-tokenizer, without what gives no other tokens.
+fn steps(value: &Value) -> Vec<Value> {
+    let mut steps = match value["pretokenizers"].as_array() {
+        Some(steps) => steps.clone(),
+        None => vec![value.clone()],
+    };
+    for step in steps.iter_mut().filter_map(Value::as_object_mut) {
+        step.remove("trim_offsets");
+    }
+    steps
+}
+
 /// Says why a tokenizer.json is not accepted.
 pub fn check(value: &Value) -> Result<(), String> {
     if value["model"]["type"].as_str().is_some_and(|kind| kind != "BPE") {
@@ -156,6 +176,27 @@ mod tests {
             check(&value).unwrap();
         }
         assert!(untrained("llama").is_none());
+    }
+
+    #[test]
+    fn a_split_is_known_by_its_steps() {
+        for split in SPLITS {
+            let mut value = untrained(split).unwrap();
+            assert_eq!(split_of(&value), Some(split));
+            // A sequence of one step is that step, and offsets are no tokens.
+            value["pre_tokenizer"]["pretokenizers"].as_array_mut().unwrap().iter_mut().for_each(
+                |step| {
+                    step["trim_offsets"] = json!(false);
+                },
+            );
+            if split == "gpt-2" {
+                value["pre_tokenizer"] = value["pre_tokenizer"]["pretokenizers"][0].clone();
+            }
+            assert_eq!(split_of(&value), Some(split));
+            value["pre_tokenizer"] =
+                json!({"type": "ByteLevel", "add_prefix_space": true, "use_regex": true});
+            assert_eq!(split_of(&value), None);
+        }
     }
 
     #[test]

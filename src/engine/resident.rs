@@ -13,6 +13,7 @@ use crate::model::{Layout, Params, Transformer};
 use anyhow::{Context, Result};
 use rehearsal_kernels::{Kernels, Kind, Slab};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::path::Path;
 
 /// The file of a reward model's calibration.
@@ -114,8 +115,9 @@ fn load_weights(kernels: &dyn Kernels, params: &mut Params, folder: &Path) -> Re
 pub fn check_weights(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> Result<()> {
     const HEAD: &str = "score.weight";
     let fault = |text: String| Err(Fault::user(format!("{}: {text}", folder.display())));
-    let known = |name: &str| name == HEAD || layout.specs.iter().any(|s| s.name == name);
-    if let Some(extra) = tensors.names().iter().find(|name| !known(name)) {
+    let known: HashSet<&str> = layout.specs.iter().map(|spec| spec.name.as_str()).collect();
+    let extra = |name: &&String| *name != HEAD && !known.contains(name.as_str());
+    if let Some(extra) = tensors.names().iter().find(extra) {
         let wanted = layout.specs.len();
         return fault(format!(
             "tensor {extra} is not in a model of this config, which has {wanted} tensors; check [model] against the weights"

@@ -13,6 +13,8 @@ mod end_to_end;
 mod engine;
 mod experts;
 mod faults;
+mod gguf;
+mod interop;
 mod model;
 mod oracle;
 mod prefill;

@@ -58,7 +58,7 @@ impl Fixture {
 }
 
 /// Logits of every position through the sampler's path.
-fn logits(
+pub fn logits(
     kernels: &dyn Kernels,
     model: &Transformer,
     params: &Params,

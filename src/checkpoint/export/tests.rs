@@ -26,7 +26,7 @@ fn entries(config: &ModelConfig) -> Vec<TensorEntry> {
 }
 
 fn numbers(index: usize, entry: &TensorEntry) -> Vec<f32> {
-    (0..entry.bytes() / 4).map(|i| (index * 1000) as f32 + i as f32 / 7.0).collect()
+    (0..entry.elements()).map(|i| (index * 1000) as f32 + i as f32 / 7.0).collect()
 }
 
 /// A run's folder with one finished stage.
@@ -60,9 +60,9 @@ fn bytes_of(folder: &Path) -> Vec<(String, Vec<u8>)> {
 fn an_export_holds_the_same_model_in_shards() {
     let (run, source, all) = model(&[]);
     let out = run.path().join("export");
-    let report = export_in_shards(&source, &out, 10_000).expect("an export");
+    let report = export_in_shards(&source, &out, StoredType::F32, 10_000).expect("an export");
     assert_eq!((report.tensors, report.shards, report.notes.len()), (5, 2, 0));
-    assert_eq!(report.parameters, all.iter().map(|e| e.bytes() / 4).sum::<u64>());
+    assert_eq!(report.parameters, all.iter().map(|e| e.elements() as u64).sum::<u64>());
     let names: Vec<String> = bytes_of(&out).into_iter().map(|(name, _)| name).collect();
     assert_eq!(
         names,
@@ -99,10 +99,10 @@ fn an_export_holds_the_same_model_in_shards() {
 fn an_export_of_an_export_and_a_second_export_have_the_same_bytes() {
     let (run, source, _) = model(&[]);
     let (one, two) = (run.path().join("one"), run.path().join("two"));
-    export_hf(&source, &one).expect("an export");
+    export_hf(&source, &one, StoredType::F32).expect("an export");
     let first = bytes_of(&one);
-    export_hf(&source, &one).expect("an export over an export");
-    export_hf(&one, &two).expect("an export of an export");
+    export_hf(&source, &one, StoredType::F32).expect("an export over an export");
+    export_hf(&one, &two, StoredType::F32).expect("an export of an export");
     assert_eq!(bytes_of(&one), first);
     assert_eq!(bytes_of(&two), first);
     let left: Vec<String> = list_files(run.path()).expect("files").into_iter().collect();
@@ -114,7 +114,7 @@ fn a_reward_models_head_is_left_out_with_a_note() {
     let score = TensorEntry { name: SCORE_HEAD.to_string(), shape: vec![1, 8] };
     let (run, source, _) = model(&[score]);
     let out = run.path().join("export");
-    let report = export_hf(&source, &out).expect("an export");
+    let report = export_hf(&source, &out, StoredType::F32).expect("an export");
     assert!(report.notes[0].contains(SCORE_HEAD), "{:?}", report.notes);
     assert_eq!(TensorFolder::open(&out).expect("tensors").shape(SCORE_HEAD), None);
 }
@@ -128,7 +128,7 @@ fn keys_of_a_foreign_config_survive_and_remote_code_does_not() {
     config["torch_dtype"] = json!("bfloat16");
     std::fs::write(source.join(CONFIG_FILE), config.to_string()).expect("a config");
     let out = run.path().join("export");
-    export_hf(&source, &out).expect("an export");
+    export_hf(&source, &out, StoredType::F32).expect("an export");
     let config = json_of(&out.join(CONFIG_FILE));
     assert_eq!((&config["my_key"], &config["torch_dtype"]), (&json!([1, 2]), &json!("float32")));
     assert!(config.get("auto_map").is_none());
@@ -139,20 +139,23 @@ fn what_is_no_export_is_not_overwritten_and_nothing_is_left_aside() {
     let (run, source, _) = model(&[]);
     let out = run.path().join("photos");
     std::fs::create_dir(&out).expect("a folder");
-    export_hf(&source, &out).expect("an empty folder is fine");
+    export_hf(&source, &out, StoredType::F32).expect("an empty folder is fine");
     std::fs::write(out.join("holiday.jpg"), "x").expect("a picture");
     let before = bytes_of(&out);
-    let error = export_hf(&source, &out).expect_err("a foreign folder must be refused");
+    let error =
+        export_hf(&source, &out, StoredType::F32).expect_err("a foreign folder must be refused");
     assert!(
         matches!(error.downcast_ref(), Some(Fault::User(m)) if m.contains("holiday.jpg")),
         "{error:#}"
     );
     assert_eq!(bytes_of(&out), before);
-    let error = export_hf(&source, &source).expect_err("a model onto itself must be refused");
+    let error = export_hf(&source, &source, StoredType::F32)
+        .expect_err("a model onto itself must be refused");
     assert!(matches!(error.downcast_ref(), Some(Fault::User(_))), "{error:#}");
     std::fs::remove_file(source.join(TOKENIZER_FILE)).expect("a file less");
     let missing = run.path().join("missing");
-    export_hf(&source, &missing).expect_err("a model without a tokenizer must be refused");
+    export_hf(&source, &missing, StoredType::F32)
+        .expect_err("a model without a tokenizer must be refused");
     assert!(!missing.exists() && !beside(&missing, "tmp").exists());
 }
 
@@ -162,7 +165,7 @@ fn what_is_no_export_is_not_overwritten_and_nothing_is_left_aside() {
 fn child_that_exports_until_it_is_killed() {
     let Some(run) = std::env::var_os("REHEARSAL_TEST_EXPORT") else { return };
     let run = Path::new(&run);
-    export_hf(&run.join("source"), &run.join("export")).expect("an export");
+    export_hf(&run.join("source"), &run.join("export"), StoredType::F32).expect("an export");
 }
 
 #[test]
@@ -170,7 +173,7 @@ fn killed_anywhere_an_export_is_whole_or_not_there() {
     for point in ["export-write:3", "export-before-rename", "export-mid-rename"] {
         let (run, source, _) = model(&[]);
         let out = run.path().join("export");
-        export_hf(&source, &out).expect("an export");
+        export_hf(&source, &out, StoredType::F32).expect("an export");
         let whole = bytes_of(&out);
         let child = "checkpoint::export::tests::child_that_exports_until_it_is_killed";
         let killed = std::process::Command::new(std::env::current_exe().expect("this binary"))
@@ -184,7 +187,7 @@ fn killed_anywhere_an_export_is_whole_or_not_there() {
         let witness = std::fs::read_to_string(run.path().join("witness")).expect("a witness");
         assert_eq!(witness.trim(), point.split(':').next().expect("a name"));
         assert!(!out.exists() || bytes_of(&out) == whole, "{point} left half an export");
-        export_hf(&source, &out).expect("the export goes on");
+        export_hf(&source, &out, StoredType::F32).expect("the export goes on");
         assert_eq!(bytes_of(&out), whole, "{point}");
         let left: Vec<String> = list_files(run.path()).expect("files").into_iter().collect();
         assert_eq!(left, ["export", "source", "witness"], "{point} left rubbish");

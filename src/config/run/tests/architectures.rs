@@ -121,7 +121,7 @@ fn the_widths_of_a_llamas_heads_keep_their_rules() {
     replaced(
         "\"pretraining_tp\": 1",
         "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"original_max_position_embeddings\": 64}",
-        "5:19",
+        "5:20",
         "model.rope_scaling.type = \"llama3\" is not built; use \"yarn\" or leave rope_scaling out",
     );
 }

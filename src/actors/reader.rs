@@ -12,6 +12,7 @@ use crate::config::{Fault, RunConfig};
 use crate::data::audit::{audit, repeats};
 use crate::data::chat::ChatTemplate;
 use crate::data::example::Batch;
+use crate::data::needle_files::write_needle_files;
 use crate::data::protected::protected;
 use crate::data::word_machine_files::write_files;
 use crate::data::{Loader, Pair, Prompt, Sequence, Sources, StageData, Tokenizer};
@@ -219,14 +220,21 @@ impl Reader {
     }
 
     fn write_generated(&self) -> Result<()> {
-        let Some(machine) = &self.config.data.word_machine else { return Ok(()) };
+        let (data, seed) = (&self.config.data, self.config.seed);
         let done = &self.sources.generated;
-        if done.exists() {
+        if done.exists() || (data.word_machine.is_none() && data.needle.is_none()) {
             return Ok(());
         }
         let aside = self.folder.join("data.tmp");
         remove_folder(&aside)?;
-        write_files(machine, &self.sources.base.join(&machine.words), &aside, self.config.seed)?;
+        std::fs::create_dir_all(&aside)
+            .with_context(|| format!("failed to create {}", aside.display()))?;
+        if let Some(machine) = &data.word_machine {
+            write_files(machine, &self.sources.base.join(&machine.words), &aside, seed)?;
+        }
+        if let Some(needle) = &data.needle {
+            write_needle_files(needle, &aside, seed)?;
+        }
         rename(&aside, done)
     }
 

@@ -99,8 +99,8 @@ pub fn prepare_stage(
     match &stage.kind {
         StageKind::Pretrain(_) | StageKind::Sft(_) => {}
         StageKind::LongContext(_) => {
-            let yarn = model.rope_scaling.clone().expect("a long-context stage has YaRN");
-            plan.yarn = Some((yarn, model.max_position_embeddings));
+            assert!(model.rope_scaling.is_some(), "a long-context stage has YaRN");
+            plan.yarn = Some((model.rope_scaling.clone(), model.max_position_embeddings));
         }
         StageKind::RewardModel(_) => plan.value_head = true,
         StageKind::Grpo(grpo) => {

@@ -1,7 +1,9 @@
 //! `rehearsal eval`: a verifier on a model's replies, or perplexity of texts.
 
 use super::command::Threads;
+use super::extension::Extension;
 use super::generate::{at_least_one, seed, temperature};
+use super::needle::{self, NeedleArgs};
 use super::open_model::{Ask, FILE, OpenModel};
 use super::output::{say, say_json};
 use crate::config::Fault;
@@ -14,7 +16,7 @@ use crate::rl::verifiers::{check_answer, verify};
 use anyhow::Result;
 use clap::{ArgGroup, Args, ValueEnum};
 use serde::Serialize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Measures a model.
 #[derive(Debug, Args)]
@@ -23,18 +25,22 @@ use std::path::PathBuf;
     long_about = "Measure a model. With --verifier it answers the prompts of FILE ({\"prompt\", \"answer\"} per line) and \
                   a program checks the replies: exact (the whole reply), answer-line (what follows `Answer:` in the \
                   last line), number (the final number) or regex (the answer is a pattern). Greedy with --samples 1, \
-                  else the mean over K samples. With --metric perplexity FILE holds texts ({\"text\"} per line).",
+                  else the mean over K samples. With --metric perplexity FILE holds texts ({\"text\"} per line). \
+                  With --verifier needle the model looks for one fact in haystacks that are made for it, and the share \
+                  that it finds is shown by length and depth.",
     after_help = "Example:\n  \
                   rehearsal eval runs/quickstart/export --data questions.jsonl --verifier answer-line\n  \
-                  rehearsal eval runs/quickstart/export --data texts.jsonl --metric perplexity --json",
+                  rehearsal eval runs/quickstart/export --data texts.jsonl --metric perplexity --json\n  \
+                  rehearsal eval runs/needle/export --verifier needle --lengths 64,256 --picture grid.svg\n  \
+                  rehearsal eval runs/needle/stages/01-base --verifier needle --extend-to 256 --no-yarn",
     group = ArgGroup::new("measure").required(true).args(["verifier", "metric"])
 )]
 pub struct EvalArgs {
     /// One of our checkpoint folders, or a Hugging Face folder of a DeepSeek-V2 model or a Llama
     pub checkpoint: PathBuf,
-    /// Prompts with answers, or texts; plain or gzip
-    #[arg(long, value_name = "FILE.jsonl")]
-    pub data: PathBuf,
+    /// Prompts with answers, or texts; plain or gzip. Not for --verifier needle
+    #[arg(long, value_name = "FILE.jsonl", required_if_eq_any = NEED_DATA)]
+    pub data: Option<PathBuf>,
     /// Program that checks the replies
     #[arg(long, value_enum)]
     pub verifier: Option<Verifier>,
@@ -59,9 +65,30 @@ pub struct EvalArgs {
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
+    /// Positions
+    #[command(flatten)]
+    pub extension: Extension,
     /// How fast
     #[command(flatten)]
     pub threads: Threads,
+    /// The grid
+    #[command(flatten)]
+    pub needle: NeedleArgs,
+}
+
+/// Measures of what a file holds.
+const NEED_DATA: [(&str, &str); 5] = [
+    ("verifier", "exact"),
+    ("verifier", "answer-line"),
+    ("verifier", "number"),
+    ("verifier", "regex"),
+    ("metric", "perplexity"),
+];
+
+impl EvalArgs {
+    fn data(&self) -> &Path {
+        self.data.as_deref().expect("the command line asks for it with every measure of a file")
+    }
 }
 
 /// `--verifier`.
@@ -75,15 +102,19 @@ pub enum Verifier {
     Number,
     /// The reply matches the answer as a regular expression
     Regex,
+    /// The reply begins with what a fact in a haystack says
+    Needle,
 }
 
-impl From<Verifier> for VerifierKind {
-    fn from(verifier: Verifier) -> VerifierKind {
-        match verifier {
-            Verifier::Exact => VerifierKind::Exact,
-            Verifier::AnswerLine => VerifierKind::AnswerLine,
-            Verifier::Number => VerifierKind::Number,
-            Verifier::Regex => VerifierKind::Regex,
+impl Verifier {
+    /// The verifier of that name in a run; needle has none, for it makes its own prompts.
+    fn kind(self) -> Option<VerifierKind> {
+        match self {
+            Verifier::Exact => Some(VerifierKind::Exact),
+            Verifier::AnswerLine => Some(VerifierKind::AnswerLine),
+            Verifier::Number => Some(VerifierKind::Number),
+            Verifier::Regex => Some(VerifierKind::Regex),
+            Verifier::Needle => None,
         }
     }
 }
@@ -115,10 +146,17 @@ struct Perplexity {
 
 /// Measures.
 pub fn run(args: EvalArgs) -> Result<()> {
-    let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
-    match args.verifier {
+    if args.verifier == Some(Verifier::Needle) {
+        return needle::run(&args);
+    }
+    if let Some(option) = args.needle.given() {
+        return Err(Fault::user(format!("{option} is for --verifier needle; leave it out")));
+    }
+    let mut model =
+        OpenModel::open_extended(&args.checkpoint, args.threads.count(), args.extension)?;
+    match args.verifier.and_then(Verifier::kind) {
         Some(verifier) => {
-            let passes = passes(&mut model, &args, verifier.into())?;
+            let passes = passes(&mut model, &args, verifier)?;
             if args.json {
                 return say_json(&passes);
             }
@@ -144,11 +182,12 @@ pub fn run(args: EvalArgs) -> Result<()> {
 }
 
 fn passes(model: &mut OpenModel, args: &EvalArgs, verifier: VerifierKind) -> Result<Passes> {
-    let loader = model.loader(&args.data, Schema::Prompts, args.chat);
+    let data = args.data();
+    let loader = model.loader(data, Schema::Prompts, args.chat);
     let prompts = loader.prompts(FILE, 0)?;
     let mut answers = Vec::with_capacity(prompts.len());
     for prompt in &prompts {
-        let place = format!("{}:{}", args.data.display(), prompt.index + 1);
+        let place = format!("{}:{}", data.display(), prompt.index + 1);
         let Some(answer) = &prompt.answer else {
             return Err(Fault::user(format!("{place}: there is no answer to compare with")));
         };
@@ -180,7 +219,8 @@ fn passes(model: &mut OpenModel, args: &EvalArgs, verifier: VerifierKind) -> Res
 }
 
 fn perplexity(model: &mut OpenModel, args: &EvalArgs) -> Result<Perplexity> {
-    let loader = model.loader(&args.data, Schema::Text, false);
+    let data = args.data();
+    let loader = model.loader(data, Schema::Text, false);
     let (path, set) = loader.sources.set(FILE)?;
     let samples = Records::open(&path, set)?.count();
     let sequences: Vec<Vec<u32>> = loader.texts(FILE, 0)?.into_iter().map(|s| s.tokens).collect();
@@ -196,10 +236,7 @@ fn perplexity(model: &mut OpenModel, args: &EvalArgs) -> Result<Perplexity> {
         tokens += logprobs.len();
     }
     if tokens == 0 {
-        return Err(Fault::user(format!(
-            "{}: no text has two tokens or more",
-            args.data.display()
-        )));
+        return Err(Fault::user(format!("{}: no text has two tokens or more", data.display())));
     }
     Ok(Perplexity { perplexity: (-sum / tokens as f64).exp(), tokens, samples })
 }
@@ -212,7 +249,8 @@ mod tests {
     fn verifiers_have_the_same_names_here_and_in_a_run() {
         for verifier in Verifier::value_variants() {
             let name = verifier.to_possible_value().unwrap().get_name().to_string();
-            assert_eq!(VerifierKind::from(*verifier).name(), name);
+            let kind = verifier.kind().map_or("needle", VerifierKind::name);
+            assert_eq!(kind, name);
         }
     }
 }

@@ -16,11 +16,13 @@ pub mod run_folder;
 pub mod status;
 
 // A checkpoint in use.
+mod extension;
 mod open_model;
 
 pub mod eval;
 pub mod export;
 pub mod generate;
+mod needle;
 pub mod score;
 
 // Speed.

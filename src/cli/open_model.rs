@@ -2,6 +2,7 @@
 //!
 //! One of our folders or a Hugging Face folder: config.json, safetensors, tokenizer.json.
 
+use super::extension::Extension;
 use super::machine::{free_memory, share_for_arenas};
 use crate::checkpoint::read_model_config;
 use crate::config::data::{DataConfig, Schema, SetConfig};
@@ -45,12 +46,17 @@ pub fn engine(
     seed: u64,
     optimizer: Option<OptimizerConfig>,
 ) -> Result<HybridEngine> {
-    let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
-    let settings = EngineConfig { threads, budget, offload: Vec::new(), ..EngineConfig::default() };
-    let setup =
-        EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
-    let mut engine = HybridEngine::new(setup)?;
-    engine.prepare(&PrepareStage {
+    let plan = plan(config, source, optimizer);
+    prepared(config, threads, seed, &plan)
+}
+
+/// What readies an engine for one model.
+fn plan(
+    config: &ModelConfig,
+    source: ModelSource,
+    optimizer: Option<OptimizerConfig>,
+) -> PrepareStage {
+    PrepareStage {
         policy: source,
         reference: None,
         rewards: BTreeMap::new(),
@@ -61,7 +67,21 @@ pub fn engine(
         prefill: Prefill::ByCost,
         balance: Balance::of_experts(optimizer.as_ref().map_or(0.0, |_| config.aux_loss_alpha)),
         optimizer,
-    })?;
+    }
+}
+
+fn prepared(
+    config: &ModelConfig,
+    threads: usize,
+    seed: u64,
+    plan: &PrepareStage,
+) -> Result<HybridEngine> {
+    let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
+    let settings = EngineConfig { threads, budget, offload: Vec::new(), ..EngineConfig::default() };
+    let setup =
+        EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
+    let mut engine = HybridEngine::new(setup)?;
+    engine.prepare(plan)?;
     Ok(engine)
 }
 
@@ -73,7 +93,12 @@ pub fn spill_folder() -> PathBuf {
 impl OpenModel {
     /// Opens a checkpoint folder.
     pub fn open(folder: &Path, threads: usize) -> Result<OpenModel> {
-        let config = read_model_config(folder)?;
+        OpenModel::open_extended(folder, threads, Extension::default())
+    }
+
+    /// Opens a checkpoint folder; the model may get more positions than it has.
+    pub fn open_extended(folder: &Path, threads: usize, extension: Extension) -> Result<OpenModel> {
+        let mut config = read_model_config(folder)?;
         let tokenizer = Tokenizer::load(&folder.join("tokenizer.json"))?;
         if tokenizer.vocab_size() > config.vocab_size {
             return Err(Fault::user(format!(
@@ -84,7 +109,12 @@ impl OpenModel {
             )));
         }
         let chat = ChatTemplate::from_folder(folder)?.unwrap_or_else(ChatTemplate::own);
-        let engine = engine(&config, ModelSource::Folder(folder.to_path_buf()), threads, 0, None)?;
+        let mut plan = plan(&config, ModelSource::Folder(folder.to_path_buf()), None);
+        if let Some(extended) = extension.of(&config)? {
+            plan.yarn = Some((extended.rope_scaling.clone(), extended.max_position_embeddings));
+            config = extended;
+        }
+        let engine = prepared(&config, threads, 0, &plan)?;
         Ok(OpenModel { engine, config, tokenizer: Arc::new(tokenizer), chat: Arc::new(chat) })
     }
 

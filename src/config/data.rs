@@ -1,4 +1,4 @@
-//! `[data]`: named sets of files, and the generated task of the quickstart.
+//! `[data]`: named sets of files, and the generated tasks.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -11,6 +11,8 @@ pub struct DataConfig {
     pub sets: BTreeMap<String, SetConfig>,
     /// Writes the word machine's files into `<run>/data/` before the first stage.
     pub word_machine: Option<WordMachineConfig>,
+    /// Writes the needle task's files into `<run>/data/` before the first stage.
+    pub needle: Option<NeedleConfig>,
     /// Refuse a run in which an example of `held_out` sets occurs in a set that is trained on.
     pub held_out: Vec<String>,
     /// Let a conversation of an `sft` set be a document of a pretraining set too. Otherwise such a run is refused: a
@@ -133,5 +135,45 @@ impl Default for WordMachineConfig {
             held_out: 400,
             secrets: 100,
         }
+    }
+}
+
+/// `[data.needle]`: facts hidden in hay, and a question for one of them. Lengths are counted in words and marks with
+/// the end token, which are tokens if the tokenizer has one for each.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct NeedleConfig {
+    /// Longest page of `needle-pages.jsonl` (schema text), and length of every haystack of `needle.jsonl` (schema
+    /// prompts, one fact each, at depths of 0, 25, 50, 75 and 100 %).
+    pub length: usize,
+    /// Pages to pretrain on.
+    pub pages: usize,
+    /// The same of `needle-long-pages.jsonl` and `needle-long.jsonl`, for a long-context stage.
+    pub long_length: usize,
+    /// See `pages`.
+    pub long_pages: usize,
+    /// Most facts of a page; its question asks for one of them.
+    pub facts: usize,
+    /// Haystacks of each file that measures.
+    pub held_out: usize,
+}
+
+impl Default for NeedleConfig {
+    fn default() -> Self {
+        NeedleConfig {
+            length: 64,
+            pages: 12_000,
+            long_length: 256,
+            long_pages: 1000,
+            facts: 4,
+            held_out: 100,
+        }
+    }
+}
+
+impl NeedleConfig {
+    /// The shortest length that holds so many facts of 5 words and marks, a question of 6, its answer and the end.
+    pub fn shortest(&self) -> usize {
+        5 * self.facts + 6 + 2
     }
 }

@@ -35,7 +35,7 @@ pub mod trained_sets;
 
 pub use checkpoint::CheckpointConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
-pub use data::{DataConfig, FieldMap, Schema, SetConfig, WordMachineConfig};
+pub use data::{DataConfig, FieldMap, NeedleConfig, Schema, SetConfig, WordMachineConfig};
 pub use end_tokens::EndTokens;
 pub use engine::{Bytes, EngineConfig, Offload};
 pub use fault::Fault;
@@ -47,3 +47,4 @@ pub use stage_model::model_folder;
 pub use tokenizer::TokenizerConfig;
 pub use trained_sets::TrainedSets;
 pub use validate::MOST_THREADS;
+pub use validate_model::MOST_POSITIONS;

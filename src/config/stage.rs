@@ -159,6 +159,13 @@ pub struct PretrainStage {
     pub optimizer: OptimizerConfig,
 }
 
+/// β of the paper's YaRN.
+pub const PAPERS_BETA_FAST: f64 = 32.0;
+/// α of the paper's YaRN.
+pub const PAPERS_BETA_SLOW: f64 = 1.0;
+/// mscale and mscale_all_dim of the paper's YaRN.
+pub const PAPERS_MSCALE: f64 = 0.707;
+
 /// `kind = "long-context"`: pretraining with YaRN from the model it starts from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -175,10 +182,10 @@ pub struct LongContextStage {
     /// length is the model's `max_position_embeddings` before its first extension.
     pub factor: f64,
     /// YaRN β.
-    #[serde(default = "thirty_two")]
+    #[serde(default = "beta_fast")]
     pub beta_fast: f64,
     /// YaRN α.
-    #[serde(default = "one")]
+    #[serde(default = "beta_slow")]
     pub beta_slow: f64,
     /// YaRN mscale and mscale_all_dim.
     #[serde(default = "mscale")]
@@ -456,11 +463,14 @@ fn one() -> f64 {
 fn one_epoch() -> u64 {
     1
 }
-fn thirty_two() -> f64 {
-    32.0
+fn beta_fast() -> f64 {
+    PAPERS_BETA_FAST
+}
+fn beta_slow() -> f64 {
+    PAPERS_BETA_SLOW
 }
 fn mscale() -> f64 {
-    0.707
+    PAPERS_MSCALE
 }
 fn clip() -> f64 {
     0.2

@@ -4,7 +4,9 @@
 //! Reads the config.json of a folder that `start_from` names, and no weights.
 
 use super::run::{ConfigError, Place, RunConfig, load_model};
-use super::stage::{LongContextStage, StageKind};
+use super::stage::{
+    LongContextStage, PAPERS_BETA_FAST, PAPERS_BETA_SLOW, PAPERS_MSCALE, StageKind,
+};
 use super::{Attention, ModelConfig, ModelType, RopeScaling};
 use std::path::{Path, PathBuf};
 
@@ -71,24 +73,38 @@ impl ModelConfig {
     /// The model that a long-context stage trains: `factor` times the positions, by YaRN over the length that was trained
     /// without it. A second extension therefore multiplies the factor of the first.
     pub fn lengthened(&self, long: &LongContextStage) -> ModelConfig {
-        let present = self.max_position_embeddings;
+        let longest = (self.max_position_embeddings as f64 * long.factor).round() as usize;
+        self.stretched(longest, long.beta_fast, long.beta_slow, long.mscale)
+    }
+
+    /// The model that a long-context stage with the paper's YaRN would begin with, over so many positions.
+    pub fn extended_to(&self, positions: usize) -> ModelConfig {
+        self.stretched(positions, PAPERS_BETA_FAST, PAPERS_BETA_SLOW, PAPERS_MSCALE)
+    }
+
+    fn stretched(
+        &self,
+        longest: usize,
+        beta_fast: f64,
+        beta_slow: f64,
+        mscale: f64,
+    ) -> ModelConfig {
         let original = self
             .rope_scaling
             .as_ref()
-            .map_or(present, |yarn| yarn.original_max_position_embeddings);
-        let longest = (present as f64 * long.factor).round() as usize;
+            .map_or(self.max_position_embeddings, |yarn| yarn.original_max_position_embeddings);
         let factor = longest as f64 / original as f64;
         // The same temperature of attention in both: DeepSeek-V2 has it in the softmax scale, a Llama in cos and sin.
         let (mscale, mscale_all_dim, attention_factor) = match self.model_type {
-            ModelType::DeepseekV2 => (long.mscale, long.mscale, None),
-            ModelType::Llama => (1.0, 0.0, Some(RopeScaling::mscale(factor, long.mscale))),
+            ModelType::DeepseekV2 => (mscale, mscale, None),
+            ModelType::Llama => (1.0, 0.0, Some(RopeScaling::mscale(factor, mscale))),
         };
         let yarn = RopeScaling {
             kind: "yarn".to_string(),
             factor,
             original_max_position_embeddings: original,
-            beta_fast: long.beta_fast,
-            beta_slow: long.beta_slow,
+            beta_fast,
+            beta_slow,
             mscale,
             mscale_all_dim,
             attention_factor,

@@ -6,6 +6,7 @@
 use super::data::{Schema, SetConfig, Split};
 use super::document::{ConfigError, Node};
 use super::nearest::{hint, listed};
+use super::validate_model::MOST_POSITIONS;
 use super::{RunConfig, StageKind, validate_stage};
 use std::path::Path;
 
@@ -15,6 +16,7 @@ pub fn run(config: &RunConfig, document: &Node, folder: &Path) -> Result<(), Con
     rules.numbers()?;
     rules.sets()?;
     rules.word_machine()?;
+    rules.needle()?;
     rules.tokenizer()?;
     rules.stage_names()?;
     validate_stage::stages(&rules)?;
@@ -37,6 +39,10 @@ const WORD_MACHINE_FILES: [&str; 13] = [
     "secrets.jsonl",
     "harmless.jsonl",
 ];
+
+/// Files of the needle task.
+const NEEDLE_FILES: [&str; 4] =
+    ["needle-pages.jsonl", "needle-long-pages.jsonl", "needle.jsonl", "needle-long.jsonl"];
 
 /// Splits that a tokenizer can be trained with.
 const SPLITS: [&str; 3] = ["deepseek-llm", "deepseek-coder", "gpt-2"];
@@ -193,13 +199,46 @@ impl Rules<'_> {
 
     /// A `run:` file must be one that a generator writes.
     fn generated(&self, path: &[&str], set: &str, file: &str) -> Result<(), ConfigError> {
-        self.require(self.config.data.word_machine.is_some(), path, || {
-            format!("data.sets.{set}.file = \"run:{file}\" is written by [data.word_machine], which is missing; add it")
+        let data = &self.config.data;
+        let (table, is_there, files) = match NEEDLE_FILES.contains(&file)
+            || data.word_machine.is_none() && data.needle.is_some()
+        {
+            true => ("needle", data.needle.is_some(), &NEEDLE_FILES[..]),
+            false => ("word_machine", data.word_machine.is_some(), &WORD_MACHINE_FILES[..]),
+        };
+        self.require(is_there, path, || {
+            format!("data.sets.{set}.file = \"run:{file}\" is written by [data.{table}], which is missing; add it")
         })?;
-        self.require(WORD_MACHINE_FILES.contains(&file), path, || {
-            let hint = hint(file, &WORD_MACHINE_FILES);
-            format!("data.sets.{set}.file = \"run:{file}\" is no file of the word machine{hint}")
+        self.require(files.contains(&file), path, || {
+            let hint = hint(file, files);
+            format!("data.sets.{set}.file = \"run:{file}\" is no file of [data.{table}]{hint}")
         })
+    }
+
+    fn needle(&self) -> Result<(), ConfigError> {
+        let Some(needle) = &self.config.data.needle else { return Ok(()) };
+        let path = |key| ["data", "needle", key];
+        let counts = [
+            ("pages", needle.pages, 1, 100_000_000),
+            ("long_pages", needle.long_pages, 1, 100_000_000),
+            ("held_out", needle.held_out, 1, 100_000_000),
+            ("facts", needle.facts, 1, 16),
+        ];
+        for (key, count, least, most) in counts {
+            self.require((least..=most).contains(&count), &path(key), || {
+                format!("data.needle.{key} = {count} must be from {least} to {most}")
+            })?;
+        }
+        let shortest = needle.shortest();
+        for (key, length) in [("length", needle.length), ("long_length", needle.long_length)] {
+            self.require(length >= shortest, &path(key), || {
+                format!("data.needle.{key} = {length} does not hold data.needle.facts = {} with a question; use at least {shortest}, or fewer facts", needle.facts)
+            })?;
+            self.require(length <= MOST_POSITIONS, &path(key), || {
+                format!("data.needle.{key} = {length} is too many; use at most {MOST_POSITIONS}")
+            })?;
+        }
+        Ok(())
     }
 
     fn word_machine(&self) -> Result<(), ConfigError> {

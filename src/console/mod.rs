@@ -12,6 +12,7 @@ pub mod board;
 mod board_text;
 
 // For people.
+pub mod heat_map;
 pub mod next_steps;
 pub mod plain;
 pub mod plot;
@@ -19,6 +20,7 @@ pub mod text;
 
 pub use board::{Board, BoardWriter};
 pub use event::Event;
+pub use heat_map::HeatMap;
 pub use journal::{Journal, read_events};
 pub use next_steps::TypedCommand;
 pub use plain::Plain;

@@ -13,15 +13,15 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
-const WIDTH: f64 = 720.0;
+pub(super) const WIDTH: f64 = 720.0;
 const HEIGHT: f64 = 400.0;
-const LEFT: f64 = 72.0;
-const RIGHT: f64 = 24.0;
-const TOP: f64 = 48.0;
+pub(super) const LEFT: f64 = 72.0;
+pub(super) const RIGHT: f64 = 24.0;
+pub(super) const TOP: f64 = 48.0;
 const BOTTOM: f64 = 56.0;
 /// More points than pixels only make the file large.
 const POINTS: usize = 600;
-const STYLE: &str = r##"font-family="sans-serif" font-size="12" fill="#222222""##;
+pub(super) const STYLE: &str = r##"font-family="sans-serif" font-size="12" fill="#222222""##;
 /// Told apart without colour vision.
 const COLOURS: [&str; 4] = ["#0b5394", "#c55a11", "#38761d", "#741b47"];
 
@@ -302,7 +302,7 @@ fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     points.chunks(size).map(mean).collect()
 }
 
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::new();
     for c in text.chars() {
         match c {
@@ -318,7 +318,7 @@ fn escaped(text: &str) -> String {
     out
 }
 
-fn label(svg: &mut String, at: (f64, f64), attributes: &str, text: &str) {
+pub(super) fn label(svg: &mut String, at: (f64, f64), attributes: &str, text: &str) {
     let (x, y) = at;
     let text = escaped(text);
     push(svg, format_args!(r#"<text x="{x:.1}" y="{y:.1}" {attributes}>{text}</text>"#));
@@ -332,10 +332,10 @@ fn rule(svg: &mut String, from: (f64, f64), to: (f64, f64), attributes: &str) {
     );
 }
 
-fn push(svg: &mut String, part: std::fmt::Arguments) {
+pub(super) fn push(svg: &mut String, part: std::fmt::Arguments) {
     svg.write_fmt(part).expect("a string takes every write");
     svg.push('\n');
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,16 +1,17 @@
-//! Lines of a text file, plain or gzip, one at a time.
+//! Lines of a text file, plain or gzip, one at a time; and the writing of generated ones.
 //!
-//! Knows no JSON. Whether a file is gzip is told by its first two bytes, never by its name.
+//! Reads no JSON. Whether a file is gzip is told by its first two bytes, never by its name.
 //!
 //! Invariants:
 //!   * at most [`LINE_LIMIT`] bytes of a line are ever in memory
 //!   * every fault names the file and the line, counted from 1
 
 use crate::config::fault::Fault;
-use anyhow::Result;
+use anyhow::{Context, Result};
 use flate2::bufread::MultiGzDecoder;
+use serde_json::Value;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 
 /// Longest line that is read.
@@ -125,6 +126,16 @@ impl Iterator for Lines {
     }
 }
 
+/// Writes values as a file of one JSON a line.
+pub fn write_lines(path: &Path, lines: &[Value]) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let mut file = std::io::BufWriter::new(File::create(path)?);
+        lines.iter().try_for_each(|line| writeln!(file, "{line}"))?;
+        file.flush()
+    };
+    write().with_context(|| format!("failed to write {}", path.display()))
+}
+
 /// A user's fault at line `index` (from 0) of a file.
 pub fn fault_at(path: &Path, index: u64, reason: &str) -> anyhow::Error {
     Fault::user(format!("{}:{}: {reason}", path.display(), index + 1))
@@ -133,7 +144,6 @@ pub fn fault_at(path: &Path, index: u64, reason: &str) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
 
     fn read(bytes: &[u8]) -> Result<Vec<String>> {
         let folder = tempfile::tempdir().unwrap();

@@ -25,7 +25,9 @@ pub mod audit;
 pub mod loader;
 pub mod sources;
 
-// The generated task.
+// The generated tasks.
+pub mod needle;
+pub mod needle_files;
 pub mod word_machine;
 pub mod word_machine_files;
 mod word_machine_pairs;

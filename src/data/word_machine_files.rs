@@ -11,17 +11,16 @@
 
 use crate::config::WordMachineConfig;
 use crate::config::fault::Fault;
-use crate::data::lines::Lines;
+use crate::data::lines::{Lines, write_lines};
 use crate::data::word_machine::{
     Edit, HELD_OUT_PHRASINGS, LETTERS, Lexicon, OFFER, PHRASINGS, REFUSAL, REFUSAL_PATTERN, Task,
     Word, secret, spelled,
 };
 use crate::data::word_machine_pairs::{helpful, safety};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use rehearsal_kernels::random::{Draws, Stream};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::io::Write;
 use std::path::Path;
 
 /// Seed of the files that measure: the same for every run.
@@ -39,7 +38,7 @@ pub struct WrittenFiles {
     pub words: (usize, usize),
 }
 
-/// Writes all files of the task into a folder. `words` is the text whose words are used.
+/// Writes all files of the task into a folder that exists. `words` is the text whose words are used.
 pub fn write_files(
     config: &WordMachineConfig,
     words: &Path,
@@ -61,19 +60,9 @@ pub fn write_files(
             lexicon.held_out.len()
         )));
     }
-    std::fs::create_dir_all(folder)
-        .with_context(|| format!("failed to create {}", folder.display()))?;
     let mut files = Vec::new();
     for (name, lines) in all_files(config, &lexicon, seed) {
-        let path = folder.join(&name);
-        let write = || -> std::io::Result<()> {
-            let mut file = std::io::BufWriter::new(std::fs::File::create(&path)?);
-            for line in &lines {
-                writeln!(file, "{line}")?;
-            }
-            file.flush()
-        };
-        write().with_context(|| format!("failed to write {}", path.display()))?;
+        write_lines(&folder.join(&name), &lines)?;
         files.push((name, lines.len()));
     }
     Ok(WrittenFiles { files, words: (lexicon.train.len(), lexicon.held_out.len()) })

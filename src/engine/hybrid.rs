@@ -120,7 +120,7 @@ impl HybridEngine {
         }
         let mut config = config_of(&self.setup.model, &stage.policy)?;
         if let Some((yarn, positions)) = &stage.yarn {
-            config.rope_scaling = Some(yarn.clone());
+            config.rope_scaling = yarn.clone();
             config.max_position_embeddings = *positions;
         }
         let mut policy = Resident::load(

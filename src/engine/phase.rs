@@ -78,7 +78,7 @@ pub struct PrepareStage {
     /// A reward-model stage adds a zero scalar head to the policy it starts from.
     pub value_head: bool,
     /// YaRN of a long-context stage: replaces the model's `rope_scaling` and its greatest length.
-    pub yarn: Option<(crate::config::RopeScaling, usize)>,
+    pub yarn: Option<(Option<crate::config::RopeScaling>, usize)>,
     /// Form of attention in training and scoring: the sampler's (absorbed) where its log-probabilities are compared.
     pub form: AttentionForm,
     /// How prompts go through the sampler: absorbed where its log-probabilities are compared.

@@ -96,14 +96,17 @@ pub fn example_tokens(config: &RunConfig) -> usize {
     rows.unwrap_or(config.model.max_position_embeddings.min(256))
 }
 
-/// Lines of the sets that the word machine will write.
+/// Lines of the sets that the generated tasks will write.
 pub fn generated_lines(config: &RunConfig) -> Lines {
-    let Some(machine) = &config.data.word_machine else { return Lines::new() };
+    let (machine, needle) = (config.data.word_machine.as_ref(), config.data.needle.as_ref());
     let count = |file: &str| match file {
-        "pages.jsonl" => Some(machine.pages),
-        "conversations.jsonl" => Some(machine.conversations),
-        "helpful.jsonl" | "safety.jsonl" => Some(machine.pairs),
-        "prompts.jsonl" | "prompts-mixed.jsonl" => Some(machine.prompts),
+        "pages.jsonl" => machine.map(|task| task.pages),
+        "conversations.jsonl" => machine.map(|task| task.conversations),
+        "helpful.jsonl" | "safety.jsonl" => machine.map(|task| task.pairs),
+        "prompts.jsonl" | "prompts-mixed.jsonl" => machine.map(|task| task.prompts),
+        "needle-pages.jsonl" => needle.map(|task| task.pages),
+        "needle-long-pages.jsonl" => needle.map(|task| task.long_pages),
+        "needle.jsonl" | "needle-long.jsonl" => needle.map(|task| task.held_out),
         _ => None,
     };
     let sets = config.data.sets.iter().filter_map(|(name, set)| {

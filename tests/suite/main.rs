@@ -16,6 +16,7 @@ mod faults;
 mod gguf;
 mod interop;
 mod model;
+mod needle;
 mod oracle;
 mod prefill;
 mod routing;

@@ -92,7 +92,8 @@ fn a_long_context_stage_stretches_what_follows_it() {
         |index| config.stage_model(&folders().config, index).unwrap().max_position_embeddings;
     let contexts: Vec<usize> = (0..4).map(context).collect();
     assert_eq!(contexts, [64, 160, 160, 160]);
-    let (yarn, positions) = plan(&config, 1).yarn.expect("a long-context stage has YaRN");
+    let (yarn, positions) = plan(&config, 1).yarn.expect("a long-context stage has its own");
+    let yarn = yarn.expect("YaRN");
     assert_eq!((yarn.factor, yarn.original_max_position_embeddings, positions), (2.5, 64, 160));
     assert!(plan(&config, 3).yarn.is_none(), "the artefact's own config holds it");
 }

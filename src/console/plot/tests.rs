@@ -4,7 +4,7 @@ use super::*;
 
 /// Walks the tags of an XML text: every tag closes, attributes are quoted, `&` and `<` stand
 /// nowhere else.
-fn check_well_formed(xml: &str) {
+pub fn check_well_formed(xml: &str) {
     let mut open: Vec<&str> = Vec::new();
     let mut rest = xml;
     let mut roots = 0;
@@ -39,7 +39,8 @@ fn check_text(text: &str) {
     assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
 }
 
-fn numbers_of(svg: &str, attribute: &str) -> Vec<f64> {
+/// The numbers in all attributes of one name.
+pub fn numbers_of(svg: &str, attribute: &str) -> Vec<f64> {
     let key = format!("{attribute}=\"");
     let values = svg.split(&key).skip(1).filter_map(|rest| rest.split('"').next());
     values.flat_map(|v| v.split([' ', ','])).filter_map(|n| n.parse().ok()).collect()

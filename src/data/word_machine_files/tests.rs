@@ -41,6 +41,7 @@ fn written(seed: u64) -> Written {
     let folder = tempfile::tempdir().unwrap();
     let words = words_file(folder.path());
     let out = folder.path().join("data");
+    std::fs::create_dir(&out).unwrap();
     let report = write_files(&small(), &words, &out, seed).unwrap();
     let files = report.files.iter().map(|(name, count)| {
         let text = std::fs::read_to_string(out.join(name)).unwrap();

@@ -39,7 +39,7 @@ fn numbers_and_sets_keep_their_rules() {
         "file = \"run:pages.jsonl\"",
         "file = \"run:page.jsonl\"",
         "15:1",
-        "data.sets.pages.file = \"run:page.jsonl\" is no file of the word machine; did you mean `pages.jsonl`?",
+        "data.sets.pages.file = \"run:page.jsonl\" is no file of [data.word_machine]; did you mean `pages.jsonl`?",
     );
     check_fault(
         "[data.word_machine]\nwords = \"words.txt\"\n",

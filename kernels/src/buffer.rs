@@ -267,6 +267,12 @@ unsafe impl<T: Send + Sync> Send for MatMut<'_, T> {}
 unsafe impl<T: Send + Sync> Sync for MatMut<'_, T> {}
 
 impl<'a, T> Mat<'a, T> {
+    /// Rows of `cols` numbers, one after another.
+    pub fn of(numbers: &'a [T], cols: usize) -> Mat<'a, T> {
+        let (pointer, rows) = (numbers.as_ptr(), numbers.len() / cols);
+        Mat { pointer, rows, cols, stride: cols, life: PhantomData }
+    }
+
     /// Row `i`.
     pub fn row(&self, i: usize) -> &'a [T] {
         assert!(i < self.rows);

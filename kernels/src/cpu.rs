@@ -4,7 +4,7 @@
 
 use crate::arena::{Arena, Kind, Owner};
 use crate::buffer::{Buffer, DType};
-use crate::format::WeightFormat;
+use crate::format::{CacheLayout, CacheSpec, WeightFormat};
 use crate::kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
     SampleRow, Sampled, Store,
@@ -224,15 +224,32 @@ impl Kernels for CpuKernels {
             &self.cx, shape, q, kv, k_rope, start, o, lse, d_o, dq, dkv, dk_rope,
         )
     }
+    fn cache_shape(&self, layout: &CacheLayout) -> (DType, usize) {
+        ops::cache_rows::cache_shape(layout)
+    }
+    fn write_cache(
+        &self,
+        spec: &CacheSpec<'_>,
+        latent: &Buffer,
+        rope: &Buffer,
+        slots: &Buffer,
+        cache: &mut Buffer,
+    ) {
+        ops::cache_rows::write_cache(&self.cx, spec, latent, rope, slots, cache)
+    }
+    fn read_cache(&self, spec: &CacheSpec<'_>, cache: &Buffer, slots: &Buffer, rows: &mut Buffer) {
+        ops::cache_rows::read_cache(&self.cx, spec, cache, slots, rows)
+    }
     fn mla_decode(
         &self,
         shape: &AttentionShape,
         q: &Buffer,
+        spec: &CacheSpec<'_>,
         cache: &Buffer,
         batch: &DecodeBatch<'_>,
         o: &mut Buffer,
     ) -> Result<()> {
-        ops::mla_decode::mla_decode(&self.cx, shape, q, cache, batch, o)
+        ops::mla_decode::mla_decode(&self.cx, shape, q, spec, cache, batch, o)
     }
     fn mla_prefill(
         &self,

@@ -14,8 +14,10 @@
 
 use crate::arena::{Arena, OutOfMemory, Owner};
 use crate::buffer::{Buffer, DType};
-use crate::format::WeightFormat;
+use crate::format::{CacheLayout, CacheSpec, WeightFormat};
 use crate::routing::{BalanceSpec, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
+
+pub use crate::packed::{HeadColumns, Pack, Packed, Product};
 
 pub use crate::attention::{AttentionShape, DecodeBatch};
 
@@ -29,79 +31,6 @@ pub enum Store {
     Set,
     /// `y = y + product` (the chain starts from y).
     Add,
-}
-
-/// Which product a packed weight W `[n, k]` is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Product {
-    /// `y[m, n] = x[m, k] Wᵀ`: a forward pass.
-    Transposed,
-    /// `y[m, k] = x[m, n] W`: an input gradient, or W_UK's absorption into the query.
-    Plain,
-}
-
-/// How to pack a weight matrix that holds one block of rows per group (head or expert).
-#[derive(Clone, Copy, Debug)]
-pub struct Pack {
-    /// The product it is packed for.
-    pub product: Product,
-    /// Number of groups; 1 for a plain linear layer.
-    pub groups: usize,
-    /// Rows from one group's first row to the next one's.
-    pub group_stride: usize,
-    /// First row of group 0.
-    pub first_row: usize,
-    /// Rows of each group that are packed (n).
-    pub rows: usize,
-}
-
-impl Pack {
-    /// A plain linear layer over all rows of `weight`.
-    pub fn whole(product: Product, weight: &Buffer) -> Pack {
-        Pack { product, groups: 1, group_stride: weight.rows(), first_row: 0, rows: weight.rows() }
-    }
-
-    /// `groups` equal blocks of rows.
-    pub fn blocks(product: Product, weight: &Buffer, groups: usize) -> Pack {
-        let rows = weight.rows() / groups;
-        Pack { product, groups, group_stride: rows, first_row: 0, rows }
-    }
-}
-
-/// A weight in a device's favourite order, stamped with the policy version it was packed from.
-pub struct Packed {
-    /// The product it is packed for.
-    pub product: Product,
-    /// Number of groups.
-    pub groups: usize,
-    /// Input width of the product (k for `Transposed`, n for `Plain`).
-    pub inputs: usize,
-    /// Output width of the product.
-    pub outputs: usize,
-    /// What its numbers are kept as.
-    pub format: WeightFormat,
-    /// Policy version of the weights it was made from.
-    pub version: u64,
-    /// The device's own layout; opaque outside the kernels.
-    pub(crate) data: Buffer,
-    /// Scales of the whole weight's blocks, if the format has any.
-    pub(crate) scales: Option<Buffer>,
-    /// First packed row of group 0, and rows between groups: where a group's scales lie.
-    pub(crate) rows: (usize, usize),
-}
-
-/// Column blocks of x and y for a product per head: head h reads `x[:, input_first + h * input_stride ..][..inputs]`
-/// and writes `y[:, output_first + h * output_stride ..][..outputs]`.
-#[derive(Clone, Copy, Debug)]
-pub struct HeadColumns {
-    /// First input column of head 0.
-    pub input_first: usize,
-    /// Columns between heads in x.
-    pub input_stride: usize,
-    /// First output column of head 0.
-    pub output_first: usize,
-    /// Columns between heads in y.
-    pub output_stride: usize,
 }
 
 /// Which two columns of a block a rotation turns together.
@@ -322,13 +251,28 @@ pub trait Kernels: Send + Sync {
         dkv: &mut Buffer,
         dk_rope: &mut Buffer,
     ) -> Result<()>;
-    /// Attention against the paged cache `[slots, kv_width + rope_width]`: a token's row of kv, then its shared rope
-    /// key. Slot of token j = tables[sequence][j / page_tokens] * page_tokens + j % page_tokens. The same
-    /// operations in the same order as `mla_train` of the same shape.
+    /// Type and columns of a cache row on this device.
+    fn cache_shape(&self, layout: &CacheLayout) -> (DType, usize);
+    /// Keeps the rows of `latent` and `rope` (of no columns if the layout has no rope key) in the cache's `slots
+    /// [n, 1]`, which are distinct.
+    fn write_cache(
+        &self,
+        spec: &CacheSpec<'_>,
+        latent: &Buffer,
+        rope: &Buffer,
+        slots: &Buffer,
+        cache: &mut Buffer,
+    );
+    /// Reads the cache rows in `slots [n, 1]` as numbers: `rows [n, latent + rope]`.
+    fn read_cache(&self, spec: &CacheSpec<'_>, cache: &Buffer, slots: &Buffer, rows: &mut Buffer);
+    /// Attention against the paged cache, whose rows are a token's row of kv, then its shared rope key, kept as `spec`
+    /// says. Slot of token j = tables[sequence][j / page_tokens] * page_tokens + j % page_tokens. The same operations in
+    /// the same order as `mla_train` of the same shape, on the numbers that `read_cache` gives.
     fn mla_decode(
         &self,
         shape: &AttentionShape,
         q: &Buffer,
+        spec: &CacheSpec<'_>,
         cache: &Buffer,
         batch: &DecodeBatch<'_>,
         o: &mut Buffer,

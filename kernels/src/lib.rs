@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod format;
 pub mod kernels;
+pub mod packed;
 pub mod reference;
 pub mod routing;
 
@@ -29,7 +30,7 @@ pub use arena::{Arena, Kind, OutOfMemory, Owner};
 pub use attention::{AttentionShape, DecodeBatch};
 pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
-pub use format::WeightFormat;
+pub use format::{CacheFormat, CacheLayout, CacheSpec, WeightFormat};
 pub use kernels::{
     AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, SampleRow, Sampled,
     Store,

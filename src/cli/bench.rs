@@ -1,6 +1,8 @@
 //! `rehearsal bench`: our own hot paths, timed on random tokens.
 
+use super::bench_cache::{self, BenchCacheArgs};
 use super::command::Threads;
+use super::formats::FormatArgs;
 use super::generate::{at_least_one, at_least_two};
 use super::machine::{free_memory, share_for_arenas};
 use super::open_model::{engine, spill_folder};
@@ -13,7 +15,7 @@ use crate::config::{Bytes, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
 use anyhow::Result;
-use clap::{Args, Subcommand, ValueEnum};
+use clap::{Args, Subcommand};
 use rehearsal_kernels::random::{Stream, below};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -21,8 +23,8 @@ use std::path::{Path, PathBuf};
 /// Times a hot path.
 #[derive(Debug, Args)]
 #[command(
-    long_about = "Time training, generation or alignment steps on random tokens. --model is a checkpoint folder, or a \
-                  config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
+    long_about = "Time training, generation or alignment steps on random tokens, or count a cache's bytes. --model is a \
+                  checkpoint folder, or a config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
                   seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, and what was run.",
     after_help = EXAMPLES
 )]
@@ -35,6 +37,7 @@ pub struct BenchArgs {
 const EXAMPLES: &str = "Example:\n  \
     rehearsal bench train --model config.json --batch 8 --sequence 64 --steps 20\n  \
     rehearsal bench generate --model config.json --batch 32 --prompt-tokens 16 --new-tokens 64 --json\n  \
+    rehearsal bench cache --json\n  \
     rehearsal bench grpo --model config.json --prompts 16 --group 8 --new-tokens 32 --steps 3";
 
 /// What to time.
@@ -46,6 +49,9 @@ pub enum BenchWhat {
     /// Sampling with a paged latent cache
     #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
     Generate(BenchGenerateArgs),
+    /// Bytes of the cache in every format, of two models; error and speed
+    #[command(after_help = EXAMPLES)]
+    Cache(BenchCacheArgs),
     /// Alignment steps through the actors: generate, score, update
     #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
     Grpo(BenchGrpoArgs),
@@ -92,9 +98,9 @@ pub struct BenchGenerateArgs {
     /// Sequences that share a prompt; it divides the batch
     #[arg(long, value_name = "G", default_value_t = 1, value_parser = at_least_one)]
     pub samples_per_prompt: usize,
-    /// Type of the weights and the cache
-    #[arg(long, value_enum, default_value = "f32")]
-    pub dtype: Dtype,
+    /// Types of weights and cache
+    #[command(flatten)]
+    pub formats: FormatArgs,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -132,35 +138,10 @@ pub struct BenchGrpoArgs {
     pub threads: Threads,
 }
 
-/// `--dtype`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Dtype {
-    /// 32-bit floats
-    F32,
-    /// 16-bit brain floats
-    Bf16,
-    /// 8-bit integers with scales
-    Int8,
-}
-
-impl Dtype {
-    /// Refuses a type that no kernel is built for.
-    fn require_built(self) -> anyhow::Result<()> {
-        match self {
-            Dtype::F32 => Ok(()),
-            Dtype::Bf16 | Dtype::Int8 => {
-                let name = self
-                    .to_possible_value()
-                    .map_or_else(String::new, |value| value.get_name().to_string());
-                Err(Fault::user(format!("--dtype {name} is not built yet; use f32")))
-            }
-        }
-    }
-}
-
 /// Times what was asked.
 pub fn run(args: BenchArgs) -> Result<()> {
     let (json, result) = match &args.what {
+        BenchWhat::Cache(args) => return bench_cache::run(args),
         BenchWhat::Train(args) => (args.json, train(args)?),
         BenchWhat::Generate(args) => (args.json, generate(args)?),
         BenchWhat::Grpo(args) => (args.json, grpo(args)?),
@@ -170,6 +151,11 @@ pub fn run(args: BenchArgs) -> Result<()> {
     }
     let Value::Object(figures) = &result else { unreachable!("figures have names") };
     figures.iter().try_for_each(|(name, value)| say(&format!("{name:30} {value}")))
+}
+
+/// The config of a folder of weights, or a config.json.
+pub fn model_config(path: &Path) -> Result<ModelConfig> {
+    Ok(model(path)?.0)
 }
 
 /// A folder of weights, or a config.json for random ones.
@@ -249,7 +235,6 @@ fn train(args: &BenchTrainArgs) -> Result<Value> {
 }
 
 fn generate(args: &BenchGenerateArgs) -> Result<Value> {
-    args.dtype.require_built()?;
     let (batch, samples) = (args.batch, args.samples_per_prompt);
     if !batch.is_multiple_of(samples) {
         return Err(Fault::user(format!(
@@ -278,6 +263,7 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
         step: 0,
         policy_version: 0,
     };
+    args.formats.apply(&mut engine)?;
     engine.enter_phase(Phase::Generate)?;
     let warm_up = GenerateJob { max_new_tokens: args.new_tokens.min(2), ..job.clone() };
     engine.generate(&warm_up, &mut |_| {})?;
@@ -286,7 +272,8 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
     let spent = stopwatch.spent();
     let figures = json!({
         "bench": "generate", "batch": batch, "samples_per_prompt": samples, "prompt_tokens": args.prompt_tokens,
-        "new_tokens": args.new_tokens, "dtype": "f32",
+        "new_tokens": args.new_tokens, "dtype": args.formats.dtype, "cache_dtype": args.formats.cache_dtype,
+        "weight_bytes": engine.packed_bytes(), "cache_bytes_per_token": engine.cache_bytes_per_token(),
         "tokens_per_second": report.new_tokens as f64 / spent.wall_seconds,
         "prefill_tokens_per_second": report.prompt_tokens as f64 / report.prefill_seconds.max(1e-9),
     });
@@ -358,19 +345,5 @@ fn settings(args: &BenchGrpoArgs) -> GrpoStage {
         after: None,
         micro_batch: 0,
         optimizer: OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() },
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::failure::exit_code;
-    use super::*;
-
-    #[test]
-    fn a_type_that_is_not_built_is_refused_as_the_users_fault() {
-        assert!(Dtype::F32.require_built().is_ok());
-        let refused = Dtype::Int8.require_built().unwrap_err();
-        assert_eq!(refused.to_string(), "--dtype int8 is not built yet; use f32");
-        assert_eq!(exit_code(&refused), 2);
     }
 }

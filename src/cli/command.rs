@@ -148,6 +148,7 @@ mod tests {
             "bench train --model m",
             "bench generate --model m",
             "bench grpo --model m",
+            "bench cache",
             "status r",
         ];
         for line in lines {
@@ -195,6 +196,8 @@ mod tests {
             "export m --format onnx --out d",
             "export m --format hf --dtype f16 --out d",
             "export m --format gguf --dtype q4_0 --out d",
+            "eval m --data f --verifier exact --against-f32",
+            "generate m --prompt x --cache-dtype 5bit",
         ] {
             let error =
                 Cli::try_parse_from(format!("rehearsal {line}").split(' ')).expect_err(line);

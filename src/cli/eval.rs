@@ -2,15 +2,15 @@
 
 use super::command::Threads;
 use super::extension::Extension;
+use super::formats::FormatArgs;
 use super::generate::{at_least_one, seed, temperature};
 use super::needle::{self, NeedleArgs};
 use super::open_model::{Ask, FILE, OpenModel};
 use super::output::{say, say_json};
+use super::perplexity;
 use crate::config::Fault;
 use crate::config::data::Schema;
 use crate::config::stage::VerifierKind;
-use crate::data::jsonl::Records;
-use crate::engine::phase::{Phase, Role, ScoreJob, SequenceScore};
 use crate::rl::rollout::Stop;
 use crate::rl::verifiers::{check_answer, verify};
 use anyhow::Result;
@@ -25,12 +25,15 @@ use std::path::{Path, PathBuf};
     long_about = "Measure a model. With --verifier it answers the prompts of FILE ({\"prompt\", \"answer\"} per line) and \
                   a program checks the replies: exact (the whole reply), answer-line (what follows `Answer:` in the \
                   last line), number (the final number) or regex (the answer is a pattern). Greedy with --samples 1, \
-                  else the mean over K samples. With --metric perplexity FILE holds texts ({\"text\"} per line). \
-                  With --verifier needle the model looks for one fact in haystacks that are made for it, and the share \
-                  that it finds is shown by length and depth.",
+                  else the mean over K samples. With --verifier needle the model looks for one fact in haystacks that \
+                  are made for it, and the share that it finds is shown by length and depth. With --metric perplexity \
+                  FILE holds texts: {\"text\"} per line, or plain text (.txt, .txt.gz), which is cut into windows of \
+                  the model's context. --dtype and --cache-dtype judge the model in fewer bits; a --cache-dtype sends \
+                  texts token by token through the sampler.",
     after_help = "Example:\n  \
                   rehearsal eval runs/quickstart/export --data questions.jsonl --verifier answer-line\n  \
                   rehearsal eval runs/quickstart/export --data texts.jsonl --metric perplexity --json\n  \
+                  rehearsal eval runs/quickstart/export --data a.txt --metric perplexity --dtype fp8 --against-f32\n  \
                   rehearsal eval runs/needle/export --verifier needle --lengths 64,256 --picture grid.svg\n  \
                   rehearsal eval runs/needle/stages/01-base --verifier needle --extend-to 256 --no-yarn",
     group = ArgGroup::new("measure").required(true).args(["verifier", "metric"])
@@ -62,6 +65,12 @@ pub struct EvalArgs {
     /// Seed of the random numbers
     #[arg(long, value_name = "S", default_value_t = 1, value_parser = seed)]
     pub seed: u64,
+    /// Perplexity: judge the model in f32 too, and tell the difference and the KL divergence
+    #[arg(long, conflicts_with = "verifier")]
+    pub against_f32: bool,
+    /// Types of weights and cache
+    #[command(flatten)]
+    pub formats: FormatArgs,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -86,7 +95,7 @@ const NEED_DATA: [(&str, &str); 5] = [
 ];
 
 impl EvalArgs {
-    fn data(&self) -> &Path {
+    pub(super) fn data(&self) -> &Path {
         self.data.as_deref().expect("the command line asks for it with every measure of a file")
     }
 }
@@ -136,14 +145,6 @@ struct Passes {
     mean_tokens: f64,
 }
 
-/// Stable keys of `--json` for a metric.
-#[derive(Serialize)]
-struct Perplexity {
-    perplexity: f64,
-    tokens: usize,
-    samples: usize,
-}
-
 /// Measures.
 pub fn run(args: EvalArgs) -> Result<()> {
     if args.verifier == Some(Verifier::Needle) {
@@ -154,6 +155,7 @@ pub fn run(args: EvalArgs) -> Result<()> {
     }
     let mut model =
         OpenModel::open_extended(&args.checkpoint, args.threads.count(), args.extension)?;
+    args.formats.apply(&mut model.engine)?;
     match args.verifier.and_then(Verifier::kind) {
         Some(verifier) => {
             let passes = passes(&mut model, &args, verifier)?;
@@ -170,14 +172,7 @@ pub fn run(args: EvalArgs) -> Result<()> {
             };
             say(&format!("pass@1 {:.1} %{any}", 100.0 * pass_at_1))
         }
-        None => {
-            let found = perplexity(&mut model, &args)?;
-            if args.json {
-                say_json(&found)
-            } else {
-                say(&format!("perplexity {:.4} over {} tokens", found.perplexity, found.tokens))
-            }
-        }
+        None => perplexity::run(model, &args),
     }
 }
 
@@ -216,29 +211,6 @@ fn passes(model: &mut OpenModel, args: &EvalArgs, verifier: VerifierKind) -> Res
         prompts: prompts.len(),
         mean_tokens: report.new_tokens as f64 / replies,
     })
-}
-
-fn perplexity(model: &mut OpenModel, args: &EvalArgs) -> Result<Perplexity> {
-    let data = args.data();
-    let loader = model.loader(data, Schema::Text, false);
-    let (path, set) = loader.sources.set(FILE)?;
-    let samples = Records::open(&path, set)?.count();
-    let sequences: Vec<Vec<u32>> = loader.texts(FILE, 0)?.into_iter().map(|s| s.tokens).collect();
-    model.engine.enter_phase(Phase::Score)?;
-    let first = vec![1; sequences.len()];
-    let job = ScoreJob { role: Role::Policy, sequences, temperature: 1.0, first };
-    let (mut sum, mut tokens) = (0.0, 0);
-    for score in model.engine.score(&job)? {
-        let SequenceScore::Logprobs(logprobs) = score else {
-            unreachable!("a policy gives log-probabilities")
-        };
-        sum += logprobs.iter().map(|l| f64::from(*l)).sum::<f64>();
-        tokens += logprobs.len();
-    }
-    if tokens == 0 {
-        return Err(Fault::user(format!("{}: no text has two tokens or more", data.display())));
-    }
-    Ok(Perplexity { perplexity: (-sum / tokens as f64).exp(), tokens, samples })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! `rehearsal generate`: replies to prompts, or a chat.
 
 use super::command::Threads;
+use super::formats::FormatArgs;
 use super::open_model::{Ask, FILE, OpenModel};
 use super::output::{say, say_json, say_reply};
 use crate::config::Fault;
@@ -55,6 +56,9 @@ pub struct GenerateArgs {
     /// One line of JSON a prompt
     #[arg(long)]
     pub json: bool,
+    /// Types of weights and cache
+    #[command(flatten)]
+    pub formats: FormatArgs,
     /// How fast
     #[command(flatten)]
     pub threads: Threads,
@@ -108,6 +112,7 @@ pub fn run(args: GenerateArgs) -> Result<()> {
         ));
     }
     let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
+    args.formats.apply(&mut model.engine)?;
     let ask = Ask {
         max_tokens: args.max_tokens,
         temperature: args.temperature,

@@ -21,12 +21,15 @@ mod open_model;
 
 pub mod eval;
 pub mod export;
+pub mod formats;
 pub mod generate;
 mod needle;
+mod perplexity;
 pub mod score;
 
 // Speed.
 pub mod bench;
+pub mod bench_cache;
 mod stopwatch;
 
 pub use command::Cli;

@@ -91,6 +91,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     check(args)?;
     let mut model =
         OpenModel::open_extended(&args.checkpoint, args.threads.count(), args.extension)?;
+    args.formats.apply(&mut model.engine)?;
     let tokenizer = Arc::clone(&model.tokenizer);
     let wordings = Wordings::of(&tokenizer)
         .map_err(|why| Fault::user(format!("{}: {why}", args.checkpoint.display())))?;

@@ -85,6 +85,12 @@ fn prepared(
     Ok(engine)
 }
 
+/// True if a file's name says plain text, compressed or not.
+fn is_plain_text(file: &Path) -> bool {
+    let name = file.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    name.is_some_and(|name| name.trim_end_matches(".gz").ends_with(".txt"))
+}
+
 /// A folder of this process for offloaded models; the engine removes it.
 pub fn spill_folder() -> PathBuf {
     std::env::temp_dir().join(format!("rehearsal-{}", std::process::id()))
@@ -118,14 +124,16 @@ impl OpenModel {
         Ok(OpenModel { engine, config, tokenizer: Arc::new(tokenizer), chat: Arc::new(chat) })
     }
 
-    /// A loader whose set [`FILE`] is `file`.
+    /// A loader whose set [`FILE`] is `file`: JSONL, or of texts one plain text.
     pub fn loader(&self, file: &Path, schema: Schema, chat: bool) -> Loader {
+        let is_plain = schema == Schema::Text && is_plain_text(file);
+        let plain_text_bytes = if is_plain { usize::MAX } else { 0 };
         let set = SetConfig {
             file: file.to_string_lossy().into_owned(),
             schema,
             fields: Default::default(),
             chat,
-            plain_text_bytes: 0,
+            plain_text_bytes,
             rejected_from_previous_line: false,
             split: None,
         };

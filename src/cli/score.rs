@@ -1,9 +1,10 @@
 //! `rehearsal score`: log-probability of every token of given texts.
 
 use super::command::Threads;
+use super::formats::{CacheDtype, FormatArgs};
 use super::open_model::OpenModel;
 use super::output::{say, say_json};
-use crate::config::ModelConfig;
+use crate::config::{Fault, ModelConfig};
 use crate::data::lines::Lines;
 use crate::data::tokenizer::Tokenizer;
 use crate::engine::phase::{Phase, Role, ScoreJob, SequenceScore};
@@ -35,6 +36,9 @@ pub struct ScoreArgs {
     /// One line of JSON a text; without it, the mean per text and over all
     #[arg(long)]
     pub json: bool,
+    /// Types of weights and cache
+    #[command(flatten)]
+    pub formats: FormatArgs,
     /// How fast
     #[command(flatten)]
     pub threads: Threads,
@@ -58,7 +62,15 @@ struct Scored<'a> {
 
 /// Scores.
 pub fn run(args: ScoreArgs) -> Result<()> {
+    let cache = args.formats.cache_dtype;
+    if cache != CacheDtype::F32 && !args.decode {
+        let name = cache.name();
+        return Err(Fault::user(format!(
+            "--cache-dtype {name} needs --decode: without it the texts go through no cache"
+        )));
+    }
     let mut model = OpenModel::open(&args.checkpoint, args.threads.count())?;
+    args.formats.apply(&mut model.engine)?;
     let sequences = read(&args.input, &model.tokenizer, &model.config)?;
     let logprobs = if args.decode {
         decode(&mut model, &sequences)?

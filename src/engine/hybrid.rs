@@ -10,6 +10,7 @@
 //! "Parked" is in a file if `engine.offload` names it, else still resident. Packed weights carry the policy version;
 //! the sampler refuses another one before its first token.
 
+use super::formats::Formats;
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 use super::resident::{
@@ -59,7 +60,7 @@ pub struct SavedState {
 pub struct HybridEngine {
     pub(super) kernels: Box<dyn Kernels>,
     pub(super) setup: EngineSetup,
-    phase: Phase,
+    pub(super) phase: Phase,
     pub(super) policy: Option<Resident>,
     policy_version: u64,
     others: BTreeMap<Role, Resident>,
@@ -67,6 +68,7 @@ pub struct HybridEngine {
     balance: Balance,
     form: AttentionForm,
     prefill: Prefill,
+    pub(super) formats: Formats,
     /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
     fitting: usize,
     /// What the phase made; dropped when it ends.
@@ -100,6 +102,7 @@ impl HybridEngine {
             balance: Balance::NONE,
             form: AttentionForm::Expanded,
             prefill: Prefill::ByCost,
+            formats: Formats::default(),
             fitting: 0,
             working: Working::default(),
         })
@@ -176,7 +179,8 @@ impl HybridEngine {
             if self.policy.is_some() {
                 match phase {
                     Phase::Generate => {
-                        self.pack_policy(PackFor { prefill: self.prefill, ..PackFor::SAMPLING })?
+                        let (format, prefill) = (self.formats.weights, self.prefill);
+                        self.pack_policy(PackFor { format, prefill, ..PackFor::SAMPLING })?
                     }
                     Phase::Train => bytes_in += self.ready_training()?,
                     Phase::Score | Phase::Idle => {}
@@ -189,23 +193,28 @@ impl HybridEngine {
 
     /// Runs one model over whole sequences.
     pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+        self.scorer(&job.role)?.score(job)
+    }
+
+    /// A model of the Score phase, packed.
+    pub(super) fn scorer(&mut self, role: &Role) -> Result<Scorer<'_>> {
         self.expect_phase(Phase::Score, "score")?;
-        let form = self.form;
-        if self.working.scored.as_ref().is_none_or(|(role, ..)| *role != job.role) {
+        let (form, format) = (self.form, self.formats.weights);
+        if self.working.scored.as_ref().is_none_or(|(scored, ..)| scored != role) {
             self.unload_scored()?;
             let kernels = self.kernels.as_ref();
-            let resident = match &job.role {
+            let resident = match role {
                 Role::Policy => self.policy.as_mut(),
                 role => self.others.get_mut(role),
             };
             let Some(resident) = resident else {
-                bail!("the engine holds no model {}", job.role.name())
+                bail!("the engine holds no model {}", role.name())
             };
             let (params, _) = resident.take(kernels)?;
-            let pack = PackFor::documents(form, false);
+            let pack = PackFor { format, ..PackFor::documents(form, false) };
             let packed =
-                resident.model.pack(kernels, &params, &job.role.name(), self.policy_version, pack);
-            self.working.scored = Some((job.role.clone(), params, packed.map_err(out_of_memory)?));
+                resident.model.pack(kernels, &params, &role.name(), self.policy_version, pack);
+            self.working.scored = Some((role.clone(), params, packed.map_err(out_of_memory)?));
         }
         let (role, params, packed) = self.working.scored.as_ref().expect("just loaded");
         let resident =
@@ -213,7 +222,7 @@ impl HybridEngine {
         let resident = resident.expect("it was just loaded");
         let calibration = resident.model.layout.score.map(|_| resident.calibration);
         let (kernels, model) = (self.kernels.as_ref(), &resident.model);
-        Scorer { kernels, model, params, packed, calibration }.score(job)
+        Ok(Scorer { kernels, model, params, packed, calibration })
     }
 
     /// One optimizer step of the policy (or of the reward model that is being fitted).

@@ -9,10 +9,12 @@ pub mod offload;
 mod parked_optimizer;
 pub mod resident;
 
+pub mod formats;
 pub mod hybrid;
 mod sampling;
 mod scoring;
 
+pub use formats::Formats;
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 pub use resident::check_weights;

@@ -1,15 +1,15 @@
 //! The Generate phase of the engine: the packed policy, and the latent cache that it fills.
 
 use super::hybrid::HybridEngine;
-use super::phase::Phase;
+use super::phase::{Phase, Role};
 use super::resident::out_of_memory;
 use crate::config::EngineConfig;
 use crate::config::fault::Fault;
 use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
-use crate::inference::{Forward, ForwardTargets, Limits, generate, score_decoded};
+use crate::inference::{Forward, ForwardRows, Limits, generate, read_decoded, score_decoded};
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
-use rehearsal_kernels::{Kernels, SampleRow, Sampled};
+use rehearsal_kernels::{Buffer, Kernels, SampleRow, Sampled};
 
 /// The policy as the sampler sees it.
 pub(super) struct Decoder<'a> {
@@ -43,19 +43,29 @@ impl Forward for Decoder<'_> {
     }
 }
 
-impl ForwardTargets for Decoder<'_> {
-    fn logprobs(&mut self, rows: &DecodeRows, targets: &[u32]) -> Result<Vec<f32>> {
+impl ForwardRows for Decoder<'_> {
+    fn logprobs(&mut self, rows: &DecodeRows, each: &mut dyn FnMut(usize, &[f64])) -> Result<()> {
         let logits = self
             .model
             .decode(self.kernels, self.params, self.packed, self.cache, rows)
             .map_err(out_of_memory)?;
-        let flat = self.kernels.download_f64(&logits);
-        let logprob = |(row, target): (&[f64], &u32)| {
-            let highest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let sum: f64 = row.iter().map(|logit| (logit - highest).exp()).sum();
-            (row[*target as usize] - highest - sum.ln()) as f32
-        };
-        Ok(flat.chunks_exact(logits.cols()).zip(targets).map(logprob).collect())
+        each_distribution(self.kernels, &logits, each);
+        Ok(())
+    }
+}
+
+/// Calls `each(row, log-probabilities)` for every row of logits, at temperature 1.
+pub(super) fn each_distribution(
+    kernels: &dyn Kernels,
+    logits: &Buffer,
+    each: &mut dyn FnMut(usize, &[f64]),
+) {
+    for (index, row) in kernels.download_f64(logits).chunks_exact_mut(logits.cols()).enumerate() {
+        let highest = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum: f64 = row.iter().map(|logit| (logit - highest).exp()).sum();
+        let log = sum.ln();
+        row.iter_mut().for_each(|logit| *logit = *logit - highest - log);
+        each(index, row);
     }
 }
 
@@ -97,15 +107,36 @@ impl HybridEngine {
 
     /// Log-probabilities of each sequence's tokens from the second on, token by token through the sampler's cache.
     pub fn score_decoded(&mut self, sequences: &[Vec<u32>]) -> Result<Vec<Vec<f32>>> {
+        self.with_pages_of(sequences, |decoder, limits| score_decoded(decoder, sequences, limits))
+    }
+
+    /// Calls `each(sequence, position, log-probabilities of all tokens that may follow)` for every token but a
+    /// sequence's last: in Generate token by token through the cache, in Score sequence by sequence without one.
+    pub fn each_distribution(
+        &mut self,
+        sequences: &[Vec<u32>],
+        each: &mut dyn FnMut(usize, usize, &[f64]),
+    ) -> Result<()> {
+        if self.phase == Phase::Score {
+            return self.scorer(&Role::Policy)?.each_distribution(sequences, each);
+        }
+        self.with_pages_of(sequences, |decoder, limits| {
+            read_decoded(decoder, sequences, limits, each)
+        })
+    }
+
+    /// Runs `work` with the packed policy and a cache in which as many of the sequences fit as may run together.
+    fn with_pages_of<T>(
+        &mut self,
+        sequences: &[Vec<u32>],
+        work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
+    ) -> Result<T> {
         self.expect_phase(Phase::Generate, "score through the cache")?;
         self.check_tokens(sequences.iter().map(Vec::as_slice))?;
         let longest = sequences.iter().map(Vec::len).max().unwrap_or(1);
         let page = self.setup.engine.page_tokens;
         let at_once = sequences.len().clamp(1, self.setup.engine.decode_batch);
-        self.with_cache(
-            |_, _, _| longest.div_ceil(page) * at_once,
-            |decoder, limits| score_decoded(decoder, sequences, limits),
-        )
+        self.with_cache(|_, _, _| longest.div_ceil(page) * at_once, work)
     }
 
     /// Runs `work` with the packed policy and a cache of at least `pages(self, bytes of a page, context)`.
@@ -117,17 +148,17 @@ impl HybridEngine {
         let (page_tokens, decode_batch) =
             (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
         let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();
-        let context = config.max_position_embeddings;
+        let (context, format) = (config.max_position_embeddings, self.formats.cache);
         let pages = pages(
             self,
-            LatentCache::page_bytes(self.kernels.as_ref(), &config, page_tokens),
+            LatentCache::page_bytes(self.kernels.as_ref(), &config, format, page_tokens),
             context,
         );
         let kernels = self.kernels.as_ref();
         if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
             self.working.cache = None;
-            let cache =
-                LatentCache::new(kernels, &config, pages, page_tokens).map_err(out_of_memory)?;
+            let cache = LatentCache::new(kernels, &config, format, pages, page_tokens)
+                .map_err(out_of_memory)?;
             self.working.cache = Some(cache);
         }
         let cache = self.working.cache.as_mut().expect("just made");

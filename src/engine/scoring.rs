@@ -2,6 +2,7 @@
 
 use super::phase::{ScoreJob, SequenceScore};
 use super::resident::{Calibration, out_of_memory};
+use super::sampling::each_distribution;
 use crate::config::fault::Fault;
 use crate::model::{Documents, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
@@ -10,6 +11,9 @@ use std::ops::Range;
 
 /// Rows that go through the model at once, if the budget allows; a longer sequence goes alone.
 pub const ROWS_AT_ONCE: usize = 4096;
+
+/// Rows whose logits are held at once.
+const LOGIT_ROWS: usize = 64;
 
 /// One model, ready for forward passes.
 pub(super) struct Scorer<'a> {
@@ -46,6 +50,34 @@ impl Scorer<'_> {
             }
         }
         Ok(scores)
+    }
+
+    /// Calls `each(sequence, position, log-probabilities of all tokens that may follow)` for every token but the last.
+    pub fn each_distribution(
+        &self,
+        sequences: &[Vec<u32>],
+        each: &mut dyn FnMut(usize, usize, &[f64]),
+    ) -> Result<()> {
+        let first = vec![1; sequences.len()];
+        let role = super::phase::Role::Policy;
+        let job = ScoreJob { role, sequences: sequences.to_vec(), temperature: 1.0, first };
+        check(self.model, &job)?;
+        for (index, sequence) in sequences.iter().enumerate() {
+            let documents = Documents::pack(self.kernels, &[sequence]).map_err(out_of_memory)?;
+            let pass = self.model.pass(self.kernels, &documents, self.packed);
+            let hidden = self.model.forward_only(&pass, self.params, self.packed);
+            let hidden = hidden.map_err(out_of_memory)?;
+            let rows: Vec<u32> = (0..sequence.len() as u32 - 1).collect();
+            for (tile, rows) in rows.chunks(LOGIT_ROWS).enumerate() {
+                let heads = &self.packed.heads;
+                let logits = heads.logits(self.kernels, self.params, &hidden, rows);
+                let logits = logits.map_err(out_of_memory)?;
+                each_distribution(self.kernels, &logits, &mut |row, logprobs| {
+                    each(index, tile * LOGIT_ROWS + row, logprobs);
+                });
+            }
+        }
+        Ok(())
     }
 
     /// One forward pass over some of the sequences.

@@ -22,4 +22,4 @@ mod oracle;
 
 pub use generate::{Forward, Limits, generate};
 pub use job::{GenerateJob, GenerateReport, GenerateRequest, TokenGroup};
-pub use score::{ForwardTargets, score_decoded};
+pub use score::{ForwardRows, read_decoded, score_decoded};

@@ -6,7 +6,7 @@
 
 use super::generate::{Forward, Limits};
 use super::job::{GenerateJob, GenerateRequest};
-use super::score::ForwardTargets;
+use super::score::ForwardRows;
 use crate::model::cache::DecodeRows;
 use crate::rl::rollout::{Rollout, Stop};
 use anyhow::Result;
@@ -137,16 +137,14 @@ impl Forward for Machine {
     }
 }
 
-impl ForwardTargets for Machine {
-    fn logprobs(&mut self, rows: &DecodeRows, targets: &[u32]) -> Result<Vec<f32>> {
+impl ForwardRows for Machine {
+    fn logprobs(&mut self, rows: &DecodeRows, each: &mut dyn FnMut(usize, &[f64])) -> Result<()> {
         let seen = self.run(rows);
-        assert_eq!(rows.wanted.len(), targets.len());
-        Ok(rows
-            .wanted
-            .iter()
-            .zip(targets)
-            .map(|(row, target)| logprob(seen[*row as usize], *target) as f32)
-            .collect())
+        for (index, row) in rows.wanted.iter().enumerate() {
+            let logprob = |token| logprob(seen[*row as usize], token);
+            each(index, &(0..VOCABULARY as u32).map(logprob).collect::<Vec<_>>());
+        }
+        Ok(())
     }
 }
 

@@ -11,11 +11,11 @@ use crate::model::cache::DecodeRows;
 use anyhow::Result;
 use std::collections::VecDeque;
 
-/// A model with its cache that says how likely a given next token is.
-pub trait ForwardTargets {
-    /// Writes the rows' cache entries, then returns the log-probability of one target per row, at
+/// A model with its cache that says how likely every next token is.
+pub trait ForwardRows {
+    /// Writes the rows' cache entries, then calls `each(row, log-probabilities of all tokens)` for every row, at
     /// temperature 1. Every row is wanted.
-    fn logprobs(&mut self, rows: &DecodeRows, targets: &[u32]) -> Result<Vec<f32>>;
+    fn logprobs(&mut self, rows: &DecodeRows, each: &mut dyn FnMut(usize, &[f64])) -> Result<()>;
 }
 
 /// A sequence on its way through the cache.
@@ -25,19 +25,32 @@ struct Reading {
     cached: usize,
 }
 
-/// For each sequence the log-probabilities of its tokens from the second on. One row per sequence
-/// and step; at most `decode_batch` sequences run together, in their order.
+/// For each sequence the log-probabilities of its tokens from the second on.
 pub fn score_decoded(
-    forward: &mut dyn ForwardTargets,
+    forward: &mut dyn ForwardRows,
     sequences: &[Vec<u32>],
     limits: &Limits,
 ) -> Result<Vec<Vec<f32>>> {
+    let mut scores: Vec<Vec<f32>> = vec![Vec::new(); sequences.len()];
+    read_decoded(forward, sequences, limits, &mut |index, position, logprobs| {
+        scores[index].push(logprobs[sequences[index][position + 1] as usize] as f32);
+    })?;
+    Ok(scores)
+}
+
+/// Calls `each(sequence, position, log-probabilities of all tokens that may follow)` for every token but a sequence's
+/// last. One row per sequence and step; at most `decode_batch` sequences run together, in their order.
+pub fn read_decoded(
+    forward: &mut dyn ForwardRows,
+    sequences: &[Vec<u32>],
+    limits: &Limits,
+    each: &mut dyn FnMut(usize, usize, &[f64]),
+) -> Result<()> {
     check(sequences, limits)?;
     let mut table = PageTable::new(limits.page_count);
     let mut waiting: VecDeque<usize> =
         (0..sequences.len()).filter(|i| sequences[*i].len() > 1).collect();
     let mut running: Vec<Reading> = Vec::new();
-    let mut scores: Vec<Vec<f32>> = vec![Vec::new(); sequences.len()];
     while !(waiting.is_empty() && running.is_empty()) {
         while running.len() < limits.decode_batch
             && let Some(index) = waiting.front().copied()
@@ -51,18 +64,18 @@ pub fn score_decoded(
             running.push(Reading { index, pages, cached: 0 });
         }
         assert!(!running.is_empty(), "an empty cache has room for every checked sequence");
-        let (mut rows, mut targets) = (DecodeRows::default(), Vec::new());
+        let mut rows = DecodeRows::default();
         for reading in &running {
             let tokens = &sequences[reading.index];
             rows.begin(&reading.pages[..=reading.cached / limits.page_tokens]);
             rows.push(tokens[reading.cached], reading.cached, limits.page_tokens);
             rows.want_last();
-            targets.push(tokens[reading.cached + 1]);
         }
-        for (reading, logprob) in running.iter_mut().zip(forward.logprobs(&rows, &targets)?) {
-            scores[reading.index].push(logprob);
+        forward.logprobs(&rows, &mut |row, logprobs| {
+            let reading = &mut running[row];
+            each(reading.index, reading.cached, logprobs);
             reading.cached += 1;
-        }
+        })?;
         running.retain(|reading| {
             let goes_on = reading.cached + 1 < sequences[reading.index].len();
             if !goes_on {
@@ -71,7 +84,7 @@ pub fn score_decoded(
             goes_on
         });
     }
-    Ok(scores)
+    Ok(())
 }
 
 /// Pages of a sequence whose last token never enters the cache.

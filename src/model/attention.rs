@@ -1,5 +1,6 @@
 //! The attention of a layer, whichever it is: one choice per layer, the same calls for both.
 
+use super::cache::LayerCache;
 use super::gqa::{Gqa, GqaPending, GqaSaved};
 use super::linear::Packing;
 use super::mla::{Mla, MlaPending, MlaSaved};
@@ -78,7 +79,7 @@ impl Attention {
         x: &Buffer,
         rope: &RopeTable,
         rows: &SamplerRows,
-        cache: &mut Buffer,
+        cache: &mut LayerCache<'_>,
         y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
         match self {

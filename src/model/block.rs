@@ -1,6 +1,7 @@
 //! One layer: h = x + attention(norm(x)); y = h + FFN(norm(h)) (deepseek_v2.md 1.1).
 
 use super::attention::{Attention, AttentionPending, AttentionSaved};
+use super::cache::LayerCache;
 use super::linear::Packing;
 use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::moe::{Moe, MoePending, MoeSaved, Routing};
@@ -113,7 +114,7 @@ impl Block {
         x: &mut Buffer,
         rope: &RopeTable,
         rows: &SamplerRows,
-        cache: &mut Buffer,
+        cache: &mut LayerCache<'_>,
     ) -> Result<(), OutOfMemory> {
         let input = self.input_norm.forward(kernels, params, x)?;
         self.attention.decode(kernels, params, &input.y, rope, rows, cache, x)?;

@@ -6,10 +6,10 @@
 //!
 //! Invariants:
 //!   * slot of token j of a sequence = table[j / page_tokens] * page_tokens + j % page_tokens
-//!   * one more token costs `ModelConfig::cache_width` elements a layer and nothing else
+//!   * one more token costs `ModelConfig::cache_width` elements in the cache's format a layer, and nothing else
 
-use crate::config::ModelConfig;
-use rehearsal_kernels::{Buffer, Kernels, Kind, OutOfMemory};
+use crate::config::{Attention, ModelConfig};
+use rehearsal_kernels::{Buffer, CacheFormat, CacheLayout, Kernels, Kind, OutOfMemory};
 
 /// Rows of one sampler step, of one or many sequences: chunks of prompts, or one new token per
 /// sequence.
@@ -64,10 +64,29 @@ impl DecodeRows {
     }
 }
 
+/// What a token of a model leaves in a layer's cache.
+pub fn cache_layout(config: &ModelConfig, format: CacheFormat) -> CacheLayout {
+    let rope = match config.attention() {
+        Attention::Mla => config.qk_rope_head_dim,
+        Attention::Gqa { .. } => 0,
+    };
+    CacheLayout { format, latent: config.cache_width() - rope, rope }
+}
+
+/// One layer's cache, to write to and to attend to.
+pub struct LayerCache<'a> {
+    /// A row per slot.
+    pub rows: &'a mut Buffer,
+    /// What a row holds.
+    pub layout: CacheLayout,
+}
+
 /// The cache entries of all layers.
 pub struct LatentCache {
-    /// One buffer per layer: `[page_count * page_tokens, cache_width]`.
+    /// One buffer per layer: a row of `layout` for each of `page_count * page_tokens` slots.
     pub layers: Vec<Buffer>,
+    /// What a row holds.
+    pub layout: CacheLayout,
     /// Tokens of a page.
     pub page_tokens: usize,
     /// A page on its way to another one: a buffer cannot be read and written in one call.
@@ -79,24 +98,32 @@ impl LatentCache {
     pub fn new(
         kernels: &dyn Kernels,
         config: &ModelConfig,
+        format: CacheFormat,
         page_count: usize,
         page_tokens: usize,
     ) -> Result<LatentCache, OutOfMemory> {
         let owner = kernels.arena().owner("policy", Kind::Cache);
-        let buffer =
-            |rows| kernels.arena().buffer(owner, kernels.float(), rows, config.cache_width());
+        let layout = cache_layout(config, format);
+        let (dtype, cols) = kernels.cache_shape(&layout);
+        let buffer = |rows| kernels.arena().buffer(owner, dtype, rows, cols);
         let layers = (0..config.num_hidden_layers).map(|_| buffer(page_count * page_tokens));
         Ok(LatentCache {
             layers: layers.collect::<Result<_, _>>()?,
+            layout,
             page_tokens,
             transit: buffer(page_tokens)?,
         })
     }
 
     /// Bytes of one page over all layers.
-    pub fn page_bytes(kernels: &dyn Kernels, config: &ModelConfig, page_tokens: usize) -> u64 {
-        let elements = config.num_hidden_layers * config.cache_width() * page_tokens;
-        (elements * kernels.float().size()) as u64
+    pub fn page_bytes(
+        kernels: &dyn Kernels,
+        config: &ModelConfig,
+        format: CacheFormat,
+        page_tokens: usize,
+    ) -> u64 {
+        let (dtype, cols) = kernels.cache_shape(&cache_layout(config, format));
+        (config.num_hidden_layers * page_tokens * cols * dtype.size()) as u64
     }
 
     /// Number of pages.
@@ -125,7 +152,7 @@ impl LatentCache {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rehearsal_kernels::{Arena, ReferenceKernels};
+    use rehearsal_kernels::{Arena, CpuKernels, ReferenceKernels};
 
     fn config(layers: usize) -> ModelConfig {
         let text = format!(
@@ -137,28 +164,40 @@ mod tests {
         serde_json::from_str(&text).unwrap()
     }
 
+    /// The allocator's own count for a cache; a page of 256 tokens fills whole pages of the arena in every format.
+    fn held(kernels: &dyn Kernels, format: CacheFormat, page_count: usize, layers: usize) -> u64 {
+        let config = config(layers);
+        let cache = LatentCache::new(kernels, &config, format, page_count, 256).unwrap();
+        assert_eq!(cache.page_count(), page_count);
+        let page_bytes = LatentCache::page_bytes(kernels, &config, format, 256);
+        assert_eq!(cache.bytes(), page_count as u64 * page_bytes);
+        kernels.arena().held_by(Kind::Cache)
+    }
+
     #[test]
     fn each_token_costs_one_entry_of_latent_and_rope_key_a_layer() {
         let kernels = ReferenceKernels::new(Arena::new(None));
-        let held = |page_count: usize, layers: usize| {
-            let cache = LatentCache::new(&kernels, &config(layers), page_count, 16).unwrap();
-            assert_eq!(cache.page_count(), page_count);
-            assert_eq!(
-                cache.bytes(),
-                page_count as u64 * LatentCache::page_bytes(&kernels, &config(layers), 16)
-            );
-            kernels.arena().held_by(Kind::Cache)
-        };
-        // The allocator's own count, in f64: 8 bytes an element; the number of heads plays no part.
-        assert_eq!(held(10, 3) - held(9, 3), 16 * 3 * 576 * 8);
-        assert_eq!(held(10, 4) - held(10, 3), 10 * 16 * 576 * 8);
+        let held = |page_count, layers| held(&kernels, CacheFormat::F32, page_count, layers);
+        // In f64: 8 bytes an element; the number of heads plays no part.
+        assert_eq!(held(10, 3) - held(9, 3), 256 * 3 * 576 * 8);
+        assert_eq!(held(10, 4) - held(10, 3), 10 * 256 * 576 * 8);
         assert_eq!(kernels.arena().held_by(Kind::Cache), 0);
+    }
+
+    #[test]
+    fn each_token_costs_the_bytes_of_the_cache_s_format() {
+        let kernels = CpuKernels::new(1, Arena::new(None));
+        for (format, bytes) in CacheFormat::ALL.into_iter().zip([576 * 4, 576 * 2, 648, 430]) {
+            let held = |page_count, layers| held(&kernels, format, page_count, layers);
+            assert_eq!(held(256, 3) - held(128, 3), 128 * 256 * 3 * bytes, "{format:?}");
+            assert_eq!(held(128, 4) - held(128, 3), 128 * 256 * bytes, "{format:?}");
+        }
     }
 
     #[test]
     fn a_page_is_copied_in_every_layer_and_touches_nothing_else() {
         let kernels = ReferenceKernels::new(Arena::new(None));
-        let mut cache = LatentCache::new(&kernels, &config(2), 3, 4).unwrap();
+        let mut cache = LatentCache::new(&kernels, &config(2), CacheFormat::F32, 3, 4).unwrap();
         let (rows, width) = (12, 576);
         let before: Vec<Vec<f64>> = (0..2)
             .map(|layer| (0..rows * width).map(|i| (layer * 100_000 + i) as f64).collect())

@@ -9,13 +9,16 @@
 //!   3. attention: H / K query heads share a key and a value
 //!   4. W_O, added to the residual stream
 
+use super::cache::LayerCache;
 use super::linear::{Linear, Packing};
 use super::params::{GqaIndex, Gradients, Params};
 use super::pass::{Pass, floats};
 use super::prefill::SamplerRows;
 use super::rope::softmax_scale;
 use crate::config::{Attention, ModelConfig};
-use rehearsal_kernels::{AttentionShape, Buffer, Kernels, OutOfMemory, RopeTable, Store, View};
+use rehearsal_kernels::{
+    AttentionShape, Buffer, CacheSpec, Kernels, OutOfMemory, RopeTable, Store, View,
+};
 
 /// A packed attention layer.
 pub struct Gqa {
@@ -100,15 +103,17 @@ impl Gqa {
         x: &Buffer,
         rope: &RopeTable,
         rows: &SamplerRows,
-        cache: &mut Buffer,
+        cache: &mut LayerCache<'_>,
         y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
         let [all] = rows.parts.as_slice() else { panic!("there is one form of grouped queries") };
         let qkv = self.project(kernels, x, &rows.positions, rope)?;
-        kernels.scatter_rows(&self.keys_and_values(&qkv), &rows.slots, cache);
+        let (q, kv) = (self.queries(&qkv), self.keys_and_values(&qkv));
+        let spec = CacheSpec { layout: cache.layout, channels: None };
+        kernels.write_cache(&spec, &kv, &floats(kernels, x.rows(), 0)?, &rows.slots, cache.rows);
         let mut attended = floats(kernels, x.rows(), self.shape.heads * self.shape.value_width)?;
         let batch = rows.batch(all);
-        kernels.mla_decode(&self.shape, &self.queries(&qkv), cache, &batch, &mut attended)?;
+        kernels.mla_decode(&self.shape, &q, &spec, cache.rows, &batch, &mut attended)?;
         self.output.forward(kernels, &attended, y, Store::Add);
         Ok(())
     }

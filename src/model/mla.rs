@@ -12,6 +12,7 @@
 //!   4. attention in the chosen form
 //!   5. W_O, added to the residual stream
 
+use super::cache::LayerCache;
 use super::linear::{Linear, Packing};
 use super::norm::{Norm, Normed};
 use super::params::{Gradients, MlaIndex, Params};
@@ -21,7 +22,7 @@ use super::prefill::SamplerRows;
 use super::transformer::PackFor;
 use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Pack, Product, RopeTable, Store};
+use rehearsal_kernels::{Buffer, CacheSpec, Kernels, OutOfMemory, Pack, Product, RopeTable, Store};
 
 /// A packed attention layer.
 pub struct Mla {
@@ -197,7 +198,7 @@ impl Mla {
         x: &Buffer,
         rope: &RopeTable,
         rows: &SamplerRows,
-        cache: &mut Buffer,
+        cache: &mut LayerCache<'_>,
         y: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
         let Core::Absorbed { value, prompts, .. } = &self.core else {
@@ -205,22 +206,25 @@ impl Mla {
         };
         let dims = &self.dims;
         let projected = self.project(kernels, params, x, &rows.positions, rope)?;
-        let latent = dims.latent;
-        kernels.scatter_rows(&projected.latent.y, &rows.slots, &mut cache.cols_of_mut(0..latent));
-        let key = latent..latent + dims.rope;
-        kernels.scatter_rows(&projected.k_rope, &rows.slots, &mut cache.cols_of_mut(key));
+        // What the norm multiplied the latent by: a format of few bits takes it out again.
+        let channels = params.slab.tensor(self.latent_norm.weight);
+        let spec = CacheSpec { layout: cache.layout, channels: Some(&channels) };
+        let (latent, key) = (&projected.latent.y, &projected.k_rope);
+        kernels.write_cache(&spec, latent, key, &rows.slots, cache.rows);
         let mut o = floats(kernels, x.rows(), dims.heads * dims.value)?;
         for part in &rows.parts {
             let q = projected.q.rows_of(part.rows.clone());
             let mut o = o.rows_of_mut(part.rows.clone());
             if let Some(context) = &part.context {
                 let kv_b = prompts.as_ref().expect("kv_b is packed for prompts by cost");
-                context.attend(kernels, dims, kv_b, &q, &part.length, cache, &mut o)?;
+                let seen = &part.length;
+                context.attend(kernels, dims, kv_b, &q, seen, &spec, cache.rows, &mut o)?;
                 continue;
             }
             let q = self.absorb(kernels, &q)?;
-            let mut z = floats(kernels, q.rows(), dims.heads * latent)?;
-            kernels.mla_decode(&dims.absorbed(), &q, cache, &rows.batch(part), &mut z)?;
+            let mut z = floats(kernels, q.rows(), dims.heads * dims.latent)?;
+            let batch = rows.batch(part);
+            kernels.mla_decode(&dims.absorbed(), &q, &spec, cache.rows, &batch, &mut z)?;
             self.values(kernels, value, &z, &mut o);
         }
         self.output.forward(kernels, &o, y, Store::Add);

@@ -29,7 +29,7 @@ pub mod transformer;
 // The sampler's memory.
 pub mod cache;
 
-pub use cache::{DecodeRows, LatentCache};
+pub use cache::{DecodeRows, LatentCache, cache_layout};
 pub use params::{Gradients, Layout, Params};
 pub use pass::{Capacity, Documents, Pass};
 pub use transformer::{PackFor, PackedModel, Transformer};

@@ -16,7 +16,7 @@ use super::pass::{floats, index_buffer, indices};
 use super::per_head::Dims;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::{Attention, ModelConfig};
-use rehearsal_kernels::{Buffer, DecodeBatch, Kernels, OutOfMemory, Store};
+use rehearsal_kernels::{Buffer, CacheSpec, DecodeBatch, Kernels, OutOfMemory, Store};
 use std::ops::Range;
 
 /// Context tokens that are expanded at once.
@@ -180,6 +180,7 @@ impl Context {
         kv_b: &Linear,
         q: &Buffer,
         length: &Buffer,
+        spec: &CacheSpec<'_>,
         cache: &Buffer,
         o: &mut Buffer,
     ) -> Result<(), OutOfMemory> {
@@ -187,7 +188,7 @@ impl Context {
         let mut lse = floats(kernels, q.rows(), dims.heads)?;
         for (index, slots) in self.ranges.iter().enumerate() {
             let mut entries = floats(kernels, slots.rows(), dims.latent + dims.rope)?;
-            kernels.gather_rows(cache, slots, &mut entries);
+            kernels.read_cache(spec, cache, slots, &mut entries);
             let mut kv = floats(kernels, slots.rows(), kv_b.outputs())?;
             kv_b.forward(kernels, &entries.cols_of(0..dims.latent), &mut kv, Store::Set);
             let k_rope = entries.cols_of(dims.latent..entries.cols());

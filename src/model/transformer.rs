@@ -5,7 +5,7 @@
 //! models share one `Transformer`.
 
 use super::block::{Block, BlockSaved};
-use super::cache::{DecodeRows, LatentCache};
+use super::cache::{DecodeRows, LatentCache, LayerCache};
 use super::heads::Heads;
 use super::linear::Packing;
 use super::moe::Routing;
@@ -197,6 +197,7 @@ impl Transformer {
         let placed = SamplerRows::new(kernels, config, rows, page_tokens, packed.prefill)?;
         let mut x = self.embed(kernels, params, &indices(kernels, &rows.tokens)?)?;
         for (block, layer) in packed.blocks.iter().zip(&mut cache.layers) {
+            let layer = &mut LayerCache { rows: layer, layout: cache.layout };
             block.decode(kernels, params, &mut x, &self.rope, &placed, layer)?;
         }
         packed.heads.logits(kernels, params, &x, &rows.wanted)

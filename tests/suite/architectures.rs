@@ -6,7 +6,7 @@ use crate::tiny::cpu;
 use rehearsal::checkpoint::{TensorFolder, read_model_config};
 use rehearsal::config::{Attention, LatentScaling, ModelType};
 use rehearsal::model::{DecodeRows, LatentCache, PackFor, Params, Transformer};
-use rehearsal_kernels::Kernels;
+use rehearsal_kernels::{CacheFormat, Kernels};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -20,7 +20,7 @@ fn logits(folder: &Path) -> Vec<u32> {
     let mut params = Params::new(&kernels, model.layout.clone(), "policy").unwrap();
     params.load(&kernels, |spec| weights.read_f32(&spec.name)).unwrap();
     let packed = model.pack(&kernels, &params, "policy", 0, PackFor::SAMPLING).unwrap();
-    let mut cache = LatentCache::new(&kernels, &config, 2, 8).unwrap();
+    let mut cache = LatentCache::new(&kernels, &config, CacheFormat::F32, 2, 8).unwrap();
     let mut rows = DecodeRows::default();
     rows.begin(&[1, 0]);
     for position in 0..12 {

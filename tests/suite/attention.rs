@@ -12,7 +12,7 @@ use rehearsal::config::engine::AttentionForm::{self, Absorbed, Expanded};
 use rehearsal::config::engine::Prefill;
 use rehearsal::model::{DecodeRows, Documents, LatentCache, PackFor};
 use rehearsal_kernels::random::{Draws, Stream};
-use rehearsal_kernels::{Arena, CpuKernels, DType, Kernels, Kind, ReferenceKernels};
+use rehearsal_kernels::{Arena, CacheFormat, CpuKernels, DType, Kernels, Kind, ReferenceKernels};
 
 /// Property tests with an explicit seed that write no files.
 fn fixed(cases: u32) -> ProptestConfig {
@@ -216,7 +216,8 @@ fn check_forms(kernels: &dyn Kernels, widths: &Widths, count: usize, tolerance: 
     let tiny = attention_alone(kernels, &one_layer(widths));
     let tokens = tokens(count);
     let wanted = plain(&tiny, widths, &tokens).logits;
-    let mut cache = LatentCache::new(kernels, &tiny.model.config, count, 1).unwrap();
+    let mut cache =
+        LatentCache::new(kernels, &tiny.model.config, CacheFormat::F32, count, 1).unwrap();
     let pages: Vec<u32> = (0..count as u32).rev().collect();
     let found = [
         ("expanded", trained_logits(&tiny, Expanded, &tokens)),
@@ -256,7 +257,7 @@ fn a_cache_entry_is_the_latent_after_its_norm_and_the_key_after_its_rotation() {
     let tiny = attention_alone(&kernels, &one_layer(&widths));
     let tokens = tokens(9);
     let wanted = plain(&tiny, &widths, &tokens);
-    let mut cache = LatentCache::new(&kernels, &tiny.model.config, 3, 4).unwrap();
+    let mut cache = LatentCache::new(&kernels, &tiny.model.config, CacheFormat::F32, 3, 4).unwrap();
     decoded(&tiny, &mut cache, &rows_of(&tokens, 0..9, &[2, 0, 1], 4));
     let entries = kernels.download_f64(&cache.layers[0]);
     let close = |a: &[f64], b: &[f64]| worst(a, b, 1.0).1 < 1e-12;
@@ -280,7 +281,7 @@ fn a_decode_step_writes_one_entry_of_576_elements_a_layer_and_nothing_else() {
     config.first_k_dense_replace = 2;
     let kernels = cpu(1);
     let tiny = Tiny::new(&kernels, &config, false);
-    let mut cache = LatentCache::new(&kernels, &config, 4, 4).unwrap();
+    let mut cache = LatentCache::new(&kernels, &config, CacheFormat::F32, 4, 4).unwrap();
     let tokens = tokens(7);
     for layer in &mut cache.layers {
         kernels.fill(layer, f64::NAN);
@@ -312,7 +313,8 @@ fn absorbed_products_are_never_formed() {
         let tiny = attention_alone(&kernels, &one_layer(&widths));
         let packed = tiny.pack_for(pack);
         let tokens = tokens(20);
-        let mut cache = LatentCache::new(&kernels, &tiny.model.config, 5, 4).unwrap();
+        let mut cache =
+            LatentCache::new(&kernels, &tiny.model.config, CacheFormat::F32, 5, 4).unwrap();
         let rows = rows_of(&tokens, 0..20, &[4, 3, 2, 1, 0], 4);
         tiny.model.decode(&kernels, &tiny.params, &packed, &mut cache, &rows).unwrap();
         trained_logits(&tiny, Absorbed, &tokens);
@@ -328,7 +330,8 @@ fn logits_of_mixed_lengths(tiny: &Tiny<'_>, page: usize, at_once: usize) -> Vec<
     const LENGTHS: [usize; 5] = [1, 14, 7, 3, 30];
     let across = 30_usize.div_ceil(page);
     let count = across * LENGTHS.len();
-    let mut cache = LatentCache::new(tiny.kernels, &tiny.model.config, count, page).unwrap();
+    let mut cache =
+        LatentCache::new(tiny.kernels, &tiny.model.config, CacheFormat::F32, count, page).unwrap();
     let mut numbers: Vec<u32> = (0..count as u32).collect();
     Draws::new(page as u64, Stream::Data, [1, 2, 3]).shuffle(&mut numbers);
     let tables: Vec<&[u32]> = numbers.chunks(across).collect();

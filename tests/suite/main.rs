@@ -13,6 +13,7 @@ mod end_to_end;
 mod engine;
 mod experts;
 mod faults;
+mod formats;
 mod gguf;
 mod interop;
 mod model;

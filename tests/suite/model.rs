@@ -11,7 +11,7 @@ use rehearsal::data::example::Pair;
 use rehearsal::model::{DecodeRows, Documents, LatentCache};
 use rehearsal::train::Items;
 use rehearsal_kernels::random::{Draws, Stream};
-use rehearsal_kernels::{Buffer, Kernels};
+use rehearsal_kernels::{Buffer, CacheFormat, Kernels};
 
 /// Compares every tensor's gradient with central differences at a few random elements.
 fn check_gradients(
@@ -226,7 +226,7 @@ fn a_token_sees_neither_the_future_nor_another_document() {
 /// Logits of every position of a document: a prompt of nine tokens in one go, then token by token, in scattered pages.
 fn decoded_logits(tiny: &Tiny<'_>, document: &[u32]) -> Vec<Buffer> {
     let (kernels, packed) = (tiny.kernels, tiny.pack(Absorbed, false));
-    let mut cache = LatentCache::new(kernels, &tiny.model.config, 8, 4).unwrap();
+    let mut cache = LatentCache::new(kernels, &tiny.model.config, CacheFormat::F32, 8, 4).unwrap();
     let table = vec![5, 2, 7, 0, 1, 3];
     let chunks = std::iter::once(0..9).chain((9..document.len()).map(|i| i..i + 1));
     let decode = |chunk: std::ops::Range<usize>| {

@@ -9,7 +9,7 @@ use rehearsal::data::example::Sequence;
 use rehearsal::model::{DecodeRows, Documents, LatentCache, PackFor, Params, Transformer};
 use rehearsal::train::Items;
 use rehearsal::train::objective::{Micro, Tally};
-use rehearsal_kernels::Kernels;
+use rehearsal_kernels::{CacheFormat, Kernels};
 use std::collections::HashMap;
 use std::path::PathBuf;
 
@@ -67,7 +67,9 @@ pub fn logits(
 ) -> Vec<f64> {
     let packed =
         model.pack(kernels, params, "policy", 0, PackFor { prefill, ..PackFor::SAMPLING }).unwrap();
-    let mut cache = LatentCache::new(kernels, &model.config, tokens.len().div_ceil(8), 8).unwrap();
+    let mut cache =
+        LatentCache::new(kernels, &model.config, CacheFormat::F32, tokens.len().div_ceil(8), 8)
+            .unwrap();
     let all = 0..tokens.len() as u32;
     let rows = DecodeRows {
         tokens: tokens.to_vec(),

@@ -7,7 +7,7 @@ use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::{GenerateJob, GenerateRequest, Phase, PrepareStage, TokenGroup};
 use rehearsal::model::{DecodeRows, LatentCache, PackFor};
 use rehearsal_kernels::random::{Draws, Stream};
-use rehearsal_kernels::{Kernels, Kind};
+use rehearsal_kernels::{CacheFormat, Kernels, Kind};
 use tempfile::TempDir;
 
 const CONTEXT: usize = 2048;
@@ -28,7 +28,8 @@ fn logits(tiny: &Tiny<'_>, prefill: Prefill, tokens: &[u32], cuts: &[usize]) -> 
     let packed = tiny.pack_for(PackFor { prefill, ..PackFor::SAMPLING });
     let page = 16;
     let count = tokens.len().div_ceil(page);
-    let mut cache = LatentCache::new(tiny.kernels, &tiny.model.config, count, page).unwrap();
+    let mut cache =
+        LatentCache::new(tiny.kernels, &tiny.model.config, CacheFormat::F32, count, page).unwrap();
     let mut pages: Vec<u32> = (0..count as u32).collect();
     Draws::new(5, Stream::Data, [0, 0, 0]).shuffle(&mut pages);
     let (mut all, mut first) = (Vec::new(), 0);

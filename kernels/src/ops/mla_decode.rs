@@ -3,17 +3,20 @@
 //! Knows no weights: queries come rotated (and absorbed), and a latent that comes out is still to
 //! be expanded. A cache row is a token's row of kv, then its shared rope key. Rows are taken in
 //! small groups; where neighbours read the same pages (a prompt's own rows, samples of one prompt),
-//! their keys are transposed once and the heads that share a key go through one product.
+//! their keys are transposed once and the heads that share a key go through one product. Rows in
+//! codes are unpacked block by block; then they are rows of floats.
 //!
 //! Invariants:
 //!   * a row's result depends on its query and on the tokens that it sees, not on its neighbours,
 //!     on page size or page numbers
 //!   * the operations are those of `mla_train` of the same shape, in the same order
 
-use super::Cx;
+use super::cache_rows::Coded;
 use super::mla_train::{BLOCK, attempt, divide, softmax, transpose};
 use super::tile::product;
+use super::{Cx, Isa};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
+use crate::format::{CacheFormat, CacheLayout, CacheSpec};
 use crate::kernels::{AttentionShape, DecodeBatch, Result, Store};
 use std::ops::Range;
 
@@ -25,16 +28,20 @@ pub(crate) fn mla_decode(
     cx: &Cx,
     shape: &AttentionShape,
     q: &Buffer,
+    spec: &CacheSpec<'_>,
     cache: &Buffer,
     batch: &DecodeBatch<'_>,
     o: &mut Buffer,
 ) -> Result<()> {
-    check(shape, q, cache, batch, o);
+    check(shape, q, &spec.layout, batch, o);
     let o = o.host_mut();
     let job = Decode {
         shape,
         q: q.host(),
-        cache: cache.host(),
+        cache: match spec.layout.format {
+            CacheFormat::F32 => Cached::Floats(cache.host()),
+            _ => Cached::Codes(Coded::new(spec, cache)),
+        },
         tables: batch.tables.host(),
         sequence: batch.sequence.host(),
         length: batch.length.host(),
@@ -50,10 +57,20 @@ pub(crate) fn mla_decode(
     })
 }
 
-fn check(shape: &AttentionShape, q: &Buffer, cache: &Buffer, batch: &DecodeBatch<'_>, o: &Buffer) {
+fn check(
+    shape: &AttentionShape,
+    q: &Buffer,
+    layout: &CacheLayout,
+    batch: &DecodeBatch<'_>,
+    o: &Buffer,
+) {
     assert!(shape.heads.is_multiple_of(shape.sharing), "decode: heads in equal groups");
     assert_eq!(q.cols(), shape.heads * shape.query_width(), "decode: columns of q");
-    assert_eq!(cache.cols(), shape.kv_width() + shape.rope_width, "decode: columns of the cache");
+    assert_eq!(
+        (layout.latent, layout.rope),
+        (shape.kv_width(), shape.rope_width),
+        "decode: numbers of a cache row"
+    );
     assert_eq!(
         (o.rows(), o.cols()),
         (q.rows(), shape.heads * shape.value_width),
@@ -72,12 +89,45 @@ fn check(shape: &AttentionShape, q: &Buffer, cache: &Buffer, batch: &DecodeBatch
 struct Decode<'a> {
     shape: &'a AttentionShape,
     q: Mat<'a, f32>,
-    cache: Mat<'a, f32>,
+    cache: Cached<'a>,
     tables: Mat<'a, u32>,
     sequence: Mat<'a, u32>,
     length: Mat<'a, u32>,
     page_tokens: usize,
     o: &'a MatMut<'a, f32>,
+}
+
+/// The cache's rows: floats that are read where they lie, or codes that are unpacked first.
+enum Cached<'a> {
+    Floats(Mat<'a, f32>),
+    Codes(Coded<'a>),
+}
+
+impl Cached<'_> {
+    /// Floats that a block of keys is unpacked to.
+    fn scratch(&self) -> usize {
+        match self {
+            Cached::Floats(_) => 0,
+            Cached::Codes(codes) => BLOCK * codes.width(),
+        }
+    }
+
+    /// The floats that a run's keys lie in, and the run with its slots there.
+    fn floats<'s>(&'s self, isa: Isa, run: &Run, scratch: &'s mut [f32]) -> (Mat<'s, f32>, Run) {
+        let rows = run.rows.clone();
+        match self {
+            Cached::Floats(floats) => (*floats, Run { rows, ..*run }),
+            Cached::Codes(codes) => {
+                for (to, slot) in
+                    scratch.chunks_exact_mut(codes.width()).zip(&run.slots[..run.count])
+                {
+                    codes.read(isa, *slot, to);
+                }
+                let slots = std::array::from_fn(|i| i);
+                (Mat::of(scratch, codes.width()), Run { rows, slots, count: run.count })
+            }
+        }
+    }
 }
 
 /// Query heads that one product takes: neighbours in a row, or one head of neighbouring rows. Row
@@ -106,15 +156,17 @@ impl Decode<'_> {
         let (heads, width) = (self.shape.heads, self.shape.query_width());
         let longest =
             rows.clone().map(|row| self.seen(row)).max().unwrap_or(0).next_multiple_of(BLOCK);
-        let mut panel = cx.arena.buffer(cx.scratch, DType::F32, 1, width * BLOCK)?;
+        let both = width * BLOCK + self.cache.scratch();
+        let mut panel = cx.arena.buffer(cx.scratch, DType::F32, 1, both)?;
         let mut scratch = cx.arena.buffer(cx.scratch, DType::F32, rows.len() * heads, longest)?;
         let (mut panel, mut scores) = (panel.host_mut::<f32>(), scratch.host_mut::<f32>());
-        let panel = panel.row_mut(0);
+        let (panel, unpacked) = panel.row_mut(0).split_at_mut(width * BLOCK);
         for first in (0..longest).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let to = (run.rows.start - rows.start) * heads;
+                let (from, run) = &self.cache.floats(cx.isa, run, unpacked);
                 for key in 0..heads / self.shape.sharing {
-                    self.fill(run, key, panel);
+                    self.fill(from, run, key, panel);
                     // SAFETY: the run's scores are rows of this group's scratch.
                     unsafe {
                         let c = scores.pointer().add(to * longest + first);
@@ -131,11 +183,12 @@ impl Decode<'_> {
         }
         for first in (0..longest).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
-                let from = (run.rows.start - rows.start) * heads;
+                let at = (run.rows.start - rows.start) * heads;
+                let (from, run) = &self.cache.floats(cx.isa, run, unpacked);
                 // SAFETY: as above, and a group's output rows are its own.
                 unsafe {
-                    let weights = scores.pointer().add(from * longest + first);
-                    self.add_values(cx, run, weights, longest, first == 0);
+                    let weights = scores.pointer().add(at * longest + first);
+                    self.add_values(cx, from, run, weights, longest, first == 0);
                 }
             });
         }
@@ -177,19 +230,10 @@ impl Decode<'_> {
     }
 
     /// Transposes a run's keys of key-value head `key`: the key part, then the rope part.
-    fn fill(&self, run: &Run, key: usize, panel: &mut [f32]) {
+    fn fill(&self, from: &Mat<'_, f32>, run: &Run, key: usize, panel: &mut [f32]) {
         let (keys, ropes) = panel.split_at_mut(self.shape.key_width * BLOCK);
-        self.transpose(run, key * self.shape.head_stride, keys);
-        self.transpose(run, self.shape.kv_width(), ropes);
-    }
-
-    /// Transposes as many columns from `first` of a run's cache rows as `panel` holds.
-    fn transpose(&self, run: &Run, first: usize, panel: &mut [f32]) {
-        let mut rows: [&[f32]; BLOCK] = [&[]; BLOCK];
-        for (row, slot) in rows.iter_mut().zip(&run.slots[..run.count]) {
-            *row = &self.cache.row(*slot)[first..][..panel.len() / BLOCK];
-        }
-        transpose(&rows[..run.count], panel);
+        turn(from, run, key * self.shape.head_stride, keys);
+        turn(from, run, self.shape.kv_width(), ropes);
     }
 
     /// Scores of the heads that share key-value head `key`, of some rows, against a panel.
@@ -239,6 +283,7 @@ impl Decode<'_> {
     unsafe fn add_values(
         &self,
         cx: &Cx,
+        from: &Mat<'_, f32>,
         run: &Run,
         weights: *const f32,
         stride: usize,
@@ -256,15 +301,15 @@ impl Decode<'_> {
                 };
                 for keys in run.neighbours() {
                     let store = if sets && keys.start == 0 { Store::Set } else { Store::Add };
-                    let value = self.cache.row(run.slots[keys.start])[column..].as_ptr();
+                    let value = from.row(run.slots[keys.start])[column..].as_ptr();
                     // SAFETY: neighbouring slots are neighbouring cache rows; the rest is the
                     // caller's promise.
                     unsafe {
-                        let from = weights.add((batch.row * heads + head) * stride + keys.start);
+                        let weights = weights.add((batch.row * heads + head) * stride + keys.start);
                         let row = (run.rows.start + batch.row) * self.o.stride;
                         let to = self.o.pointer().add(row + head * width);
-                        let (m, k, b) = (batch.count, keys.len(), self.cache.stride);
-                        product(cx.isa, m, width, k, from, by, 1, value, b, to, out, store);
+                        let (m, k, b) = (batch.count, keys.len(), from.stride);
+                        product(cx.isa, m, width, k, weights, by, 1, value, b, to, out, store);
                     }
                 }
             });
@@ -307,6 +352,15 @@ impl Run {
             first - chunk.len()..first
         })
     }
+}
+
+/// Transposes as many columns from `first` of a run's rows as `panel` holds.
+fn turn(from: &Mat<'_, f32>, run: &Run, first: usize, panel: &mut [f32]) {
+    let mut rows: [&[f32]; BLOCK] = [&[]; BLOCK];
+    for (row, slot) in rows.iter_mut().zip(&run.slots[..run.count]) {
+        *row = &from.row(*slot)[first..][..panel.len() / BLOCK];
+    }
+    transpose(&rows[..run.count], panel);
 }
 
 #[cfg(test)]

@@ -12,7 +12,7 @@
 //! foundations   lanes (16 floats), exp, tile (the product), work (how it is split)
 //! products      quantize (codes), pack, unpack, linear, grouped
 //! rows          rows, rms_norm, rope, swiglu
-//! attention     mla_train, mla_decode, mla_prefill
+//! attention     cache_rows (every format), mla_train, mla_decode, mla_prefill
 //! experts       router, balance, dropping, routes
 //! head          head_logprob, sample
 //! optimizer     adamw
@@ -34,6 +34,7 @@ pub(crate) mod rope;
 pub(crate) mod rows;
 pub(crate) mod swiglu;
 
+pub(crate) mod cache_rows;
 pub(crate) mod mla_decode;
 pub(crate) mod mla_prefill;
 pub(crate) mod mla_train;

@@ -2,8 +2,9 @@
 //!
 //! No codes: a number becomes the nearest of the format's values, found by looking at all of them.
 
+use super::movement;
 use crate::buffer::{Buffer, Mat};
-use crate::format::WeightFormat;
+use crate::format::{CacheFormat, CacheLayout, CacheSpec, WeightFormat};
 
 /// The rows of `weight` as `format` keeps them.
 pub fn kept(weight: &Buffer, format: WeightFormat) -> Vec<Vec<f64>> {
@@ -81,4 +82,61 @@ fn bf16(x: f64) -> f64 {
     // The distance of neighbours; below 2^-126 it does not shrink any more.
     let unit = 2f64.powi((x.abs().log2().floor() as i32).max(-126) - 7);
     (x / unit).round_ties_even() * unit
+}
+
+/// A cache row's numbers, the rope key last, as `layout` keeps them; `channels` are the sizes of those before it.
+fn kept_row(layout: &CacheLayout, row: &[f64], channels: Option<&[f64]>) -> Vec<f64> {
+    let (latent, rope) = row.split_at(layout.latent);
+    let integers = |largest: i32| (0..=largest).map(f64::from).collect::<Vec<_>>();
+    match layout.format {
+        CacheFormat::F32 => row.to_vec(),
+        CacheFormat::Bf16 => row.iter().map(|x| bf16(*x)).collect(),
+        CacheFormat::Fp8 => {
+            let rope = rope.iter().map(|x| bf16(*x)).collect();
+            [kept_groups(latent, 128, &e4m3_values()), rope].concat()
+        }
+        CacheFormat::SixBit => {
+            let ones = vec![1.0; latent.len()];
+            let channels = channels.unwrap_or(&ones);
+            let divide = |(x, size): (&f64, &f64)| match *size {
+                0.0 => 0.0,
+                size => f64::from(*x as f32 / size as f32),
+            };
+            let divided: Vec<f64> = latent.iter().zip(channels).map(divide).collect();
+            let mut latent = kept_groups(&divided, 24, &integers(15));
+            latent
+                .iter_mut()
+                .zip(channels)
+                .for_each(|(x, size)| *x = f64::from((*x * size) as f32));
+            [latent, kept_groups(rope, 64, &integers(127))].concat()
+        }
+    }
+}
+
+/// The cache rows of `slots` become what is kept of latent and rope key.
+pub fn write_cache(
+    spec: &CacheSpec<'_>,
+    latent: &Buffer,
+    rope: &Buffer,
+    slots: &Buffer,
+    cache: &mut Buffer,
+) {
+    let slots = movement::read::<u32>(slots);
+    let channels = spec.channels.map(movement::read::<f64>);
+    let (latent, rope, mut cache) = (latent.host::<f64>(), rope.host::<f64>(), cache.host_mut());
+    for (i, slot) in slots.into_iter().enumerate() {
+        let row = [latent.row(i), rope.row(i)].concat();
+        let kept = kept_row(&spec.layout, &row, channels.as_deref());
+        cache.row_mut(slot as usize).copy_from_slice(&kept);
+    }
+}
+
+/// Numbers of which each group shares a bf16 scale, as the nearest of ascending `values` times the scale.
+fn kept_groups(numbers: &[f64], group: usize, values: &[f64]) -> Vec<f64> {
+    let kept = |group: &[f64]| -> Vec<f64> {
+        let most = group.iter().fold(0.0f64, |most, x| most.max(x.abs()));
+        let scale = bf16(f64::from(most as f32 / values[values.len() - 1] as f32));
+        group.iter().map(|x| from_nearest(*x, scale, values)).collect()
+    };
+    numbers.chunks(group).flat_map(kept).collect()
 }

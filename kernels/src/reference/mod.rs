@@ -5,7 +5,7 @@
 //! SIMD, and calls nothing in `ops`.
 //!
 //! Invariants:
-//!   * every float buffer is `F64`; a packed weight is a plain copy of the packed rows' values
+//!   * every float buffer is `F64`; packed weights and cache rows are the values that their formats keep
 //!   * sums run over their index in ascending order and start from the output they add to
 
 mod attention;
@@ -20,7 +20,7 @@ mod products;
 
 use crate::arena::{Arena, Kind, Owner};
 use crate::buffer::{Buffer, DType};
-use crate::format::WeightFormat;
+use crate::format::{CacheLayout, CacheSpec, WeightFormat};
 use crate::kernels::{
     AdamW, AttentionShape, DecodeBatch, HeadColumns, Kernels, Pack, Packed, Result, RopeTable,
     SampleRow, Sampled, Store,
@@ -279,10 +279,30 @@ impl Kernels for ReferenceKernels {
         Ok(())
     }
 
+    fn cache_shape(&self, layout: &CacheLayout) -> (DType, usize) {
+        (DType::F64, layout.width())
+    }
+
+    fn write_cache(
+        &self,
+        spec: &CacheSpec<'_>,
+        latent: &Buffer,
+        rope: &Buffer,
+        slots: &Buffer,
+        cache: &mut Buffer,
+    ) {
+        formats::write_cache(spec, latent, rope, slots, cache);
+    }
+
+    fn read_cache(&self, _: &CacheSpec<'_>, cache: &Buffer, slots: &Buffer, rows: &mut Buffer) {
+        movement::gather_rows(cache, slots, rows);
+    }
+
     fn mla_decode(
         &self,
         shape: &AttentionShape,
         q: &Buffer,
+        _: &CacheSpec<'_>,
         cache: &Buffer,
         batch: &DecodeBatch<'_>,
         o: &mut Buffer,

@@ -6,7 +6,9 @@
 //! given exactly the same problem.
 
 use rehearsal_kernels::random::{self, Stream};
-use rehearsal_kernels::{Buffer, DType, Kernels, Kind, Owner, Pack, Packed, Product, WeightFormat};
+use rehearsal_kernels::{
+    Buffer, CacheLayout, DType, Kernels, Kind, Owner, Pack, Packed, Product, WeightFormat,
+};
 
 /// One device under test.
 pub struct Bench<'k> {
@@ -44,6 +46,12 @@ impl<'k> Bench<'k> {
     /// Normal numbers that depend on `key` alone.
     pub fn random(&self, key: u64, rows: usize, cols: usize) -> Buffer {
         self.floats(rows, cols, &normals(key, rows * cols))
+    }
+
+    /// A cache of which nothing is written yet.
+    pub fn cache(&self, layout: &CacheLayout, slots: usize) -> Buffer {
+        let (dtype, cols) = self.kernels.cache_shape(layout);
+        self.kernels.arena().buffer(self.owner, dtype, slots, cols).unwrap()
     }
 
     pub fn indices(&self, rows: usize, cols: usize, values: &[u32]) -> Buffer {

@@ -1,11 +1,12 @@
-//! Formats of weights: what is left of a number, and that every packing and product sees the same.
+//! Formats of weights and cache rows: what is left of a number, and that whoever reads it sees the same.
 //!
 //! The values that a packed weight has are read by a product with the unit matrix, which rounds nothing.
 
-use crate::bench::{Bench, check_same_bits, normals};
+use crate::bench::{Bench, check_close, check_same_bits, inner, normals};
 use rehearsal_kernels::{
-    Arena, Buffer, CpuKernels, DType, HeadColumns, Kernels, Kind, Pack, Packed, Product,
-    ReferenceKernels, Store, WeightFormat,
+    Arena, AttentionShape, Buffer, CacheFormat, CacheLayout, CacheSpec, CpuKernels, DType,
+    DecodeBatch, HeadColumns, Kernels, Kind, Pack, Packed, Product, ReferenceKernels, Store,
+    WeightFormat,
 };
 
 /// Rows and columns that end inside blocks of 128 and panels of 32.
@@ -215,5 +216,135 @@ fn a_packed_weight_holds_the_bytes_of_its_format_and_of_its_scales() {
         assert_eq!(held, bytes * codes + scales.next_multiple_of(page), "{format:?}");
         drop(packed);
         cpu.arena().trim();
+    }
+}
+
+/// A matrix times a row.
+fn times(matrix: &[f64], row: &[f64]) -> Vec<f64> {
+    matrix.chunks(row.len()).map(|line| inner(line, row)).collect()
+}
+
+/// Three heads of a layer whose keys and values are made of a latent, and one row's queries.
+struct Layer {
+    w_uk: Vec<f64>,
+    w_uv: Vec<f64>,
+    q_nope: Vec<f64>,
+    q_rope: Vec<f64>,
+}
+
+const HEADS: usize = 3;
+const NOPE: usize = 16;
+const ROPE: usize = 8;
+const VALUE: usize = 12;
+const LATENT: usize = 40;
+const TOKENS: usize = 37;
+
+impl Layer {
+    fn shape() -> AttentionShape {
+        AttentionShape {
+            heads: HEADS,
+            sharing: HEADS,
+            key_width: LATENT,
+            rope_width: ROPE,
+            value_width: LATENT,
+            head_stride: 0,
+            value_offset: 0,
+            scale: 0.2,
+        }
+    }
+
+    /// Per head q W_UK, then its rope part.
+    fn absorbed(&self) -> Vec<f64> {
+        let mut q = Vec::new();
+        for head in 0..HEADS {
+            let w = |i: usize, col: usize| self.w_uk[(head * NOPE + i) * LATENT + col];
+            let sum = |col| (0..NOPE).map(|i| self.q_nope[head * NOPE + i] * w(i, col)).sum();
+            q.extend((0..LATENT).map(sum).collect::<Vec<f64>>());
+            q.extend(&self.q_rope[head * ROPE..][..ROPE]);
+        }
+        q
+    }
+
+    fn w_uv(&self, head: usize) -> &[f64] {
+        &self.w_uv[head * VALUE * LATENT..][..VALUE * LATENT]
+    }
+
+    /// A head's output over all rows `[latent | rope key]`: each key and value is made, as the definition says.
+    fn naive(&self, head: usize, rows: &[f64]) -> Vec<f64> {
+        let w_uk = &self.w_uk[head * NOPE * LATENT..][..NOPE * LATENT];
+        let exp = |row: &[f64]| {
+            let (latent, rope) = row.split_at(LATENT);
+            let key = inner(&self.q_nope[head * NOPE..][..NOPE], &times(w_uk, latent));
+            (0.2 * (key + inner(&self.q_rope[head * ROPE..][..ROPE], rope))).exp()
+        };
+        let weights: Vec<f64> = rows.chunks(LATENT + ROPE).map(exp).collect();
+        let sum: f64 = weights.iter().sum();
+        let mut output = vec![0.0; VALUE];
+        for (row, weight) in rows.chunks(LATENT + ROPE).zip(weights) {
+            let values = times(self.w_uv(head), &row[..LATENT]);
+            output.iter_mut().zip(values).for_each(|(o, v)| *o += weight / sum * v);
+        }
+        output
+    }
+}
+
+#[test]
+fn absorbed_attention_to_every_cache_equals_naive_attention_to_what_is_read_from_it() {
+    let layer = Layer {
+        w_uk: normals(1, HEADS * NOPE * LATENT),
+        w_uv: normals(2, HEADS * VALUE * LATENT),
+        q_nope: normals(3, HEADS * NOPE),
+        q_rope: normals(4, HEADS * ROPE),
+    };
+    on_each(|bench| {
+        for format in CacheFormat::ALL {
+            let layout = CacheLayout { format, latent: LATENT, rope: ROPE };
+            let channels = bench.random(5, 1, LATENT);
+            let spec = CacheSpec { layout, channels: Some(&channels) };
+            let numbers: Vec<u32> = (0..TOKENS as u32).map(|t| t * 11 % TOKENS as u32).collect();
+            let slots = bench.indices(TOKENS, 1, &numbers);
+            let mut cache = bench.cache(&layout, TOKENS);
+            let (latent, rope) = (bench.random(6, TOKENS, LATENT), bench.random(7, TOKENS, ROPE));
+            bench.kernels.write_cache(&spec, &latent, &rope, &slots, &mut cache);
+            let mut rows = bench.unset(TOKENS, LATENT + ROPE);
+            bench.kernels.read_cache(&spec, &cache, &slots, &mut rows);
+            let rows = bench.read(&rows);
+
+            let batch = DecodeBatch {
+                tables: &bench.indices(1, TOKENS, &numbers),
+                sequence: &bench.indices(1, 1, &[0]),
+                length: &bench.indices(1, 1, &[TOKENS as u32]),
+                page_tokens: 1,
+            };
+            let q = layer.absorbed();
+            let (q, mut z) = (bench.floats(1, q.len(), &q), bench.unset(1, HEADS * LATENT));
+            bench.kernels.mla_decode(&Layer::shape(), &q, &spec, &cache, &batch, &mut z).unwrap();
+            let z = bench.read(&z);
+            for head in 0..HEADS {
+                let found = times(layer.w_uv(head), &z[head * LATENT..][..LATENT]);
+                check_close(
+                    &format!("{format:?}, {head}"),
+                    &found,
+                    &layer.naive(head, &rows),
+                    1e-3,
+                );
+            }
+        }
+    });
+}
+
+#[test]
+fn one_more_token_takes_the_bytes_of_its_format_from_the_allocator() {
+    let cpu = CpuKernels::new(1, Arena::new(None));
+    let owner = cpu.arena().owner("policy", Kind::Cache);
+    // DeepSeek-V2's widths; 4096 tokens fill whole pages of the arena in every format.
+    for (format, bytes) in CacheFormat::ALL.into_iter().zip([2304, 1152, 648, 430]) {
+        let layout = CacheLayout { format, latent: 512, rope: 64 };
+        let held = |tokens| {
+            let (dtype, cols) = cpu.cache_shape(&layout);
+            let _cache = cpu.arena().buffer(owner, dtype, tokens, cols).unwrap();
+            cpu.arena().held_by(Kind::Cache)
+        };
+        assert_eq!(held(8192) - held(4096), 4096 * bytes, "{format:?}");
     }
 }

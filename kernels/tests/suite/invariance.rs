@@ -5,10 +5,10 @@
 
 use crate::bench::{Bench, check_close, check_same_bits};
 use crate::problems;
-use crate::problems::attention::{ABSORBED, EXPANDED, GROUPED, decode, mixed_rows};
+use crate::problems::attention::{ABSORBED, DecodeRow, EXPANDED, GROUPED, decode, mixed_rows};
 use rehearsal_kernels::{
-    Arena, AttentionShape, Buffer, CpuKernels, DecodeBatch, Kernels, Product, ReferenceKernels,
-    Store,
+    Arena, AttentionShape, Buffer, CacheFormat, CacheLayout, CacheSpec, CpuKernels, DecodeBatch,
+    Kernels, Product, ReferenceKernels, Store,
 };
 
 /// Runs `test` on both devices.
@@ -87,9 +87,10 @@ fn a_decoding_row_does_not_depend_on_the_rest_of_its_batch() {
     on_each(|bench| {
         let rows = mixed_rows();
         for shape in [&ABSORBED, &GROUPED, &EXPANDED] {
-            let together = bench.read(&decode(bench, shape, &rows));
-            let alone: Vec<f64> =
-                rows.iter().flat_map(|row| bench.read(&decode(bench, shape, &[*row]))).collect();
+            let of =
+                |rows: &[DecodeRow]| bench.read(&decode(bench, shape, CacheFormat::SixBit, rows));
+            let together = of(&rows);
+            let alone: Vec<f64> = rows.iter().flat_map(|row| of(&[*row])).collect();
             check_same_bits("decode alone", &alone, &together);
         }
     });
@@ -106,7 +107,7 @@ fn cached_attention_has_the_bits_of_training_attention_of_the_same_shape() {
 
 fn check_cached(bench: &Bench<'_>, shape: &AttentionShape) {
     let (page_tokens, tokens) = (5, 23);
-    let (wide, width) = (shape.kv_width(), shape.kv_width() + shape.rope_width);
+    let wide = shape.kv_width();
     let q = bench.random(1, tokens, shape.heads * shape.query_width());
     let (kv, k_rope) = (bench.random(2, tokens, wide), bench.random(3, tokens, shape.rope_width));
     let (mut o, mut lse) =
@@ -120,9 +121,10 @@ fn check_cached(bench: &Bench<'_>, shape: &AttentionShape) {
         .map(|j| pages[j / page_tokens] * page_tokens as u32 + (j % page_tokens) as u32)
         .collect();
     let slots = bench.indices(tokens, 1, &slots);
-    let mut cache = bench.filled(25, width, 0.0);
-    k.scatter_rows(&kv, &slots, &mut cache.cols_of_mut(0..wide));
-    k.scatter_rows(&k_rope, &slots, &mut cache.cols_of_mut(wide..width));
+    let layout = CacheLayout { format: CacheFormat::F32, latent: wide, rope: shape.rope_width };
+    let spec = CacheSpec { layout, channels: None };
+    let mut cache = bench.cache(&layout, 25);
+    k.write_cache(&spec, &kv, &k_rope, &slots, &mut cache);
     let batch = DecodeBatch {
         tables: &bench.indices(1, 5, &pages),
         sequence: &bench.indices(tokens, 1, &vec![0; tokens]),
@@ -130,7 +132,7 @@ fn check_cached(bench: &Bench<'_>, shape: &AttentionShape) {
         page_tokens,
     };
     let mut cached = bench.unset(tokens, o.cols());
-    k.mla_decode(shape, &q, &cache, &batch, &mut cached).unwrap();
+    k.mla_decode(shape, &q, &spec, &cache, &batch, &mut cached).unwrap();
     check_same_bits("cached", &bench.read(&cached), &bench.read(&o));
 }
 

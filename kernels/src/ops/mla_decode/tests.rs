@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::ops::Isa;
+use crate::ops::cache_rows::{cache_shape, read_cache, write_cache};
 use crate::ops::check::{floats, indices, normal, read, with};
 use crate::ops::mla_train::mla_train;
 
@@ -46,6 +47,20 @@ const SHAPES: [AttentionShape; 3] = [ABSORBED, GROUPED, EXPANDED];
 /// Lengths of the sequences; the last two begin with the first PROMPT tokens of the first.
 const LENGTHS: [usize; 5] = [70, 33, 5, 64, 45];
 const PROMPT: usize = 40;
+
+/// A cache of floats.
+fn floats_of(shape: &AttentionShape) -> CacheSpec<'static> {
+    spec_of(shape, CacheFormat::F32, None)
+}
+
+fn spec_of<'a>(
+    shape: &AttentionShape,
+    format: CacheFormat,
+    channels: Option<&'a Buffer>,
+) -> CacheSpec<'a> {
+    let layout = CacheLayout { format, latent: shape.kv_width(), rope: shape.rope_width };
+    CacheSpec { layout, channels }
+}
 
 /// All tokens of all sequences, one after another, and the trainer's output for them.
 struct Tokens {
@@ -131,8 +146,9 @@ fn check_rows(cx: &Cx, tokens: &Tokens, page: usize, rows: &[(usize, usize)], ma
     let (sequence, length) = (of(&|row| row.0), of(&|row| row.1 + 1));
     let batch =
         DecodeBatch { tables: &tables, sequence: &sequence, length: &length, page_tokens: page };
-    mla_decode(cx, shape, &q.cols_of(0..wide), &cache, &batch, &mut o.cols_of_mut(0..narrow))
-        .unwrap();
+    let spec = floats_of(shape);
+    let (q, mut part) = (q.cols_of(0..wide), o.cols_of_mut(0..narrow));
+    mla_decode(cx, shape, &q, &spec, &cache, &batch, &mut part).unwrap();
     let found = read(&o.cols_of(0..narrow));
     for (i, (sequence, position)) in rows.iter().enumerate() {
         let wanted = &tokens.output[(first(*sequence) + position) * narrow..][..narrow];
@@ -170,6 +186,48 @@ fn all_instruction_sets_decode_the_same_bits() {
         let trained = tokens(&with(1, Isa::Portable), shape);
         for isa in Isa::available() {
             check_rows(&with(2, isa), &trained, 16, &[(0, 69), (3, 50), (3, 51), (4, 44)], 0);
+        }
+    }
+}
+
+#[test]
+fn attention_to_codes_has_the_bits_of_attention_to_the_floats_that_are_read_from_them() {
+    for (threads, isa) in Isa::available().into_iter().flat_map(|isa| [(1, isa), (3, isa)]) {
+        let cx = with(threads, isa);
+        for (shape, format) in
+            SHAPES.iter().flat_map(|shape| CacheFormat::ALL.map(|format| (shape, format)))
+        {
+            let (slots, rows, page) = (90, 40, 5);
+            let latent = normal(&cx, slots, shape.kv_width(), 1);
+            let rope = normal(&cx, slots, shape.rope_width, 2);
+            let channels = normal(&cx, 1, shape.kv_width(), 3);
+            let spec = spec_of(shape, format, Some(&channels));
+            let (dtype, cols) = cache_shape(&spec.layout);
+            let mut codes = cx.arena.buffer(cx.scratch, dtype, slots, cols).unwrap();
+            let all = indices(&cx, slots, 1, &(0..slots as u32).collect::<Vec<_>>());
+            write_cache(&cx, &spec, &latent, &rope, &all, &mut codes);
+            let mut kept = normal(&cx, slots, spec.layout.width(), 4);
+            read_cache(&cx, &spec, &codes, &all, &mut kept);
+
+            let tables: Vec<u32> = (0..36).map(|i| i * 7 % 18).collect();
+            let number = |f: &dyn Fn(usize) -> usize| -> Vec<u32> {
+                (0..rows).map(|row| f(row) as u32).collect()
+            };
+            let batch = DecodeBatch {
+                tables: &indices(&cx, 2, 18, &tables),
+                sequence: &indices(&cx, rows, 1, &number(&|row| row / 25)),
+                length: &indices(&cx, rows, 1, &number(&|row| 1 + row * 31 % 90)),
+                page_tokens: page,
+            };
+            let q = normal(&cx, rows, shape.heads * shape.query_width(), 5);
+            let attended = |spec: &CacheSpec<'_>, cache: &Buffer| {
+                let width = shape.heads * shape.value_width;
+                let mut o = floats(&cx, rows, width, &vec![f32::NAN; rows * width]);
+                mla_decode(&cx, shape, &q, spec, cache, &batch, &mut o).unwrap();
+                read(&o).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let wanted = attended(&floats_of(shape), &kept);
+            assert_eq!(attended(&spec, &codes), wanted, "{format:?}, {} heads", shape.heads);
         }
     }
 }

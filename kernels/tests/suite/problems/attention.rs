@@ -2,7 +2,7 @@
 
 use super::Entry;
 use crate::bench::{Bench, Output, below, starts};
-use rehearsal_kernels::{AttentionShape, Buffer, DecodeBatch};
+use rehearsal_kernels::{AttentionShape, Buffer, CacheFormat, CacheLayout, CacheSpec, DecodeBatch};
 
 pub const PROBLEMS: &[Entry] = &[
     ("mla_train expanded", 2e-5, |bench| train(bench, &EXPANDED)),
@@ -103,17 +103,30 @@ pub fn mixed_rows() -> Vec<DecodeRow> {
 }
 
 fn decoded(bench: &Bench<'_>, shape: &AttentionShape) -> Vec<Output> {
-    vec![("o", bench.read(&decode(bench, shape, &mixed_rows())))]
+    let of = |format| bench.read(&decode(bench, shape, format, &mixed_rows()));
+    let [f32, bf16, fp8, six_bit] = CacheFormat::ALL.map(of);
+    vec![("o", f32), ("o from bf16", bf16), ("o from fp8", fp8), ("o from 6 bits", six_bit)]
 }
 
-/// Attends from `rows` into a cache of 4 sequences whose 10 pages each, of 7 tokens, are scattered.
-pub fn decode(bench: &Bench<'_>, shape: &AttentionShape, rows: &[DecodeRow]) -> Buffer {
+/// Attends from `rows` into a cache in a format, of 4 sequences whose 10 pages each, of 7 tokens, are scattered.
+pub fn decode(
+    bench: &Bench<'_>,
+    shape: &AttentionShape,
+    format: CacheFormat,
+    rows: &[DecodeRow],
+) -> Buffer {
     let (pages, page_tokens, sequences) = (10, 7, 4);
     let numbers: Vec<u32> = (0..sequences * pages).map(|i| (i * 17 + 5) % 40).collect();
     let column = |number: fn(&DecodeRow) -> u32| {
         bench.indices(rows.len(), 1, &rows.iter().map(number).collect::<Vec<_>>())
     };
-    let cache = bench.random(90, 280, shape.kv_width() + shape.rope_width);
+    let layout = CacheLayout { format, latent: shape.kv_width(), rope: shape.rope_width };
+    let (latent, rope) = (bench.random(90, 280, layout.latent), bench.random(91, 280, layout.rope));
+    let channels = bench.random(92, 1, layout.latent);
+    let spec = CacheSpec { layout, channels: Some(&channels) };
+    let slots = bench.indices(280, 1, &(0..280).collect::<Vec<_>>());
+    let mut cache = bench.cache(&layout, 280);
+    bench.kernels.write_cache(&spec, &latent, &rope, &slots, &mut cache);
     let width = shape.heads * shape.query_width();
     let mut q = bench.unset(rows.len(), width);
     for (i, row) in rows.iter().enumerate() {
@@ -126,6 +139,6 @@ pub fn decode(bench: &Bench<'_>, shape: &AttentionShape, rows: &[DecodeRow]) -> 
         page_tokens,
     };
     let mut o = bench.unset(rows.len(), shape.heads * shape.value_width);
-    bench.kernels.mla_decode(shape, &q, &cache, &batch, &mut o).unwrap();
+    bench.kernels.mla_decode(shape, &q, &spec, &cache, &batch, &mut o).unwrap();
     o
 }

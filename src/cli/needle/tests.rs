@@ -108,14 +108,11 @@ fn found(lengths: &str, depths: &str, right: impl Fn(usize) -> bool) -> Found {
 
 #[test]
 fn shares_are_those_of_their_cells() {
-    let found = found("100,200", "0,50,100", |index| index < 12 || index % 4 == 0);
-    assert_eq!(found.shares, [[1.0, 1.0, 1.0], [0.25, 0.25, 0.25]]);
-    assert_eq!(
-        (found.by_length.clone(), found.found, found.haystacks),
-        (vec![1.0, 0.25], 0.625, 24)
-    );
+    let found = found("100,200", "0,50,100", |index| index < 12 || index % 4 <= (index - 12) / 4);
+    assert_eq!(found.shares, [[1.0, 1.0, 1.0], [0.25, 0.5, 0.75]]);
+    assert_eq!((found.by_length.clone(), found.found, found.haystacks), (vec![1.0, 0.5], 0.75, 24));
     let picture = found.picture();
-    assert_eq!(picture.cells, [[1.0, 0.25], [1.0, 0.25], [1.0, 0.25]], "lengths go across");
+    assert_eq!(picture.cells, [[1.0, 0.25], [1.0, 0.5], [1.0, 0.75]], "lengths go across");
     assert_eq!(
         (picture.columns, picture.rows),
         (

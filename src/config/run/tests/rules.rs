@@ -141,6 +141,32 @@ fn a_model_with_devices_may_balance_and_drop() {
 }
 
 #[test]
+fn the_needle_tasks_files_exist_and_its_lengths_hold_its_facts() {
+    check_fault(
+        "file = \"run:pages.jsonl\"",
+        "file = \"run:needle.jsonl\"",
+        "15:1",
+        "data.sets.pages.file = \"run:needle.jsonl\" is written by [data.needle], which is missing; add it",
+    );
+    let short =
+        "= 20 does not hold data.needle.facts = 4 with a question; use at least 28, or fewer facts";
+    for (key, message) in [
+        ("length = 20", format!("length {short}")),
+        ("long_length = 20", format!("long_length {short}")),
+        ("facts = 17", "facts = 17 must be from 1 to 16".to_string()),
+        ("pages = 0", "pages = 0 must be from 1 to 100000000".to_string()),
+        ("length = 5000000", "length = 5000000 is too many; use at most 4194304".to_string()),
+    ] {
+        check_fault(
+            "[data.word_machine]\n",
+            &format!("[data.needle]\n{key}\n[data.word_machine]\n"),
+            "13:1",
+            &format!("data.needle.{message}"),
+        );
+    }
+}
+
+#[test]
 #[allow(clippy::too_many_lines, reason = "a table of cases")]
 fn stages_keep_their_rules() {
     check_fault(

@@ -57,7 +57,7 @@ pub struct ModelConfig {
     /// What turns gate logits into scores.
     #[serde(default)]
     pub scoring_func: ScoringFunc,
-    /// Divide the chosen weights by their sum (the scaling factor is then not applied).
+    /// Divide the chosen weights by their sum, if there are several (the scaling factor is then not applied).
     #[serde(default)]
     pub norm_topk_prob: bool,
     /// Factor on the chosen weights.

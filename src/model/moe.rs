@@ -75,7 +75,8 @@ pub fn router_spec(config: &ModelConfig) -> RouterSpec {
         top_groups: if groups > 1 { config.topk_group } else { 1 },
         top_k: config.num_experts_per_tok,
         scale: config.routed_scaling_factor,
-        normalize: config.norm_topk_prob,
+        // As published: a single expert's score is not divided by itself.
+        normalize: config.norm_topk_prob && config.num_experts_per_tok > 1,
     }
 }
 

@@ -20,6 +20,8 @@ mod model;
 mod needle;
 mod oracle;
 mod prefill;
+mod requirements;
 mod routing;
 mod signals;
+mod targets;
 mod tidy;

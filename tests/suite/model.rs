@@ -286,3 +286,18 @@ fn decoding_has_the_bits_of_the_training_forward_in_the_form_of_the_sampler() {
         assert_eq!(decoded, bits(&kernels, &logits), "{:?}", config.attention());
     }
 }
+
+#[test]
+fn a_single_expert_is_not_divided_by_itself() {
+    // As published: with K = 1 the weight is score times factor, whatever norm_topk_prob says.
+    let kernels = reference();
+    let loss = |experts: usize, norm_topk_prob: bool| {
+        let mut config = config();
+        (config.num_experts_per_tok, config.norm_topk_prob) = (experts, norm_topk_prob);
+        let tiny = Tiny::new(&kernels, &config, false);
+        let documents = documents(&config, &[9, 5]);
+        tiny.loss_and_gradients(&Items::Documents(&documents), Expanded, 0.0).0
+    };
+    assert_eq!(loss(1, true), loss(1, false));
+    assert_ne!(loss(2, true), loss(2, false));
+}

@@ -65,7 +65,7 @@ def beyond_the_matrix():
     yield "normalised-weight-of-one", dict(base, norm_topk_prob=True, num_experts_per_tok=1), "published"
     yield "no-groups-named", dict(base, n_group=None, topk_group=None), "saved"
     yield "all-layers-dense", dict(base, first_k_dense_replace=3), "saved"
-    yield "one-expert-of-many", dict(base, n_routed_experts=32, num_experts_per_tok=1), "fused"
+    yield "one-expert-of-many", dict(base, n_routed_experts=32, num_experts_per_tok=1), "saved"
     yield "mscale-all-dim-zero", dict(base, rope_parameters=yarn(1.0, 0.0)), "published"
     yield "yarn-at-its-paper-values", dict(
         base, **GROUPS, qk_rope_head_dim=64, max_position_embeddings=4096, rope_parameters=yarn(0.707, 0.707, 40.0, 4096, 32, 1, 10000.0)

@@ -12,10 +12,9 @@ A fixture is a folder with the model (config.json, model.safetensors) and expect
 The Rust suite (tests/suite/oracle.rs) opens the model as a person's checkpoint and compares. Knows no case; make_fixtures.py
 and check.py choose them.
 
-A model is written in one of three forms:
+A model is written in one of these forms:
   published  config.json with rope_scaling and rope_theta, one tensor per expert, as the authors released it
   saved      what save_pretrained of this version writes: rope_parameters, one tensor per expert
-  fused      the same with all experts of a layer in one tensor (save_original_format=False)
 
 Where transformers departs from the published model:
   * it ignores norm_topk_prob; `PublishedRouter` takes the router's place then
@@ -32,7 +31,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
-FORMS = ("published", "saved", "fused")
+FORMS = ("published", "saved")
 NEW_TOKENS = 12
 EXPERT_MARGIN, TOKEN_MARGIN = 3e-6, 2e-4
 

@@ -5,7 +5,6 @@ use rehearsal::config::engine::AttentionForm::Expanded;
 use rehearsal::data::example::Sequence;
 use rehearsal::model::Documents;
 use rehearsal::train::Items;
-use rehearsal_kernels::Kernels;
 
 /// Loss and gradients of one step over `documents`.
 fn step(tiny: &Tiny<'_>, documents: &[Sequence]) -> (f64, Vec<f64>) {

@@ -15,6 +15,7 @@ and check.py choose them.
 A model is written in one of these forms:
   published  config.json with rope_scaling and rope_theta, one tensor per expert, as the authors released it
   saved      what save_pretrained of this version writes: rope_parameters, one tensor per expert
+  fused      the same with all experts of a layer in one tensor (save_original_format=False)
 
 Where transformers departs from the published model:
   * it ignores norm_topk_prob; `PublishedRouter` takes the router's place then
@@ -31,7 +32,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2TopkRouter
 
-FORMS = ("published", "saved")
+FORMS = ("published", "saved", "fused")
 NEW_TOKENS = 12
 EXPERT_MARGIN, TOKEN_MARGIN = 3e-6, 2e-4
 

@@ -21,17 +21,10 @@ DEEPSEEK = dict(
 PLAIN = dict(rope_type="default", rope_theta=100.0)
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16, beta_fast=4, beta_slow=1, mscale=0.707, mscale_all_dim=0.707)
 GROUPS = dict(topk_method="group_limited_greedy", n_group=4, topk_group=2)
-LLAMA = dict(
-    model_type="llama", vocab_size=32, hidden_size=16, num_hidden_layers=2, intermediate_size=12, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-6, tie_word_embeddings=False, hidden_act="silu",
-    attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_id=1, pad_token_id=None, rope_parameters=PLAIN,
-)
 CASES = {
     "greedy-q-lora": ("published", dict(DEEPSEEK, q_lora_rank=10, num_hidden_layers=3, rope_parameters=PLAIN)),
     "group-limited-yarn": ("published", dict(DEEPSEEK, **GROUPS, rope_parameters=YARN)),
     "greedy-yarn-tied": ("saved", dict(DEEPSEEK, tie_word_embeddings=True, first_k_dense_replace=0, rope_parameters=dict(YARN, mscale=1.0))),
-    "dense-gqa": ("published", LLAMA),
-    "dense-mqa-tied": ("saved", dict(LLAMA, num_key_value_heads=1, tie_word_embeddings=True, head_dim=6)),
 }
 
 

@@ -8,6 +8,7 @@ use rehearsal::config::ModelConfig;
 use rehearsal::config::engine::AttentionForm::{self, Absorbed, Expanded};
 use rehearsal::config::routing::Balance;
 use rehearsal::data::example::Pair;
+use rehearsal::model::moe::Routing;
 use rehearsal::model::{DecodeRows, Documents, LatentCache};
 use rehearsal::train::Items;
 use rehearsal_kernels::random::{Draws, Stream};
@@ -95,10 +96,15 @@ fn gradients_with_every_balance_loss_and_dropped_pairs_equal_their_finite_differ
         let kernels = reference();
         let routings =
             Tiny::new(&kernels, &config, false).trained(&items, Expanded, balance, dropping).2;
-        for routing in routings {
+        for routing in &routings {
             let drops = routing.drops.unwrap();
             assert!(drops.dropped > 3 && drops.overflow > 0, "{drops:?}");
         }
+        // The first layer with experts sees the same rows with and without drops, and what was chosen counts, not what stayed.
+        let whole = Tiny::new(&kernels, &config, false).trained(&items, Expanded, balance, None).2;
+        let counted = |r: &Routing| (r.experts.clone(), r.devices, r.balance.clone());
+        assert_eq!(counted(&routings[0]), counted(&whole[0]));
+        assert_eq!(whole[0].experts.iter().sum::<u32>(), 3 * 20);
     }
 }
 

@@ -210,7 +210,8 @@ fn a_run_that_balances_devices_and_drops_is_the_same_in_parts_and_after_a_kill()
         assert_eq!(step["expert_load"][0].as_array().unwrap().len(), 8);
         assert!((1.0..=2.0).contains(&number("devices_per_token")), "{layer}");
         assert!(number("device_load_max") >= 1.0 && number("expert_cv") > 0.0, "{layer}");
-        assert!(step["balance_loss"].as_f64().unwrap() > 0.0);
+        // Near balance a loss is about its weight: that of devices reaches the device.
+        assert!(step["balance_loss"].as_f64().unwrap() > 0.045, "{step}");
         if step["stage"] == "base" {
             assert_eq!(step["dropped"], layer["dropped"], "one MoE layer");
             dropped += number("dropped");

@@ -42,7 +42,11 @@ impl StageRules<'_> {
                 format!("{key} = {weight} {NO_DEVICES}")
             })?;
         }
-        Ok(())
+        let experts = self.rules.config.model.n_routed_experts;
+        let weight = balance.expert.unwrap_or(0.0);
+        self.require(weight == 0.0 || experts > 0, &["balance", "expert"], |key| {
+            format!("{key} = {weight} balances experts, and the model has none; leave it out")
+        })
     }
 
     pub(super) fn capacity(&self, factor: Option<f64>) -> Result<(), ConfigError> {

@@ -155,3 +155,12 @@ fn keys_of_mla_keep_their_rules() {
     assert_eq!(scaled.latent_scaling, LatentScaling::Constant(2.0));
     assert_eq!(scaled.latent_factors(), (2.0, 2.0));
 }
+
+#[test]
+fn a_model_without_experts_balances_none() {
+    let fault = load(RUN, LLAMA, &["stage.base.balance.expert=0.01"]).unwrap_err().to_string();
+    let message =
+        "stage.base.balance.expert = 0.01 balances experts, and the model has none; leave it out";
+    assert!(fault.ends_with(message), "{fault}");
+    load(RUN, LLAMA, &["stage.base.balance.expert=0"]).unwrap();
+}

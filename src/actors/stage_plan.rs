@@ -53,9 +53,16 @@ pub fn require_artefacts(
     reached: usize,
     is_done: impl Fn(usize) -> bool,
 ) -> Result<(), Failure> {
-    let Some(missing) = (0..reached.min(config.stages.len())).find(|index| !is_done(*index)) else {
-        return Ok(());
-    };
+    let stages = config.stages.len();
+    if reached >= stages {
+        let text = format!(
+            "the newest checkpoint is of stage number {}, and the run has {stages}; it belongs to another run: remove it, \
+             or {START_AGAIN}",
+            reached.saturating_add(1)
+        );
+        return Err(Failure::new(FailureKind::User, text));
+    }
+    let Some(missing) = (0..reached).find(|index| !is_done(*index)) else { return Ok(()) };
     let text = format!(
         "stages/{} is missing, and the run has checkpoints of the later stage {:?}; restore that folder from a copy, or \
          {START_AGAIN}",

@@ -5,9 +5,10 @@
 //! path and what was being done.
 
 use crate::config::Fault;
-use anyhow::{Context, Result};
+use crate::config::limited::{self, Unread};
+use anyhow::Result;
 use std::fs::File;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 
 /// Says what an error of the disk means.
@@ -58,22 +59,14 @@ pub(super) fn rename_synced(from: &Path, to: &Path) -> Result<()> {
 
 /// Reads a small file of text; a larger one than `limit` is not what it claims to be.
 pub(super) fn read_limited(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let file = File::open(path).map_err(|e| match e.kind() {
-        ErrorKind::NotFound => Fault::user(format!("{}: no such file", path.display())),
-        _ => anyhow::Error::new(e).context(format!("failed to open {}", path.display())),
-    })?;
-    let mut bytes = Vec::new();
-    // One byte more than allowed tells a file of exactly `limit` bytes from a longer one.
-    file.take(limit + 1)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("failed to read {}", path.display()))?;
-    if bytes.len() as u64 > limit {
-        return Err(Fault::user(format!(
-            "{}: larger than the {limit} bytes that such a file may have",
-            path.display()
-        )));
-    }
-    Ok(bytes)
+    let at = path.display();
+    limited::read_limited(path, limit).map_err(|unread| match unread {
+        Unread::Io(e) if e.kind() == ErrorKind::NotFound => {
+            Fault::user(format!("{at}: no such file"))
+        }
+        Unread::Io(e) => anyhow::Error::new(e).context(format!("failed to read {at}")),
+        larger => Fault::user(format!("{at}: {larger}")),
+    })
 }
 
 /// True for a name that stays in the folder it is looked up in.

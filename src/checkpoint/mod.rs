@@ -20,6 +20,9 @@ mod tensor_writer;
 pub mod tensors;
 pub mod tokenizer_json;
 
+// Files of other programs.
+pub mod gguf_read;
+
 // Committed checkpoints.
 pub mod manifest;
 pub mod store;
@@ -35,6 +38,7 @@ mod gguf_tokenizer;
 pub use disk::disk_fault;
 pub use export::{ExportReport, export_hf};
 pub use export_gguf::export_gguf;
+pub use gguf_read::GgufFile;
 pub use gguf_tokenizer::GgufTokenizer;
 pub use manifest::{FileRecord, Manifest};
 pub use model_json::{read_model_config, write_model_config};

@@ -105,7 +105,13 @@ impl Store {
     /// Makes a folder to write a checkpoint into; `name` is `<stage>-<step>`, the store adds the
     /// running number.
     pub fn begin(&self, name: &str) -> Result<Staging> {
-        let number = self.numbered()?.first().map_or(1, |(number, _)| number + 1);
+        let newest = self.numbered()?.first().map_or(0, |(number, _)| *number);
+        let number = newest.checked_add(1).ok_or_else(|| {
+            Fault::user(format!(
+                "{}: no number is left; remove {newest}-*",
+                self.checkpoints.display()
+            ))
+        })?;
         self.stage_aside(&self.checkpoints, &format!("{number:06}-{name}"))
     }
 

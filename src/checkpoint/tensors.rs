@@ -288,9 +288,11 @@ fn read_header(file: &MappedFile) -> Result<(u64, Vec<(String, TensorInfo)>), St
         Ok(metadata) => metadata.data_len() as u64,
         Err(e) => return bad(format!("bad header: {e}")),
     };
-    let expected = 8 + header_length + data;
-    if expected != length {
-        return bad(format!("the header describes {expected} bytes, the file has {length}"));
+    if length - 8 - header_length != data {
+        return bad(format!(
+            "the header describes {data} bytes of data, the file has {}",
+            length - 8 - header_length
+        ));
     }
     Ok((8 + header_length, tensors))
 }

@@ -15,6 +15,7 @@
 //! Threads, console and gates make no other config; a resumed run's config.toml is written anew if one of them changed.
 
 use crate::checkpoint::disk_fault;
+use crate::config::limited::{Unread, read_limited_text};
 use crate::config::{Fault, Loaded};
 use crate::console::TypedCommand;
 use crate::console::next_steps::RECORD_FILE as RECORD;
@@ -22,10 +23,11 @@ use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions};
-use std::io::{Read, Seek, Write};
+use std::io::{ErrorKind, Read, Seek, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
+const RECORD_LIMIT: u64 = 1 << 20;
 /// The record of whose folder it is.
 const RECORD_BESIDE: &str = "run.json.tmp";
 const LOCK: &str = "lock";
@@ -175,23 +177,18 @@ fn decide(path: &Path, loaded: &Loaded, wish: Wish) -> Result<Decision> {
 
 fn read_record(path: &Path) -> Result<Option<RunRecord>> {
     let file = path.join(RECORD);
-    match std::fs::read_to_string(&file) {
-        Ok(text) => match serde_json::from_str(&text) {
-            Ok(record) => Ok(Some(record)),
-            Err(error) => Err(Fault::user(format!(
-                "{}: no record of a run: {error}; choose another --out",
-                file.display()
-            ))),
-        },
-        Err(error)
-            if matches!(
-                error.kind(),
-                std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
-            ) =>
+    let fault =
+        |reason: String| Fault::user(format!("{}: {reason}; choose another --out", file.display()));
+    match read_limited_text(&file, RECORD_LIMIT) {
+        Ok(text) => serde_json::from_str(&text)
+            .map(Some)
+            .map_err(|error| fault(format!("no record of a run: {error}"))),
+        Err(Unread::Io(error))
+            if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
         {
             Ok(None)
         }
-        Err(error) => Err(error).with_context(|| format!("failed to read {}", file.display())),
+        Err(unread) => Err(fault(unread.to_string())),
     }
 }
 

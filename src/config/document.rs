@@ -5,6 +5,7 @@
 //!
 //! Invariant: a table's keys are unique; their order is that of the source.
 
+use super::limited::read_limited;
 use serde_json::Value as Json;
 use std::fmt;
 use std::path::Path;
@@ -15,6 +16,8 @@ use toml::de::{DeTable, DeValue};
 /// Where a key or value was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
+    /// At a byte of a text; line and column are counted when it is shown.
+    In(Arc<Text>, usize),
     /// In a file; line and column count from 1.
     At {
         /// The file as the user named it.
@@ -33,6 +36,10 @@ pub enum Place {
 impl fmt::Display for Place {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Place::In(text, offset) => {
+                let (line, column) = text.line_column(*offset);
+                write!(out, "{}:{line}:{column}", text.file)
+            }
             Place::At { file, line, column } => write!(out, "{file}:{line}:{column}"),
             Place::File(file) => write!(out, "{file}"),
             Place::Set(assignment) => write!(out, "--set {assignment}"),
@@ -185,55 +192,66 @@ impl Node {
     }
 }
 
-/// A source text and the offsets at which its lines start.
-pub struct Source {
+/// A file's text under the name that the user gave it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Text {
     file: Arc<str>,
     text: String,
 }
+
+impl Text {
+    /// Line and column of a byte, both from 1.
+    fn line_column(&self, offset: usize) -> (usize, usize) {
+        let before = &self.text[..self.text.floor_char_boundary(offset)];
+        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
+        (before.matches('\n').count() + 1, before[line_start..].chars().count() + 1)
+    }
+}
+
+/// A larger text is no config: DeepSeek-V2's config.json has 2 KB.
+const TEXT_LIMIT: u64 = 1 << 20;
+
+/// A source text, shared by the places in it.
+pub struct Source(Arc<Text>);
 
 impl Source {
     /// A text that is said to be from `file`.
     #[cfg(test)]
     pub fn new(file: &str, text: String) -> Source {
-        Source { file: file.into(), text }
+        Source(Arc::new(Text { file: file.into(), text }))
     }
 
     /// Reads a file.
     pub fn read(path: &Path) -> Result<Source, ConfigError> {
         let file: Arc<str> = path.display().to_string().into();
-        let bytes = std::fs::read(path).map_err(|error| ConfigError {
+        let bytes = read_limited(path, TEXT_LIMIT).map_err(|unread| ConfigError {
             place: Place::File(file.clone()),
-            message: format!("cannot be read: {error}"),
+            message: unread.to_string(),
         })?;
         let fault = match String::from_utf8(bytes) {
-            Ok(text) => return Ok(Source { file, text }),
+            Ok(text) => return Ok(Source(Arc::new(Text { file, text }))),
             Err(fault) => fault,
         };
         // What stands before the first wrong byte is text, and tells its line and column.
         let valid = fault.utf8_error().valid_up_to();
         let text = String::from_utf8_lossy(&fault.as_bytes()[..valid]).into_owned();
-        Err(Source { file, text }.fault(valid, "is not UTF-8 from here on; convert the file"))
+        let source = Source(Arc::new(Text { file, text }));
+        Err(source.fault(valid, "is not UTF-8 from here on; convert the file"))
     }
 
     /// The text.
     pub fn text(&self) -> &str {
-        &self.text
+        &self.0.text
     }
 
     /// The place of a byte offset.
     pub fn place(&self, offset: usize) -> Place {
-        let before = &self.text[..self.text.floor_char_boundary(offset)];
-        let line_start = before.rfind('\n').map_or(0, |newline| newline + 1);
-        Place::At {
-            file: self.file.clone(),
-            line: before.matches('\n').count() + 1,
-            column: before[line_start..].chars().count() + 1,
-        }
+        Place::In(self.0.clone(), offset)
     }
 
     /// The place of a line and column that both count from 1.
     pub fn line_column(&self, line: usize, column: usize) -> Place {
-        Place::At { file: self.file.clone(), line: line.max(1), column: column.max(1) }
+        Place::At { file: self.0.file.clone(), line: line.max(1), column: column.max(1) }
     }
 
     /// A fault at a byte offset.

@@ -5,6 +5,7 @@
 
 pub mod failpoint;
 pub mod fault;
+pub mod limited;
 pub mod run;
 
 // How a document becomes typed tables, in the order it happens.

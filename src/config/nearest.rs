@@ -1,5 +1,8 @@
 //! The known word that a mistyped one most likely meant.
 
+/// Words whose lengths differ by more are not compared.
+const MOST_SLIPS: usize = 32;
+
 /// The nearest of `known` to `word` by edit distance, if any is near enough to be meant.
 pub fn nearest<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_lowercase();
@@ -35,6 +38,11 @@ pub fn listed(words: &[&str]) -> String {
 /// Insertions, deletions, substitutions and swaps of neighbours that turn one word into the other.
 fn distance(a: &str, b: &str) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
+    // No known word is near one that is so much longer, and the table would take memory for it.
+    let longer = a.len().abs_diff(b.len());
+    if longer > MOST_SLIPS {
+        return longer;
+    }
     let mut rows = vec![vec![0; b.len() + 1]; a.len() + 1];
     for (i, row) in rows.iter_mut().enumerate() {
         row[0] = i;

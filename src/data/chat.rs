@@ -14,6 +14,7 @@
 //! a marker that does not come back whole is refused.
 
 use crate::config::fault::Fault;
+use crate::config::limited::{Unread, read_limited_text};
 use crate::data::example::Sequence;
 use crate::data::tokenizer::{Part, Tokenizer};
 use anyhow::Result;
@@ -94,6 +95,10 @@ const OUTPUT_LIMIT: usize = 1 << 20;
 /// Bytes of a conversation with its contents, which a template may repeat.
 const TEXT_LIMIT: usize = 64 << 20;
 
+const CONFIG_FILE: &str = "tokenizer_config.json";
+/// Most bytes of it, and of a template in a file of its own.
+const FILE_LIMIT: u64 = 16 << 20;
+
 const OPEN: char = '\u{10fffc}';
 const CLOSE: char = '\u{10fffd}';
 
@@ -101,6 +106,8 @@ const CLOSE: char = '\u{10fffd}';
 #[derive(Debug)]
 pub struct ChatTemplate {
     source: String,
+    /// What faults call it: with its file, if it has one.
+    named: String,
     environment: Environment<'static>,
     bos_token: String,
     eos_token: String,
@@ -140,6 +147,7 @@ impl ChatTemplate {
             .map_err(|error| Fault::user(format!("the chat template is no Jinja: {error}")))?;
         Ok(ChatTemplate {
             source: source.to_string(),
+            named: "the chat template".to_string(),
             environment,
             bos_token: bos_token.to_string(),
             eos_token: eos_token.to_string(),
@@ -148,11 +156,9 @@ impl ChatTemplate {
 
     /// The template of a Hugging Face folder; `None` if the folder has none.
     pub fn from_folder(folder: &Path) -> Result<Option<ChatTemplate>> {
-        let config = folder.join("tokenizer_config.json");
-        let Ok(text) = std::fs::read_to_string(&config) else { return Ok(None) };
+        let config = folder.join(CONFIG_FILE);
         let fault = |reason: String| Fault::user(format!("{}: {reason}", config.display()));
-        let value: serde_json::Value =
-            serde_json::from_str(&text).map_err(|error| fault(format!("malformed: {error}")))?;
+        let Some(value) = read_tokenizer_config(folder)? else { return Ok(None) };
         let source = match &value["chat_template"] {
             serde_json::Value::String(source) => Some(source.clone()),
             // Several named templates: the one called "default".
@@ -161,13 +167,15 @@ impl ChatTemplate {
                 .find(|entry| entry["name"] == "default")
                 .and_then(|entry| entry["template"].as_str())
                 .map(str::to_string),
-            _ => std::fs::read_to_string(folder.join("chat_template.jinja")).ok(),
+            _ => read_if_there(&folder.join("chat_template.jinja"))?,
         };
         let Some(source) = source else { return Ok(None) };
         let bos = token_text(&value["bos_token"]).unwrap_or_default();
         let eos = token_text(&value["eos_token"]).unwrap_or_default();
         let template = ChatTemplate::new(&source, &bos, &eos);
-        template.map(Some).map_err(|error| fault(error.to_string()))
+        let mut template = template.map_err(|error| fault(error.to_string()))?;
+        template.named = format!("{}: the chat template", config.display());
+        Ok(Some(template))
     }
 
     /// The Jinja source, as it is exported.
@@ -178,7 +186,7 @@ impl ChatTemplate {
     /// The pieces of a conversation; `generation_prompt` ends it where the assistant's reply
     /// begins.
     pub fn render(&self, messages: &[Message], generation_prompt: bool) -> Result<Vec<Piece>> {
-        let fault = |reason: String| Fault::user(format!("the chat template fails: {reason}"));
+        let fault = |reason: String| Fault::user(format!("{} fails: {reason}", self.named));
         let marked: Vec<Value> = messages
             .iter()
             .enumerate()
@@ -341,6 +349,24 @@ fn pieces(text: &str, messages: &[Message]) -> Result<Vec<Piece>, String> {
         }
     }
     Ok(pieces)
+}
+
+/// The tokenizer_config.json of a folder, if it has one.
+pub(crate) fn read_tokenizer_config(folder: &Path) -> Result<Option<serde_json::Value>> {
+    let path = folder.join(CONFIG_FILE);
+    let parse = |text: String| {
+        let malformed = |error| Fault::user(format!("{}: malformed: {error}", path.display()));
+        serde_json::from_str(&text).map_err(malformed)
+    };
+    read_if_there(&path)?.map(parse).transpose()
+}
+
+fn read_if_there(path: &Path) -> Result<Option<String>> {
+    match read_limited_text(path, FILE_LIMIT) {
+        Ok(text) => Ok(Some(text)),
+        Err(Unread::Io(error)) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(unread) => Err(Fault::user(format!("{}: {unread}", path.display()))),
+    }
 }
 
 /// A token of tokenizer_config.json: a string, or an object with `content`.

@@ -11,6 +11,7 @@ pub mod jsonl;
 pub mod lines;
 pub mod tokenizer;
 mod tokenizer_json;
+mod tokenizer_rules;
 
 // Tokens to batches.
 pub mod conversations;

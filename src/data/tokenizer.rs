@@ -12,8 +12,10 @@
 
 use crate::config::TokenizerConfig;
 use crate::config::fault::Fault;
-use crate::data::chat::{ChatTemplate, token_text};
-use crate::data::tokenizer_json::{SPLITS, check, differing_part, split_of, untrained};
+use crate::config::limited::read_limited_text;
+use crate::data::chat::{ChatTemplate, read_tokenizer_config, token_text};
+use crate::data::tokenizer_json::{SPLITS, differing_part, split_of, untrained};
+use crate::data::tokenizer_rules::{check, leading_token};
 use anyhow::Result;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -30,6 +32,9 @@ pub const OWN_SPECIALS: [&str; 5] =
 
 /// Least vocabulary: control tokens and bytes.
 pub const LEAST_VOCABULARY: usize = 5 + 256;
+
+/// Most bytes of a tokenizer.json; those of the largest vocabularies have 30 MB.
+const FILE_LIMIT: u64 = 256 << 20;
 
 const PROOF: &str = "a byte-level BPE with a token for every byte encodes any text";
 
@@ -104,34 +109,35 @@ impl Tokenizer {
     /// Reads a tokenizer.json; a tokenizer_config.json beside it names the end and padding tokens.
     pub fn load(path: &Path) -> Result<Tokenizer> {
         let fault = |path: &Path, why: String| Fault::user(format!("{}: {why}", path.display()));
-        let json = std::fs::read_to_string(path)
-            .map_err(|error| fault(path, format!("cannot be read: {error}")))?;
-        let beside = path.with_file_name("tokenizer_config.json");
-        let config = match std::fs::read_to_string(&beside) {
-            Err(_) => None,
-            Ok(text) => Some(
-                serde_json::from_str::<Value>(&text)
-                    .map_err(|error| fault(&beside, format!("malformed: {error}")))?,
-            ),
-        };
+        let json = read_limited_text(path, FILE_LIMIT)
+            .map_err(|unread| fault(path, unread.to_string()))?;
+        let config = read_tokenizer_config(path.parent().unwrap_or(Path::new("")))?;
         Tokenizer::from_json(&json, config.as_ref()).map_err(|why| fault(path, why))
     }
 
     /// Makes a tokenizer of the text of a tokenizer.json and the value of a tokenizer_config.json.
     pub fn from_json(json: &str, config: Option<&Value>) -> Result<Tokenizer, String> {
-        let whole: Value = serde_json::from_str(json).map_err(|e| format!("malformed: {e}"))?;
-        check(&whole)?;
-        let added = added_tokens(&whole)?;
-        let full = Bpe::from_bytes(json).map_err(|error| error.to_string())?;
-        let mut bare = whole;
+        let mut bare: Value = serde_json::from_str(json).map_err(|e| format!("malformed: {e}"))?;
+        if !bare.is_object() {
+            return Err("malformed: it is no JSON object".to_string());
+        }
+        check(&bare)?;
+        let added = added_tokens(&bare)?;
+        let leading = leading_token(&bare)?;
+        let ids = bare["model"]["vocab"].as_object().into_iter().flat_map(|ids| ids.values());
+        let highest =
+            ids.filter_map(Value::as_u64).chain(added.iter().map(|(_, id, _)| *id as u64)).max();
+        // Only what was checked is handed on: the value and not the text, in which a key may stand
+        // twice, and nothing of what is done here.
         for part in ["truncation", "padding", "post_processor"] {
             bare[part] = Value::Null;
         }
         bare["added_tokens"] = json!([]);
+        bare["model"]["type"] = json!("BPE");
         let inner = Bpe::from_bytes(bare.to_string()).map_err(|error| error.to_string())?;
         let mut tokenizer = Tokenizer {
             json: json.to_string(),
-            vocab_size: 0,
+            vocab_size: highest.map_or(0, |id| id as usize + 1),
             inner,
             control: BTreeMap::new(),
             control_pattern: None,
@@ -151,11 +157,11 @@ impl Tokenizer {
                 }
             }
         }
-        tokenizer.finish(&full, config.unwrap_or(&Value::Null))?;
+        tokenizer.finish(leading, config.unwrap_or(&Value::Null))?;
         Ok(tokenizer)
     }
 
-    fn finish(&mut self, full: &Bpe, config: &Value) -> Result<(), String> {
+    fn finish(&mut self, leading: Option<u32>, config: &Value) -> Result<(), String> {
         // Longer tokens first, so that no token hides one that it begins.
         let mut texts: Vec<&String> = self.control.values().collect();
         texts.sort_by_key(|text| (std::cmp::Reverse(text.len()), text.as_str()));
@@ -164,8 +170,6 @@ impl Tokenizer {
             let pattern = regex::Regex::new(&pattern.join("|")).map_err(|e| e.to_string())?;
             self.control_pattern = Some(pattern);
         }
-        let highest = full.get_vocab(true).into_values().max().unwrap_or(0);
-        self.vocab_size = highest as usize + 1;
         let named = |key: &str| -> Result<Option<u32>, String> {
             let Some(text) = token_text(&config[key]) else { return Ok(None) };
             let id = self.control_id(&text);
@@ -173,9 +177,13 @@ impl Tokenizer {
         };
         let end = named("eos_token")?.or_else(|| self.control_id(OWN_SPECIALS[1]));
         let pad = named("pad_token")?.or_else(|| self.control_id(OWN_SPECIALS[0]));
-        let by_template = leading_token(full);
-        let bos = named("bos_token")?.or(by_template);
-        let adds_bos = config["add_bos_token"].as_bool().unwrap_or(by_template.is_some());
+        if let Some(id) = leading.filter(|id| !self.control.contains_key(id)) {
+            return Err(format!(
+                "the post_processor begins a text with {id}, which is no added token"
+            ));
+        }
+        let bos = named("bos_token")?.or(leading);
+        let adds_bos = config["add_bos_token"].as_bool().unwrap_or(leading.is_some());
         self.end = end.ok_or("no end token: name it as eos_token in tokenizer_config.json")?;
         self.pad = pad.unwrap_or(self.end);
         self.bos = bos;
@@ -380,9 +388,9 @@ impl Tokenizer {
             return Ok(None);
         }
         let shown = path.display();
-        let other = std::fs::read(&path)
-            .map_err(|error| Fault::user(format!("{shown}: cannot be read: {error}")))?;
-        let other: Value = serde_json::from_slice(&other)
+        let other = read_limited_text(&path, FILE_LIMIT)
+            .map_err(|unread| Fault::user(format!("{shown}: {unread}")))?;
+        let other: Value = serde_json::from_str(&other)
             .map_err(|error| Fault::user(format!("{shown}: malformed: {error}")))?;
         let own = serde_json::from_str(&self.json).expect("it was parsed when this was made");
         Ok(differing_part(&own, &other).map(|part| {
@@ -428,14 +436,6 @@ fn added_tokens(whole: &Value) -> Result<Vec<(String, u32, bool)>, String> {
         .iter()
         .map(|token| read(token).ok_or_else(|| format!("added token {token} has no content or id")))
         .collect()
-}
-
-/// The token that the file's own post-processor puts before a text.
-fn leading_token(full: &Bpe) -> Option<u32> {
-    let with = full.encode("a", true).ok()?;
-    let without = full.encode("a", false).ok()?;
-    let first = *with.get_ids().first()?;
-    (with.len() > without.len() && without.get_ids().first() != Some(&first)).then_some(first)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use crate::checkpoint::{
 };
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
+use crate::config::limited::read_limited_text;
 use crate::model::{Layout, Params, Transformer};
 use anyhow::{Context, Result};
 use rehearsal_kernels::{Kernels, Kind, Slab};
@@ -18,6 +19,7 @@ use std::path::Path;
 
 /// The file of a reward model's calibration.
 const REWARD_FILE: &str = "reward.json";
+const REWARD_LIMIT: u64 = 1 << 16;
 
 /// Mean and deviation that calibrate a reward model's score; saved beside its weights as `reward.json`.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -141,15 +143,22 @@ pub fn check_weights(layout: &Layout, tensors: &TensorFolder, folder: &Path) -> 
     Ok(())
 }
 
-fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
+/// A reward model's calibration; `None` if the folder has none.
+pub fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
     let path = folder.join(REWARD_FILE);
     if !path.exists() {
         return Ok(None);
     }
-    let text = std::fs::read_to_string(&path)
-        .with_context(|| format!("failed to read {}", path.display()))?;
-    let calibration: Calibration =
-        serde_json::from_str(&text).map_err(|e| Fault::User(format!("{}: {e}", path.display())))?;
+    let fault = |reason: String| Fault::user(format!("{}: {reason}", path.display()));
+    let text =
+        read_limited_text(&path, REWARD_LIMIT).map_err(|unread| fault(unread.to_string()))?;
+    let calibration: Calibration = serde_json::from_str(&text).map_err(|e| fault(e.to_string()))?;
+    if calibration.deviation <= 0.0 {
+        return Err(fault(format!(
+            "deviation = {} must be above 0; fit the reward model again",
+            calibration.deviation
+        )));
+    }
     Ok(Some(calibration))
 }
 

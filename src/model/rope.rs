@@ -62,24 +62,24 @@ pub fn table(
     config: &ModelConfig,
     positions: usize,
 ) -> Result<RopeTable, OutOfMemory> {
+    let owner = kernels.arena().owner("rope", rehearsal_kernels::Kind::Weights);
     let frequencies = frequencies(config);
+    let column =
+        || kernels.arena().buffer(owner, kernels.float(), positions, frequencies.len());
+    // The arena is asked first: a config's positions times its width may be more than any memory.
+    let (mut cos, mut sin) = (column()?, column()?);
     let attention = config.attention();
     let factor = config.rope_scaling.as_ref().map_or(1.0, |yarn| table_multiplier(yarn, attention));
-    let owner = kernels.arena().owner("rope", rehearsal_kernels::Kind::Weights);
-    let angles: Vec<f64> =
-        (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f)).collect();
-    let column = |function: fn(f64) -> f64| {
-        let mut buffer =
-            kernels.arena().buffer(owner, kernels.float(), positions, frequencies.len())?;
-        let values: Vec<f64> = angles.iter().map(|angle| function(*angle) * factor).collect();
-        kernels.upload_f64(&values, &mut buffer);
-        Ok(buffer)
-    };
+    for (function, column) in [(f64::cos as fn(f64) -> f64, &mut cos), (f64::sin, &mut sin)] {
+        let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        let values: Vec<f64> = angles.map(|angle| function(angle) * factor).collect();
+        kernels.upload_f64(&values, column);
+    }
     let pairing = match attention {
         Attention::Mla => Pairing::Interleaved,
         Attention::Gqa { .. } => Pairing::Halves,
     };
-    Ok(RopeTable { pairing, cos: column(f64::cos)?, sin: column(f64::sin)? })
+    Ok(RopeTable { pairing, cos, sin })
 }
 
 #[cfg(test)]

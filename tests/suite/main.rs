@@ -1,5 +1,7 @@
 //! The suite: one binary, one module per capability.
 
+#[path = "../hostile/mod.rs"]
+mod hostile;
 mod runs;
 mod tiny;
 mod training;
@@ -15,6 +17,7 @@ mod experts;
 mod faults;
 mod formats;
 mod gguf;
+mod hostile_files;
 mod interop;
 mod model;
 mod needle;

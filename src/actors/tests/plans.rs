@@ -110,5 +110,7 @@ fn an_earlier_artefact_that_is_gone_is_asked_for_and_not_made_again() {
         "{text}"
     );
     assert!(text.ends_with("start again with --fresh"), "{text}");
+    let text = gone(1, usize::MAX).unwrap_err().text;
+    assert!(text.contains("belongs to another run: remove it"), "{text}");
     assert!(gone(3, 3).is_ok() && gone(1, 1).is_ok() && gone(2, 0).is_ok(), "it is not done yet");
 }

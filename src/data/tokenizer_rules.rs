@@ -105,8 +105,7 @@ const PARTS: [(&str, &str, &[&str]); 4] = [
 pub fn check(value: &Value) -> Result<(), String> {
     check_model(&value["model"])?;
     for (part, list, allowed) in PARTS {
-        let steps = steps(&value[part], list);
-        for step in &steps {
+        for step in steps(&value[part], list) {
             let kind = step["type"].as_str().unwrap_or("?");
             if !allowed.contains(&kind) {
                 return Err(format!(
@@ -114,15 +113,20 @@ pub fn check(value: &Value) -> Result<(), String> {
                     allowed.join(", ")
                 ));
             }
+            if part == "pre_tokenizer" {
+                check_step(step)?;
+            }
         }
-        let bytes = steps.iter().filter(|step| step["type"] == "ByteLevel").count();
-        if ["pre_tokenizer", "decoder"].contains(&part) && bytes != 1 {
+    }
+    for (part, list) in [("pre_tokenizer", "pretokenizers"), ("decoder", "decoders")] {
+        let steps = steps(&value[part], list);
+        if steps.iter().filter(|step| step["type"] == "ByteLevel").count() != 1 {
             return Err(format!(
                 "the {part} is not ByteLevel once; only byte-level BPE is supported"
             ));
         }
     }
-    steps(&value["pre_tokenizer"], "pretokenizers").into_iter().try_for_each(check_step)
+    Ok(())
 }
 
 /// The token that the file's post-processor puts before a text.

@@ -8,9 +8,7 @@ use rehearsal::checkpoint::{
 };
 use rehearsal::cli::run_folder::{self, Wish};
 use rehearsal::config::{Loaded, ModelConfig, RunConfig, TokenizerConfig};
-use rehearsal::console::TypedCommand;
-use rehearsal::console::event::Event;
-use rehearsal::console::journal::Journal;
+use rehearsal::console::{Event, Journal, TypedCommand};
 use rehearsal::data::{ChatTemplate, Tokenizer};
 use rehearsal::engine::resident::Calibration;
 use safetensors::tensor::{Dtype, TensorView};
@@ -45,7 +43,7 @@ pub fn tensors(aside: &Path) -> Vec<Vec<u8>> {
         ("bf16", Dtype::BF16, vec![2, 3], 12),
         ("f16", Dtype::F16, vec![4], 8),
         ("f64", Dtype::F64, vec![1, 2], 16),
-        ("u8", Dtype::U8, vec![2, 0, 9], 0),
+        ("none", Dtype::F32, vec![2, 0, 9], 0),
     ];
     let views = mixed.iter().map(|(name, dtype, shape, bytes)| {
         (name.to_string(), TensorView::new(*dtype, shape.clone(), &data[..*bytes]).unwrap())

@@ -10,8 +10,7 @@ use rehearsal::checkpoint::{GgufFile, Manifest, Store, TensorFolder, read_model_
 use rehearsal::cli::run_folder::{self, Wish};
 use rehearsal::config::data::{FieldMap, Schema, SetConfig};
 use rehearsal::config::{Fault, Loaded, RunConfig};
-use rehearsal::console::board::Board;
-use rehearsal::console::journal::Journal;
+use rehearsal::console::{Board, Journal};
 use rehearsal::data::{ChatTemplate, Message, Role, Tokenizer, check_set};
 use rehearsal::engine::resident::read_calibration;
 use rehearsal::model::Layout;

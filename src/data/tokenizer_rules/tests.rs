@@ -70,10 +70,14 @@ fn published_files() -> Vec<(&'static str, Value)> {
         "post_processor": BYTES}"#;
     let gpt = r#"{"pre_tokenizer": BYTES, "post_processor": BYTES, "decoder": BYTES}"#;
     let falcon = r#"{"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Punctuation", "behavior": "Contiguous"}, BYTES,
+        {"type": "Punctuation", "behavior": "Contiguous"}, PLAIN,
         {"type": "Digits", "individual_digits": false},
         {"type": "Split", "pattern": {"Regex": "[0-9][0-9][0-9]"}, "behavior": "Isolated", "invert": false}]}}"#;
-    let parse = |text: &str| serde_json::from_str(&text.replace("BYTES", byte_level)).unwrap();
+    let plain = bytes().to_string();
+    let parse = |text: &str| {
+        let text = text.replace("BYTES", byte_level).replace("PLAIN", &plain);
+        serde_json::from_str(&text).unwrap()
+    };
     let mut files: Vec<(&str, Value)> = [
         ("deepseek-v3", v3),
         ("llama-3", llama),
@@ -192,7 +196,7 @@ fn a_step_that_drops_text_is_refused() {
 fn a_pattern_that_can_run_away_is_refused_with_its_text() {
     for pattern in [
         "(a+)+$",
-        r"(?:a+)+(?=c)",
+        r"(a+)+(?!b)c",
         r"(?<=a)b",
         r"(a+)\1",
         r".*.*=.*",
@@ -257,7 +261,7 @@ fn no_published_pattern_goes_back_more_than_some_steps_a_match() {
     for known in PUBLISHED.iter().filter(|known| !known.covers) {
         assert_eq!(longest(known.pattern, 16 * 2000), None, "{}", known.name);
     }
-    assert!(longest(r"(?:a+)+(?=c)", 1_000_000).is_some(), "the count counts");
+    assert!(longest(r"(a+)+(?!b)c", 1_000_000).is_some(), "the count counts");
 }
 
 #[test]
@@ -267,17 +271,22 @@ fn ten_times_the_text_takes_about_ten_times_the_time() {
         let time = clock_gettime(ClockId::ThreadCPUTime);
         time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
     };
-    let mut files = published_files();
-    files.extend(PUBLISHED.iter().map(|known| (known.name, with_splits(&[known.pattern]))));
-    for (name, value) in files {
+    let own = ["deepseek-llm", "deepseek-coder"].map(|own| (own, untrained(own).unwrap()));
+    let patterns = PUBLISHED.iter().map(|known| (known.name, with_splits(&[known.pattern])));
+    let own = own.map(|(name, parts)| {
+        let mut value = valid();
+        value["pre_tokenizer"] = parts["pre_tokenizer"].clone();
+        (name, value)
+    });
+    for (name, value) in patterns.chain(own) {
         let tokenizer = made(&value).unwrap();
         let time = |text: &str| {
             let start = now();
             assert!(!tokenizer.encode_content(text).is_empty());
             now() - start
         };
-        for (small, large) in adversaries(10_000).iter().zip(adversaries(100_000)) {
-            time(&large[..large.floor_char_boundary(1000)]);
+        for (small, large) in adversaries(2000).iter().zip(adversaries(20_000)) {
+            time(&large[..large.floor_char_boundary(200)]);
             let (short, long) = (time(small), time(&large));
             // Quadratic would be 100 times; the rest is room for noise.
             assert!(

@@ -15,6 +15,7 @@
 
 use crate::config::fault::Fault;
 use crate::config::limited::{Unread, read_limited_text};
+use crate::data::chat_json::to_json;
 use crate::data::example::Sequence;
 use crate::data::tokenizer::{Part, Tokenizer};
 use anyhow::Result;
@@ -139,6 +140,7 @@ impl ChatTemplate {
         environment.set_fuel(Some(FUEL));
         environment.set_syntax(syntax.expect("only the treatment of white space is changed"));
         environment.set_unknown_method_callback(python_method);
+        environment.add_filter("tojson", to_json);
         environment.add_function("raise_exception", |text: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, text))
         });

@@ -7,6 +7,7 @@ pub mod example;
 
 // Files to records, records to tokens.
 pub mod chat;
+mod chat_json;
 pub mod jsonl;
 pub mod lines;
 pub mod tokenizer;

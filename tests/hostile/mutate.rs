@@ -307,7 +307,8 @@ impl Corpus {
     fn changed_bytes(&self, mut bytes: Vec<u8>, chance: &mut Chance) -> Vec<u8> {
         for _ in 0..=chance.below(4) {
             let at = chance.below(bytes.len() + 1);
-            let end = (at + 1 + chance.below(1 << chance.below(7))).min(bytes.len());
+            let most = 1 << chance.below(7);
+            let end = (at + 1 + chance.below(most)).min(bytes.len());
             match chance.below(9) {
                 0 if at < end => bytes[at] ^= 1 << chance.below(8),
                 1 if at < end => bytes[at] = chance.below(256) as u8,

@@ -73,35 +73,37 @@ fn config_json(aside: &Path) -> Vec<u8> {
     read(&aside.join("config.json"))
 }
 
-/// A small tokenizer of each split, and one with the parts of published files.
+/// A small tokenizer, and others with parts of published files. Their patterns compile soon.
 pub fn tokenizers() -> Vec<Vec<u8>> {
     let texts: Vec<String> = (0..20).map(|i| format!("the cat {i} sat on the mat\n")).collect();
-    let mut files: Vec<Vec<u8>> = ["deepseek-llm", "deepseek-coder", "gpt-2"]
-        .map(|split| {
-            let split = split.to_string();
-            let config =
-                TokenizerConfig { vocab_size: Some(268), split, ..TokenizerConfig::default() };
-            let value: Value =
-                serde_json::from_str(Tokenizer::train(&config, &texts).unwrap().json()).unwrap();
-            value.to_string().into_bytes()
-        })
-        .to_vec();
-    let mut foreign: Value = serde_json::from_slice(&files[0]).unwrap();
-    let pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-    foreign["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "NFC"}]});
-    foreign["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": false},
-        {"type": "Punctuation", "behavior": "Contiguous"},
-        {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false}]});
-    foreign["post_processor"] = json!({"type": "TemplateProcessing", "pair": [],
+    let split = "gpt-2".to_string();
+    let config = TokenizerConfig { vocab_size: Some(268), split, ..TokenizerConfig::default() };
+    let own: Value =
+        serde_json::from_str(Tokenizer::train(&config, &texts).unwrap().json()).unwrap();
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true,
+        "use_regex": false});
+    let split = |pattern: &str| {
+        json!({"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated",
+            "invert": false})
+    };
+    let mut light = own.clone();
+    light["normalizer"] = json!({"type": "Sequence", "normalizers": [{"type": "NFC"}]});
+    light["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [
+        split("[\r\n]"), split(" ?[a-zA-Z]+"), {"type": "Digits", "individual_digits": true},
+        {"type": "Punctuation", "behavior": "Contiguous"}, bytes]});
+    light["post_processor"] = json!({"type": "TemplateProcessing", "pair": [],
         "single": [{"SpecialToken": {"id": "<|user|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "special_tokens": {"<|user|>": {"id": "<|user|>", "ids": [3], "tokens": ["<|user|>"]}}});
-    foreign["model"]["ignore_merges"] = json!(true);
-    foreign["model"]["unk_token"] = json!("a");
-    foreign["added_tokens"].as_array_mut().unwrap().push(json!({"id": 270, "content": "ø",
+    light["model"]["ignore_merges"] = json!(true);
+    light["model"]["unk_token"] = json!("a");
+    light["added_tokens"].as_array_mut().unwrap().push(json!({"id": 270, "content": "ø",
         "single_word": false, "lstrip": false, "rstrip": false, "normalized": true, "special": false}));
-    files.push(foreign.to_string().into_bytes());
-    files
+    let mut ahead = own.clone();
+    let pattern = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+    ahead["pre_tokenizer"] = json!({"type": "Sequence", "pretokenizers": [split(pattern), bytes]});
+    [&own, &light, &own, &light, &light, &ahead]
+        .map(|value| value.to_string().into_bytes())
+        .to_vec()
 }
 
 /// Files beside a tokenizer with chat templates in the ways of published ones.

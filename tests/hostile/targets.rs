@@ -143,9 +143,7 @@ fn safetensors(maker: &mut Maker) {
     ];
     let corpus = Corpus::new(Format::Json, vec![seeds::index(&folder)], words);
     let index = folder.join("model.safetensors.index.json");
-    maker.add("safetensors", index, corpus, MIB, move |_| {
-        TensorFolder::open(&folder).map(|tensors| assert!(tensors.elements() > 0))
-    });
+    maker.add("safetensors", index, corpus, MIB, move |_| TensorFolder::open(&folder).map(drop));
 }
 
 fn gguf(maker: &mut Maker) {

@@ -64,8 +64,7 @@ pub fn table(
 ) -> Result<RopeTable, OutOfMemory> {
     let owner = kernels.arena().owner("rope", rehearsal_kernels::Kind::Weights);
     let frequencies = frequencies(config);
-    let column =
-        || kernels.arena().buffer(owner, kernels.float(), positions, frequencies.len());
+    let column = || kernels.arena().buffer(owner, kernels.float(), positions, frequencies.len());
     // The arena is asked first: a config's positions times its width may be more than any memory.
     let (mut cos, mut sin) = (column()?, column()?);
     let attention = config.attention();

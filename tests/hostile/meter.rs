@@ -40,6 +40,7 @@ fn count(change: isize) -> bool {
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         match count(layout.size() as isize) {
+            // SAFETY: as the caller promises.
             true => unsafe { System.alloc(layout) },
             false => std::ptr::null_mut(),
         }
@@ -47,6 +48,7 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         match count(layout.size() as isize) {
+            // SAFETY: as the caller promises.
             true => unsafe { System.alloc_zeroed(layout) },
             false => std::ptr::null_mut(),
         }
@@ -54,11 +56,13 @@ unsafe impl GlobalAlloc for Counting {
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         count(-(layout.size() as isize));
+        // SAFETY: the pointer came from the system's allocator with this layout.
         unsafe { System.dealloc(pointer, layout) }
     }
 
     unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
         match count(size as isize - layout.size() as isize) {
+            // SAFETY: the pointer came from the system's allocator with this layout.
             true => unsafe { System.realloc(pointer, layout, size) },
             false => std::ptr::null_mut(),
         }

@@ -7,6 +7,7 @@ use super::disk::{disk_fault, rename_synced};
 use super::export::{ExportReport, HEAD, SCORE_HEAD, beside, fold};
 use super::gguf::{GgufTensor, write_gguf};
 use super::gguf_keys::model_keys;
+use super::gguf_read::GgufFile;
 use super::gguf_tensors::{Planned, plan};
 use super::gguf_tokenizer::{GgufTokenizer, tokenizer_keys};
 use super::model_json::read_model_config;
@@ -15,7 +16,6 @@ use super::tensors::TensorFolder;
 use crate::config::Fault;
 use crate::config::failpoint::failpoint;
 use anyhow::{Context, Result};
-use candle_core::quantized::gguf_file::Content;
 use std::fs::File;
 use std::io::Read;
 use std::path::Path;
@@ -85,14 +85,12 @@ fn refuse_foreign(out: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Opens what was written as another program would.
+/// Opens what was written as a file of another program.
 fn read_back(aside: &Path, planned: &[Planned]) -> Result<()> {
-    let mut file = File::open(aside).map_err(|e| disk_fault("open", aside, e))?;
-    let content = Content::read(&mut file)
-        .with_context(|| format!("{} does not read back", aside.display()))?;
-    assert_eq!(content.tensor_infos.len(), planned.len(), "tensors of an export read back");
+    let file = GgufFile::open(aside).context("the export does not read back")?;
+    assert_eq!(file.names().len(), planned.len(), "tensors of an export read back");
     for Planned { tensor, .. } in planned {
-        let found = content.tensor_infos.get(&tensor.name).map(|info| info.shape.dims());
+        let found = file.shape(&tensor.name);
         assert_eq!(found, Some(tensor.shape.as_slice()), "{} read back", tensor.name);
     }
     Ok(())

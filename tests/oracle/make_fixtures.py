@@ -8,6 +8,7 @@ import shutil
 
 import torch
 import transformers
+from check import LENGTHS, PROMPT, dense
 from fixture import check_softmax_scale, make
 
 OUT = pathlib.Path(__file__).resolve().parents[1] / "data" / "oracle"
@@ -26,6 +27,7 @@ CASES = {
     "group-limited-yarn": ("published", dict(DEEPSEEK, **GROUPS, rope_parameters=YARN)),
     "greedy-yarn-tied": ("saved", dict(DEEPSEEK, tie_word_embeddings=True, first_k_dense_replace=0, rope_parameters=dict(YARN, mscale=1.0))),
 }
+DENSE = ("dense-2-of-4-untied", "dense-1-of-4-tied")
 
 
 if __name__ == "__main__":
@@ -33,4 +35,7 @@ if __name__ == "__main__":
     shutil.rmtree(OUT, ignore_errors=True)
     for seed, (name, (form, keys)) in enumerate(CASES.items()):
         make(OUT / name, keys, form, [29, 11, 23], 10, seed)
-    print(f"{len(CASES)} fixtures of transformers {transformers.__version__}, torch {torch.__version__} in {OUT}")
+    for seed, (name, keys, form) in enumerate(dense()):
+        if name in DENSE:
+            make(OUT / name, keys, form, LENGTHS, PROMPT, seed)
+    print(f"{len(CASES) + len(DENSE)} fixtures of transformers {transformers.__version__}, torch {torch.__version__} in {OUT}")

@@ -1,6 +1,7 @@
 //! A model whose weights and cache are kept in few bits: the same numbers in every form and pass, and close to f32.
 
 use crate::engine::{engine, stage};
+use crate::runs::{check_refused, done, finished, rehearsal};
 use crate::tiny::{Tiny, config, config_dense, config_lite, cpu, worst};
 use rehearsal::config::ModelConfig;
 use rehearsal::config::engine::AttentionForm::{Absorbed, Expanded};
@@ -129,4 +130,30 @@ fn an_engine_scores_alike_with_and_without_a_cache_in_formats_that_it_is_told() 
     assert!(mean_distance(&small.0, &cached.0) > 0.0);
     // A page of the arena is the least: the tiny cache's bytes shrink no further than that.
     assert!(small.1.1 <= cached.1.1);
+}
+
+#[test]
+fn every_command_that_only_reads_a_model_takes_weights_and_cache_in_few_bits() {
+    let model = finished().join("export");
+    let text = finished().join("data/held-out.jsonl");
+    let run = |arguments: &[&str], formats: &str| {
+        let mut command = rehearsal(arguments);
+        command.arg(&model).args(formats.split_whitespace()).args(["--json", "--threads", "1"]);
+        command
+    };
+    let told = |command| String::from_utf8(done(command).stdout).unwrap();
+    let prompt = ["--chat", "--prompt", "rotate: p u n k", "--temperature", "0"];
+    for formats in ["--dtype bf16 --cache-dtype bf16", "--dtype int8 --cache-dtype 6bit"] {
+        let mut generate = run(&["generate"], formats);
+        generate.args(prompt).args(["--max-tokens", "8"]);
+        let reply: serde_json::Value = serde_json::from_str(&told(generate)).unwrap();
+        let tokens = reply["tokens"].as_array().map(Vec::len);
+        assert!(matches!(tokens, Some(1..=8)), "{reply}");
+        let mut eval = run(&["eval"], formats);
+        eval.arg("--data").arg(&text).args(["--verifier", "answer-line", "--max-tokens", "8"]);
+        assert!(told(eval).contains("pass_at_1"));
+    }
+    let mut score = run(&["score"], "--cache-dtype fp8");
+    score.arg("--input").arg(&text);
+    check_refused(score, 2, &["--decode"]);
 }

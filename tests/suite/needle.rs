@@ -101,3 +101,48 @@ fn needles_are_found_at_four_times_the_trained_length_with_yarn_and_not_without_
     let alone = found(&base, "--extend-to 256 --lengths 256");
     assert!(alone > without + 0.3, "YaRN alone: {alone}, without it: {without}");
 }
+
+/// Perplexity of held-out haystacks and its change against f32, KL in nats, and needles found.
+fn in_few_bits(formats: &str) -> [f64; 3] {
+    let run = miniature().join("run");
+    let held_out = run.join("data/needle-long.jsonl");
+    let text: Vec<String> = std::fs::read_to_string(held_out)
+        .unwrap()
+        .lines()
+        .take(20)
+        .map(|line| {
+            let prompt: Value = serde_json::from_str(line).unwrap();
+            let part = |key: &str| prompt[key].as_str().unwrap().to_string();
+            serde_json::json!({ "text": part("prompt") + " " + &part("answer") }).to_string()
+        })
+        .collect();
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("held-out.jsonl");
+    std::fs::write(&file, text.join("\n")).unwrap();
+    let mut command = rehearsal(&["eval"]);
+    command.arg(run.join("export")).args(["--metric", "perplexity", "--against-f32", "--json"]);
+    command.arg("--data").arg(&file).args(formats.split_whitespace());
+    let measured_now: Value = serde_json::from_slice(&done(command).stdout).unwrap();
+    let figure = |key: &str| measured_now["against_f32"][key].as_f64().unwrap();
+    let found = measured(&run.join("export"), &format!("--lengths 256 --needles 4 {formats}"));
+    [figure("delta"), figure("kl"), found["found"].as_f64().unwrap()]
+}
+
+#[test]
+fn few_bits_cost_the_miniature_a_bounded_share_of_its_perplexity_and_no_needle() {
+    for (formats, most_delta, most_kl) in [
+        ("--dtype bf16", 5e-4, 1e-4),
+        ("--dtype fp8", 5e-3, 1e-3),
+        ("--dtype fp8-block", 5e-3, 1e-3),
+        ("--dtype int8", 2e-3, 5e-4),
+        ("--cache-dtype fp8", 2e-3, 5e-4),
+        ("--cache-dtype 6bit", 3e-3, 1e-3),
+        ("--dtype fp8 --cache-dtype 6bit", 8e-3, 2e-3),
+    ] {
+        let [delta, kl, found] = in_few_bits(formats);
+        println!("{formats}: perplexity {delta:+.2e}, KL {kl:.2e}, found {found}");
+        assert!(delta.abs() < most_delta, "{formats}: perplexity changes by {delta:e}");
+        assert!((0.0..most_kl).contains(&kl), "{formats}: KL {kl:e}");
+        assert!(found >= 0.95, "{formats}: {found} of the needles are found");
+    }
+}

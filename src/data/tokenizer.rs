@@ -376,7 +376,7 @@ impl Tokenizer {
         &self.json
     }
 
-    /// The name of its pre-tokenizer, as llama.cpp knows it; `None` if it is none of [`SPLITS`].
+    /// The name of its pre-tokenizer, as llama.cpp knows it; `None` if it is none of those.
     pub fn split(&self) -> Option<&'static str> {
         split_of(&serde_json::from_str(&self.json).expect("it was parsed when this was made"))
     }

@@ -2,7 +2,7 @@
 //!
 //! Rows of one sequence that come together are a chunk of a prompt. The absorbed form reads the cache as it is
 //! and pays 2 d_c + d_R per query and context token of a head; the expanded one pays d_nope + d_R + d_v, after
-//! making keys and values of the whole context from the cached latents: [`RANGE`] tokens at a time, merged by
+//! making keys and values of the whole context from the cached latents: `RANGE` tokens at a time, merged by
 //! log-sum-exp.
 //!
 //! Invariants:

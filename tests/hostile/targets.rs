@@ -276,7 +276,7 @@ fn chat(maker: &mut Maker) {
         "{\"name\":\"default\",\"template\":\"{{ y }}\"}",
     ];
     let corpus = Corpus::new(Format::Json, seeds::chats(), words);
-    maker.add("chat", folder.join("tokenizer_config.json"), corpus, 128 * MIB, move |_| {
+    maker.add("chat", folder.join("tokenizer_config.json"), corpus, 64 * MIB, move |_| {
         let tokenizer = Tokenizer::load(&folder.join("tokenizer.json"))?;
         let Some(chat) = ChatTemplate::from_folder(&folder)? else { return Ok(()) };
         let messages = [(Role::System, "s"), (Role::User, "2 + 2?"), (Role::Assistant, "4<|end|>")]

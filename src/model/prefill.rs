@@ -232,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_fresh_prompt_is_expanded_and_a_new_token_absorbed_in_every_model() {
-        for name in ["deepseek-v2.json", "deepseek-v2-lite.json", "small.json", "quickstart.json"] {
+        for name in ["deepseek-v2.json", "deepseek-v2-lite.json", "gsm8k.json", "quickstart.json"] {
             let config = preset(name);
             for context in [2, 3, 16, 512, 1024] {
                 assert_eq!(prefill_form(&config, context, context), Expanded, "{name} {context}");
@@ -240,7 +240,7 @@ mod tests {
             }
         }
         // Where the latent is no wider than what it makes, nothing is gained by expanding it.
-        let narrow = ModelConfig { kv_lora_rank: 16, ..preset("small.json") };
+        let narrow = ModelConfig { kv_lora_rank: 16, ..preset("gsm8k.json") };
         assert_eq!(prefill_form(&narrow, 512, 512), Absorbed);
     }
 
@@ -252,7 +252,7 @@ mod tests {
 
     #[test]
     fn a_chunk_takes_its_form_whatever_stands_beside_it() {
-        let config = preset("small.json");
+        let config = preset("gsm8k.json");
         let mut rows = DecodeRows::default();
         // (before, count, is expanded); the second and third are different sequences at one length.
         let chunks = [

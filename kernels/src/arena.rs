@@ -11,7 +11,7 @@
 
 use crate::buffer::{Buffer, DType};
 use crate::slab::Slab;
-use rustix::mm::{MapFlags, ProtFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -275,6 +275,10 @@ fn size_class(bytes: usize) -> usize {
     pages(size.next_multiple_of((size.next_power_of_two() / 16).max(4096)))
 }
 
+/// Bytes from which a mapping asks for huge pages: weights are read through once for each product, and with
+/// small pages half of that time goes to address translation.
+const HUGE: usize = 4 << 20;
+
 /// Private anonymous memory, touched at creation.
 struct Mapping {
     address: usize,
@@ -283,16 +287,30 @@ struct Mapping {
 
 impl Mapping {
     fn new(bytes: usize) -> Option<Mapping> {
+        let flags = if bytes < HUGE { MapFlags::POPULATE } else { MapFlags::empty() };
         // SAFETY: a fresh private anonymous mapping aliases nothing.
         let pointer = unsafe {
             rustix::mm::mmap_anonymous(
                 std::ptr::null_mut(),
                 bytes,
                 ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | MapFlags::POPULATE,
+                MapFlags::PRIVATE | flags,
             )
         };
-        Some(Mapping { address: pointer.ok()? as usize, bytes })
+        let pointer = pointer.ok()?;
+        if bytes >= HUGE {
+            // SAFETY: advice about, and zeros to, a mapping that nobody else knows. A system without huge pages
+            // refuses the advice, an old one to touch the pages for us: then each is touched here.
+            unsafe {
+                let _ = rustix::mm::madvise(pointer, bytes, Advice::LinuxHugepage);
+                if rustix::mm::madvise(pointer, bytes, Advice::LinuxPopulateWrite).is_err() {
+                    for page in (0..bytes).step_by(4096) {
+                        pointer.cast::<u8>().add(page).write_volatile(0);
+                    }
+                }
+            }
+        }
+        Some(Mapping { address: pointer as usize, bytes })
     }
 }
 

@@ -100,8 +100,8 @@ pub(crate) trait Lanes: Copy {
     type V: Copy;
     /// Most rows of a register tile two vectors (or one) wide.
     const TILE_ROWS: usize;
-    /// Vectors across a tile of many rows, of two or three rows, and of one row.
-    const TILE_VECTORS: [usize; 3];
+    /// Vectors across a tile of one, two, three and more rows.
+    const TILE_VECTORS: [usize; 4];
 
     /// Calls a job with this set's features on.
     unsafe fn call<J: OnLanes>(job: J) -> J::Out;
@@ -115,6 +115,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn store(to: *mut f32, x: Self::V);
     /// The first `count < 16` floats to memory.
     unsafe fn store_some(to: *mut f32, count: usize, x: Self::V);
+    /// Asks for the cache line at `at`, which need not be good, to be brought to the second cache.
+    unsafe fn prefetch(at: *const f32);
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 }
@@ -167,7 +169,7 @@ pub(crate) struct Avx512;
 impl Lanes for Avx512 {
     type V = __m512;
     const TILE_ROWS: usize = 14;
-    const TILE_VECTORS: [usize; 3] = [2, 4, 8];
+    const TILE_VECTORS: [usize; 4] = [8, 4, 4, 2];
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     unsafe fn call<J: OnLanes>(job: J) -> J::Out {
@@ -192,6 +194,10 @@ impl Lanes for Avx512 {
     #[inline(always)]
     unsafe fn store_some(to: *mut f32, count: usize, x: __m512) {
         unsafe { _mm512_mask_storeu_ps(to, (1u16 << count) - 1, x) }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(at: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -220,7 +226,8 @@ unsafe fn mask(count: usize) -> __m256i {
 impl Lanes for Avx2 {
     type V = [__m256; 2];
     const TILE_ROWS: usize = 6;
-    const TILE_VECTORS: [usize; 3] = [1, 2, 4];
+    // Three rows of two vectors need a register more than there are.
+    const TILE_VECTORS: [usize; 4] = [4, 2, 1, 1];
 
     #[target_feature(enable = "avx2,fma")]
     unsafe fn call<J: OnLanes>(job: J) -> J::Out {
@@ -256,6 +263,10 @@ impl Lanes for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn prefetch(at: *const f32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[inline(always)]
     unsafe fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
@@ -269,7 +280,7 @@ pub(crate) struct Portable;
 impl Lanes for Portable {
     type V = [f32; LANES];
     const TILE_ROWS: usize = 4;
-    const TILE_VECTORS: [usize; 3] = [1, 1, 1];
+    const TILE_VECTORS: [usize; 4] = [1, 1, 1, 1];
 
     unsafe fn call<J: OnLanes>(job: J) -> J::Out {
         unsafe { job.run::<Portable>() }
@@ -296,6 +307,8 @@ impl Lanes for Portable {
     unsafe fn store_some(to: *mut f32, count: usize, x: [f32; LANES]) {
         unsafe { std::ptr::copy_nonoverlapping(x.as_ptr(), to, count) }
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
     #[inline(always)]
     unsafe fn fma(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
         let mut y = c;

@@ -3,7 +3,9 @@
 //! Rows of a tile share each load of B, its columns each broadcast of A. Around the tiles: blocks of rows
 //! (A stays in the second cache), blocks of k (a panel of B stays in the first), panels of 32 columns.
 //! Between blocks of k a tile's sums are stored to C and loaded again, which rounds nothing. A transposed
-//! A, and a B that is not packed and is used often, are copied to the stack block by block.
+//! A, and a B that is not packed and is used often, are copied to the stack block by block. While a packed
+//! panel is used, the next one is brought to the second cache, so that weights come from memory beside the
+//! multiplications and not between them.
 //!
 //! Invariants:
 //!   * one chain of fused multiply-adds per output element, over p ascending, for any block or tile
@@ -153,7 +155,8 @@ impl OnLanes for Blocks {
                 let rows = BLOCK_ROWS.min(m - row);
                 for (p, depth) in depths(k, BLOCK_DEPTH) {
                     let (left, right, out) = self.block(row, p);
-                    columns::<L>([rows, n, depth], left, right, out, adds(self.store, p));
+                    let next = self.after(row + rows, p + depth);
+                    columns::<L>([rows, n, depth], left, right, out, adds(self.store, p), next);
                 }
             }
         }
@@ -173,6 +176,20 @@ impl Blocks {
                 Out { at: out.at.add(row * out.row), ..out },
             )
         }
+    }
+}
+
+impl Blocks {
+    /// What of B is read after the block that ends before `row` and step `p`: its next steps, its first ones
+    /// again, or what lies behind it, which is the next group's.
+    fn after(&self, row: usize, p: usize) -> Option<*const f32> {
+        let [m, n, k] = self.shape;
+        let Right { at, row: step, panel } = self.right;
+        (step == PANEL).then_some(match (p < k, row < m) {
+            (true, _) => at.wrapping_add(p * step),
+            (false, true) => at,
+            (false, false) => at.wrapping_add(n.div_ceil(PANEL) * panel),
+        })
     }
 }
 
@@ -215,7 +232,7 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
                         left = Left { at: a.as_mut_ptr(), row: 1, col: 0 };
                     }
                     if !B {
-                        columns::<L>([rows, n, depth], left, right, out, add);
+                        columns::<L>([rows, n, depth], left, right, out, add, None);
                         continue;
                     }
                     for j in (0..n).step_by(PANEL) {
@@ -224,7 +241,7 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
                         copy_panel(width, depth, from, right.row, b.as_mut_ptr());
                         let panel = Right { at: b.as_mut_ptr(), row: PANEL, panel: 0 };
                         let out = Out { at: out.at.add(j), ..out };
-                        columns::<L>([rows, width, depth], left, panel, out, add);
+                        columns::<L>([rows, width, depth], left, panel, out, add, None);
                     }
                 }
             }
@@ -286,6 +303,8 @@ unsafe fn copy_panel(width: usize, depth: usize, from: *const f32, row: usize, t
 }
 
 /// One block of rows and of p against all columns. `left.col == 0` means A as [`copy_left`] leaves it.
+/// While a panel is used, the next one is asked for, a little with each step; behind the last one comes `next`.
+/// Without one B is in a cache already.
 #[inline(always)]
 pub(super) unsafe fn columns<L: Lanes>(
     [m, n, depth]: [usize; 3],
@@ -293,20 +312,27 @@ pub(super) unsafe fn columns<L: Lanes>(
     right: Right,
     out: Out,
     add: bool,
+    next: Option<*const f32>,
 ) {
     // Few rows leave registers for more columns, and those keep the multiply-add units busy.
-    let vectors = match m.div_ceil(m.div_ceil(L::TILE_ROWS)) {
-        1 => L::TILE_VECTORS[2],
-        2 | 3 => L::TILE_VECTORS[1],
-        _ => L::TILE_VECTORS[0],
-    };
+    let count = m.div_ceil(L::TILE_ROWS);
+    let vectors = L::TILE_VECTORS[m.div_ceil(count).min(4) - 1];
     let mut j = 0;
     // SAFETY: the tiles lie inside the block.
     unsafe {
         while j < n {
             let width = if n - j >= vectors * LANES { vectors * LANES } else { LANES.min(n - j) };
             let from = right.at.add(j / PANEL * right.panel + j % PANEL);
-            for (first, rows) in tiles::<L>(m) {
+            let following = next.map(|next| {
+                let panel = j / PANEL + width.div_ceil(PANEL);
+                if panel * PANEL < n { right.at.wrapping_add(panel * right.panel) } else { next }
+            });
+            for (tile, (first, rows)) in tiles::<L>(m).enumerate() {
+                let share = (j % PANEL / LANES * count + tile) * depth;
+                let ahead = match following {
+                    Some(at) => Ahead::new(at, share, width.div_ceil(LANES).min(2), count),
+                    None => Ahead { at: from.cast(), line: 0, step: 0 },
+                };
                 let (at, row, col) = match left.col {
                     0 => (left.at.add(first * depth), 1, rows),
                     col => (left.at.add(first * left.row), left.row, col),
@@ -317,6 +343,7 @@ pub(super) unsafe fn columns<L: Lanes>(
                     right: Right { at: from, ..right },
                     out: Out { at: out.at.add(first * out.row + j), ..out },
                     add,
+                    ahead,
                 };
                 tile.dispatch::<L>(rows, width);
             }
@@ -332,6 +359,26 @@ struct Operands {
     right: Right,
     out: Out,
     add: bool,
+    ahead: Ahead,
+}
+
+/// The part of the next panel that a tile asks for: the tiles of a panel share it evenly.
+struct Ahead {
+    at: *const u8,
+    /// Bytes from one vector's to the next one's.
+    line: usize,
+    /// Bytes of each step.
+    step: usize,
+}
+
+impl Ahead {
+    /// Tile number `share / depth` of those that use a panel `vectors` at a time, `count` for each column.
+    #[inline(always)]
+    fn new(panel: *const f32, share: usize, vectors: usize, count: usize) -> Ahead {
+        let bytes = vectors * LANES * size_of::<f32>();
+        let at = panel.cast::<u8>().wrapping_add(share * bytes / count);
+        Ahead { at, line: bytes / vectors / count, step: bytes / count }
+    }
 }
 
 /// A tile of `ROWS x VECTORS` vectors; with `MASKED` its one vector has `columns < 16` columns.
@@ -397,7 +444,7 @@ impl<const ROWS: usize, const VECTORS: usize, const MASKED: bool> OnLanes
     #[allow(clippy::needless_range_loop)]
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let Tile { of: Operands { depth, left, right, out, add }, columns } = self;
+        let Tile { of: Operands { depth, left, right, out, add, ahead }, columns } = self;
         // SAFETY: the tile lies inside the operands; vector v starts at column 16 v, and a tile of more
         // than one vector starts at a panel's first column (or all of B has one stride).
         unsafe {
@@ -412,7 +459,14 @@ impl<const ROWS: usize, const VECTORS: usize, const MASKED: bool> OnLanes
             }
             let mut b = right.at;
             let mut a = left.at;
+            let mut next = ahead.at;
             for _ in 0..depth {
+                // One row is read as fast as the processor's own prefetching goes.
+                for v in 0..if ROWS == 1 { 0 } else { VECTORS } {
+                    let panel = v / 2 * right.panel * size_of::<f32>();
+                    L::prefetch(next.wrapping_add(panel + v % 2 * ahead.line).cast());
+                }
+                next = next.wrapping_add(ahead.step);
                 let mut row = [L::splat(0.0); VECTORS];
                 for v in 0..VECTORS {
                     row[v] = load::<L, MASKED>(b.add(v / 2 * right.panel + v % 2 * LANES), columns);

@@ -197,7 +197,7 @@ impl OnLanes for Unpacking {
                         }
                         let right = Right { at: tile, row: PANEL, panel: depth * PANEL };
                         let out = Out { at: out.at.add(row * out.row + j), ..out };
-                        columns::<L>([rows, width, depth], left, right, out, adds(store, p));
+                        columns::<L>([rows, width, depth], left, right, out, adds(store, p), None);
                     }
                 }
             }

@@ -19,7 +19,16 @@ pub struct CpuKernels {
 }
 
 impl CpuKernels {
-    /// Kernels with `threads` threads (0: one per core) whose buffers come from `arena`.
+    /// Checks that the instruction set which REHEARSAL_ISA names is there; the fault names those that are.
+    pub fn check_instruction_set() -> std::result::Result<(), String> {
+        Isa::chosen(std::env::var_os(ops::ISA_VARIABLE)).map(drop)
+    }
+
+    /// Kernels with `threads` threads (0: one per core) whose buffers come from `arena`. They use the instruction
+    /// set that REHEARSAL_ISA names, else the best.
+    ///
+    /// # Panics
+    /// If REHEARSAL_ISA names none (see [`CpuKernels::check_instruction_set`]).
     pub fn new(threads: usize, arena: Arena) -> CpuKernels {
         CpuKernels::with_isa(Isa::detect(), threads, arena)
     }

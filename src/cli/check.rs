@@ -1,7 +1,7 @@
 //! `rehearsal check`: resolves and validates a run or a model without training, and tells what it will cost.
 
 use super::check_report::CheckReport;
-use super::command::{Threads, cores};
+use super::command::{Threads, cores, warned};
 use super::machine::free_memory;
 use super::output::{say, say_json};
 use crate::actors::check_stage_data;
@@ -112,7 +112,7 @@ fn report_alone(args: &CheckArgs) -> Result<(CheckReport, ModelConfig)> {
     let loaded = RunConfig::load(&args.file, &args.set)?;
     let lines = if args.plan_only { BTreeMap::new() } else { check_files(&loaded)? };
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
-    let threads = args.threads.given().or(configured).unwrap_or_else(cores);
+    let threads = warned(args.threads.given().or(configured).unwrap_or_else(cores));
     Ok((CheckReport::of_run(&loaded, lines, threads)?, loaded.config.model))
 }
 

@@ -1,8 +1,10 @@
 //! The command line as a whole: subcommands and what they share.
 
 use super::{bench, check, eval, export, generate, run, score, status};
-use crate::config::MOST_THREADS;
+use crate::config::{Fault, MOST_THREADS};
 use clap::{Args, Parser, Subcommand};
+use rehearsal_kernels::CpuKernels;
+use std::sync::Once;
 
 /// Pretrains, aligns and exports DeepSeek-V2 models, from one TOML.
 #[derive(Debug, Parser)]
@@ -46,6 +48,7 @@ pub enum Command {
 impl Cli {
     /// Does what was asked.
     pub fn execute(self) -> anyhow::Result<()> {
+        CpuKernels::check_instruction_set().map_err(Fault::user)?;
         match self.command {
             Command::Run(args) => run::run(args),
             Command::Check(args) => check::run(args),
@@ -75,8 +78,20 @@ impl Threads {
 
     /// The number given, else all cores.
     pub fn count(self) -> usize {
-        self.given().unwrap_or_else(cores)
+        warned(self.given().unwrap_or_else(cores))
     }
+}
+
+/// `threads`, with one warning if they are more than the cores: they wait for each other, which changes no result.
+pub fn warned(threads: usize) -> usize {
+    static ONCE: Once = Once::new();
+    let cores = cores();
+    if threads > cores {
+        ONCE.call_once(|| {
+            tracing::warn!("{threads} threads on {cores} cores wait for each other; no more than {cores} make it faster");
+        });
+    }
+    threads
 }
 
 /// `--threads`: as many as a config may have.

@@ -5,7 +5,7 @@
 
 use super::check::check_files;
 use super::check_report::CheckReport;
-use super::command::{Threads, cores};
+use super::command::{Threads, cores, warned};
 use super::generate::seed;
 use super::machine::{free_disk, free_memory, held_disk, share_for_arenas};
 use super::output::say;
@@ -139,8 +139,8 @@ fn out_folder(args: &RunArgs) -> PathBuf {
 /// Refuses a run that its budget or the machine cannot hold, whose data is wrong, or that the disk cannot hold. Gives
 /// what the arenas may take if the config has no budget.
 fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Option<u64>> {
-    let threads =
-        Some(loaded.config.engine.threads).filter(|threads| *threads > 0).unwrap_or_else(cores);
+    let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
+    let threads = warned(configured.unwrap_or_else(cores));
     let free = free_memory();
     let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads)?.on_machine(free);
     if let Some(refusal) = plan.over_budget().or_else(|| plan.over_memory()) {

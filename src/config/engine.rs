@@ -7,7 +7,8 @@ use std::fmt;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct EngineConfig {
-    /// Threads of the CPU device; 0 for all cores. Changes no result.
+    /// Threads of the CPU device; all cores if absent, which is 0 here and nowhere written. Changes no result.
+    #[serde(skip_serializing_if = "is_absent")]
     pub threads: usize,
     /// Bytes that the arenas may hold, e.g. "1.5 GiB"; absent for no limit.
     pub budget: Option<Bytes>,
@@ -44,6 +45,10 @@ impl Default for EngineConfig {
             restart_window_seconds: 60,
         }
     }
+}
+
+fn is_absent(threads: &usize) -> bool {
+    *threads == 0
 }
 
 /// Something that can be offloaded.

@@ -122,6 +122,11 @@ impl Rules<'_> {
                 format!("{table}.{key} = 0 must be at least 1")
             })?;
         }
+        let threads = self.document.get("engine").and_then(|engine| engine.get("threads"));
+        self.require(threads.is_none() || engine.threads > 0, &["engine", "threads"], || {
+            "engine.threads = 0 computes nothing; leave it out for all cores, or name a number"
+                .to_string()
+        })?;
         let most = [
             ("engine", "threads", engine.threads, MOST_THREADS),
             ("engine", "page_tokens", engine.page_tokens, 1 << 20),

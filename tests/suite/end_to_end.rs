@@ -1,7 +1,8 @@
 //! Whole runs through the binary: every stage kind, equal bytes, and kills that change none.
 
 use crate::runs::{
-    check_each_step_once, done, events, finished, smoke, smoke_with, steps, weights,
+    check_each_step_once, check_refused, check_says, done, events, finished, smoke, smoke_with,
+    steps, weights,
 };
 use rehearsal_kernels::random::{self, Stream};
 use serde_json::Value;
@@ -72,6 +73,19 @@ fn threads_change_no_byte_and_a_lost_scorer_or_generator_changes_none_either() {
         );
         each_step_once(&out);
     }
+}
+
+#[test]
+fn the_instruction_set_changes_no_byte() {
+    let folder = TempDir::new().unwrap();
+    let mut unknown = smoke(&folder.path().join("unknown"), &[]);
+    unknown.env("REHEARSAL_ISA", "sse9");
+    check_refused(unknown, 2, &["REHEARSAL_ISA = \"sse9\"", "portable", "leave the variable out"]);
+    let out = folder.path().join("portable");
+    let mut command = smoke(&out, &["--threads", "5"]);
+    command.env("REHEARSAL_ISA", "portable");
+    check_says(&done(command), &["5 threads on", "no more than"]);
+    assert!(weights(&out) == weights(finished()), "plain code gives other weights");
 }
 
 #[test]

@@ -11,6 +11,10 @@
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
+use std::ffi::OsString;
+
+/// The environment variable that forces an instruction set; it changes no result.
+pub(crate) const ISA_VARIABLE: &str = "REHEARSAL_ISA";
 
 /// Floats in one vector.
 pub(crate) const LANES: usize = 16;
@@ -38,9 +42,26 @@ pub(crate) trait OnLanes {
 }
 
 impl Isa {
-    /// The best set that this processor has.
+    /// The set that [`ISA_VARIABLE`] names, else the best that this processor has.
+    ///
+    /// # Panics
+    /// If the variable names none; a program asks [`Isa::chosen`] first.
     pub fn detect() -> Isa {
-        Isa::available()[0]
+        Isa::chosen(std::env::var_os(ISA_VARIABLE)).unwrap_or_else(|fault| panic!("{fault}"))
+    }
+
+    /// The set of this name, the best one without a name; a fault tells what there is.
+    pub fn chosen(name: Option<OsString>) -> Result<Isa, String> {
+        let available = Isa::available();
+        let Some(name) = name.filter(|name| !name.is_empty()) else { return Ok(available[0]) };
+        available.iter().copied().find(|isa| name == isa.name()).ok_or_else(|| {
+            let names: Vec<&str> = available.iter().map(|isa| isa.name()).collect();
+            format!(
+                "{ISA_VARIABLE} = {name:?} is no instruction set of this processor, which has {}; name one of these, \
+                 or leave the variable out for the first",
+                names.join(", ")
+            )
+        })
     }
 
     /// All sets that this processor has, best first.
@@ -316,5 +337,26 @@ impl Lanes for Portable {
             y[i] = a[i].mul_add(b[i], c[i]);
         }
         y
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_variable_names_a_set_or_the_fault_names_what_there_is() {
+        let chosen = |name: &str| Isa::chosen(Some(name.into()));
+        assert_eq!(chosen("portable"), Ok(Isa::Portable));
+        assert_eq!(Isa::chosen(None), Ok(Isa::available()[0]));
+        assert_eq!(chosen(""), Isa::chosen(None));
+        for isa in Isa::available() {
+            assert_eq!(chosen(isa.name()), Ok(isa));
+        }
+        let fault = chosen("sse9").unwrap_err();
+        assert!(
+            fault.contains("REHEARSAL_ISA = \"sse9\"") && fault.contains("portable"),
+            "{fault}"
+        );
     }
 }

@@ -57,7 +57,7 @@ mod check;
 use crate::arena::{Arena, Owner};
 use crate::pool::Pool;
 
-pub(crate) use lanes::{Isa, Lanes, OnLanes};
+pub(crate) use lanes::{ISA_VARIABLE, Isa, Lanes, OnLanes};
 
 /// What every operation works with.
 pub(crate) struct Cx {

@@ -354,6 +354,7 @@ fn counts_that_nothing_could_hold_are_refused_before_they_are_multiplied() {
             "model.max_position_embeddings=100000000",
             "is more than any model has; use at most 4194304",
         ),
+        ("engine.threads=0", "engine.threads = 0 computes nothing; leave it out for all cores"),
         ("engine.threads=65535", "engine.threads = 65535 is too many; use at most 1024"),
         ("engine.mailbox=1000000000000", "engine.mailbox = 1000000000000 is too many"),
         (

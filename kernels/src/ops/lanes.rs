@@ -21,6 +21,7 @@ pub(crate) const LANES: usize = 16;
 
 /// An instruction set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only the plain one is there"))]
 pub(crate) enum Isa {
     /// 512-bit vectors.
     Avx512,

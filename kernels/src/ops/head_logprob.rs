@@ -178,28 +178,45 @@ impl OnLanes for Reduce<'_> {
     unsafe fn run<L: Lanes>(self) -> Distribution {
         let Reduce { logits, inverse } = self;
         let mut tops = [f32::NEG_INFINITY; LANES];
-        for chunk in logits.chunks_mut(LANES) {
-            for (top, x) in tops.iter_mut().zip(chunk) {
-                *x *= inverse;
-                *top = if *x > *top { *x } else { *top };
-            }
+        let (whole, rest) = logits.as_chunks_mut::<LANES>();
+        for chunk in whole {
+            scale_and_top(chunk, inverse, &mut tops);
         }
+        scale_and_top(rest, inverse, &mut tops);
         let max = tops.into_iter().fold(f32::NEG_INFINITY, f32::max);
         let (mut sum, mut moment) = (0.0, 0.0);
         for span in logits.chunks_mut(SPAN) {
             let (mut sums, mut moments) = ([0.0; LANES], [0.0; LANES]);
-            for chunk in span.chunks_mut(LANES) {
-                for ((sum, moment), x) in sums.iter_mut().zip(&mut moments).zip(chunk) {
-                    let below = *x - max;
-                    *x = exp(below);
-                    *sum += *x;
-                    *moment = x.mul_add(below, *moment);
-                }
+            // Chunks of a known length become vectors; the last one need not be whole.
+            let (whole, rest) = span.as_chunks_mut::<LANES>();
+            for chunk in whole {
+                exp_and_sum(chunk, max, &mut sums, &mut moments);
             }
+            exp_and_sum(rest, max, &mut sums, &mut moments);
             sum += f64::from(lanes::add_lanes(sums));
             moment += f64::from(lanes::add_lanes(moments));
         }
         Distribution { inverse, max, sum, moment }
+    }
+}
+
+/// Scales up to LANES logits and keeps each lane's largest.
+#[inline(always)]
+fn scale_and_top(logits: &mut [f32], inverse: f32, tops: &mut [f32; LANES]) {
+    for (top, x) in tops.iter_mut().zip(logits) {
+        *x *= inverse;
+        *top = if *x > *top { *x } else { *top };
+    }
+}
+
+/// Replaces up to LANES logits by their masses and adds these and their moments lane by lane.
+#[inline(always)]
+fn exp_and_sum(logits: &mut [f32], max: f32, sums: &mut [f32; LANES], moments: &mut [f32; LANES]) {
+    for ((sum, moment), x) in sums.iter_mut().zip(moments).zip(logits) {
+        let below = *x - max;
+        *x = exp(below);
+        *sum += *x;
+        *moment = x.mul_add(below, *moment);
     }
 }
 

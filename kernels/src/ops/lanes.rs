@@ -139,6 +139,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn store_some(to: *mut f32, count: usize, x: Self::V);
     /// Asks for the cache line at `at`, which need not be good, to be brought to the second cache.
     unsafe fn prefetch(at: *const f32);
+    /// Four floats of each of eight rows as columns: float p of row i goes to `to + p * stride + i`.
+    unsafe fn turn(rows: [*const f32; 8], to: *mut f32, stride: usize);
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 }
@@ -222,8 +224,33 @@ impl Lanes for Avx512 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[inline(always)]
+    unsafe fn turn(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+        unsafe { turn_avx(rows, to, stride) }
+    }
+    #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+}
+
+/// [`Lanes::turn`] on both sets of vectors.
+///
+/// # Safety
+/// As there.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn turn_avx(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+    unsafe {
+        // Rows i and i + 4 side by side, so that pairs, then fours, of rows meet without crossing the halves.
+        let pair = |i: usize| _mm256_loadu2_m128(rows[i + 4], rows[i]);
+        let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
+        let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+        let (low_next, high_next) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+        _mm256_storeu_ps(to, _mm256_shuffle_ps::<0x44>(low, low_next));
+        _mm256_storeu_ps(to.add(stride), _mm256_shuffle_ps::<0xee>(low, low_next));
+        _mm256_storeu_ps(to.add(2 * stride), _mm256_shuffle_ps::<0x44>(high, high_next));
+        _mm256_storeu_ps(to.add(3 * stride), _mm256_shuffle_ps::<0xee>(high, high_next));
     }
 }
 
@@ -289,6 +316,10 @@ impl Lanes for Avx2 {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
     #[inline(always)]
+    unsafe fn turn(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+        unsafe { turn_avx(rows, to, stride) }
+    }
+    #[inline(always)]
     unsafe fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
@@ -331,6 +362,14 @@ impl Lanes for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_: *const f32) {}
+    #[inline(always)]
+    unsafe fn turn(rows: [*const f32; 8], to: *mut f32, stride: usize) {
+        for p in 0..4 {
+            for (i, row) in rows.iter().enumerate() {
+                unsafe { *to.add(p * stride + i) = *row.add(p) }
+            }
+        }
+    }
     #[inline(always)]
     unsafe fn fma(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {
         let mut y = c;

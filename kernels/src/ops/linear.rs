@@ -3,7 +3,7 @@
 //! Forward and input gradient are the same loop on two packings. The weight gradient is Σ over rows of
 //! dyᵀ x, added to what is there, rows ascending; threads split the weight, never the rows.
 
-use super::tile::{Left, Out, PANEL, Right};
+use super::tile::{Left, Next, Out, PANEL, Right};
 use super::work::{Side, Term, products};
 use super::{Cx, pack};
 use crate::buffer::{Buffer, Mat, MatMut};
@@ -137,7 +137,12 @@ pub(crate) fn outer(
     Term {
         shape: [left_cols.len(), right_cols.len(), rows.len()],
         left: Left { at: first_left, row: 1, col: left.stride },
-        right: Side::Floats(Right { at: first_right, row: right.stride, panel: PANEL }),
+        right: Side::Floats(Right {
+            at: first_right,
+            row: right.stride,
+            panel: PANEL,
+            next: Next::Nothing,
+        }),
         out: Out { at: dw.pointer().wrapping_add(row * dw.stride), row: dw.stride },
     }
 }

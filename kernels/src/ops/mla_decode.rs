@@ -12,8 +12,9 @@
 //!   * the operations are those of `mla_train` of the same shape, in the same order
 
 use super::cache_rows::Coded;
+use super::lanes::LANES;
 use super::mla_train::{BLOCK, attempt, divide, softmax, transpose};
-use super::tile::product;
+use super::tile::{Left, Next, Out, Right, multiply, product};
 use super::{Cx, Isa};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
 use crate::format::{CacheFormat, CacheLayout, CacheSpec};
@@ -153,35 +154,61 @@ impl Decode<'_> {
 
     /// Attention of a group of neighbouring rows.
     fn group(&self, cx: &Cx, rows: Range<usize>) -> Result<()> {
-        let (heads, width) = (self.shape.heads, self.shape.query_width());
+        let width = self.shape.query_width();
         let longest =
             rows.clone().map(|row| self.seen(row)).max().unwrap_or(0).next_multiple_of(BLOCK);
         let both = width * BLOCK + self.cache.scratch();
         let mut panel = cx.arena.buffer(cx.scratch, DType::F32, 1, both)?;
-        let mut scratch = cx.arena.buffer(cx.scratch, DType::F32, rows.len() * heads, longest)?;
-        let (mut panel, mut scores) = (panel.host_mut::<f32>(), scratch.host_mut::<f32>());
-        let (panel, unpacked) = panel.row_mut(0).split_at_mut(width * BLOCK);
-        for first in (0..longest).step_by(BLOCK) {
+        let shape = (rows.len() * self.shape.heads, longest);
+        let mut scores = cx.arena.buffer(cx.scratch, DType::F32, shape.0, shape.1)?;
+        let (mut panel, mut scores) = (panel.host_mut::<f32>(), scores.host_mut::<f32>());
+        let mut first = rows.start;
+        for row in rows.clone() {
+            // Rows that share no page go one by one: their second look at the cache is at a near one.
+            if row + 1 == rows.end || self.slot(row + 1, 0) != self.slot(first, 0) {
+                self.family(cx, first..row + 1, rows.end, panel.row_mut(0), &mut scores);
+                first = row + 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Attention of neighbouring rows that begin with the same page; rows up to `end` are next.
+    fn family(
+        &self,
+        cx: &Cx,
+        rows: Range<usize>,
+        end: usize,
+        scratch: &mut [f32],
+        scores: &mut MatMut<'_, f32>,
+    ) {
+        let heads = self.shape.heads;
+        let longest = scores.stride;
+        let blocks = rows.clone().map(|row| self.seen(row)).max().unwrap_or(0).div_ceil(BLOCK);
+        let (panel, unpacked) = scratch.split_at_mut(self.shape.query_width() * BLOCK);
+        for first in (0..blocks * BLOCK).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let to = (run.rows.start - rows.start) * heads;
+                let next = self.next(run, first, end);
                 let (from, run) = &self.cache.floats(cx.isa, run, unpacked);
                 for key in 0..heads / self.shape.sharing {
-                    self.fill(from, run, key, panel);
+                    self.fill(cx.isa, from, run, key, panel);
                     // SAFETY: the run's scores are rows of this group's scratch.
                     unsafe {
                         let c = scores.pointer().add(to * longest + first);
-                        self.score(cx, &run.rows, key, panel, c, longest);
+                        self.score(cx, run, key, (panel, next), c, longest);
                     }
                 }
             });
         }
-        let mut sums = Vec::with_capacity(scores.rows);
-        for i in 0..scores.rows {
+        let mut sums = Vec::with_capacity(rows.len() * heads);
+        for i in 0..rows.len() * heads {
             let row = rows.start + i / heads;
             assert!(self.seen(row) > 0, "decode: row {row} sees no token");
-            sums.push(softmax(cx.isa, scores.row_mut(i), self.seen(row), self.shape.scale).sum);
+            let scores = &mut scores.row_mut(i)[..blocks * BLOCK];
+            sums.push(softmax(cx.isa, scores, self.seen(row), self.shape.scale).sum);
         }
-        for first in (0..longest).step_by(BLOCK) {
+        for first in (0..blocks * BLOCK).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let at = (run.rows.start - rows.start) * heads;
                 let (from, run) = &self.cache.floats(cx.isa, run, unpacked);
@@ -198,8 +225,28 @@ impl Decode<'_> {
             let width = self.shape.value_width;
             divide(&mut row[i % heads * width..][..width], sum);
         }
-        Ok(())
     }
+
+    /// The cache rows that are read after a run's keys from `first`: its next block's, or the first of the
+    /// row after it.
+    fn next(&self, run: &Run, first: usize, end: usize) -> Next {
+        let Cached::Floats(rows) = &self.cache else { return Next::Nothing };
+        let (row, token) = match first + BLOCK {
+            token if token < self.seen(run.rows.start) => (run.rows.start, token),
+            _ => (run.rows.end, 0),
+        };
+        if row >= end || self.shape.sharing != self.shape.heads {
+            return Next::Nothing;
+        }
+        Next::At(rows.row(self.slot(row, token)).as_ptr())
+    }
+
+    /// Cache row of a token that `row` sees.
+    fn slot(&self, row: usize, token: usize) -> usize {
+        let page = self.tables.row(self.sequence.row(row)[0] as usize)[token / self.page_tokens];
+        page as usize * self.page_tokens + token % self.page_tokens
+    }
+
     /// Calls `call` for every run of rows that share the slots of the keys from `first`.
     fn each_run(&self, rows: &Range<usize>, first: usize, mut call: impl FnMut(&Run)) {
         let mut open: Option<Run> = None;
@@ -230,26 +277,28 @@ impl Decode<'_> {
     }
 
     /// Transposes a run's keys of key-value head `key`: the key part, then the rope part.
-    fn fill(&self, from: &Mat<'_, f32>, run: &Run, key: usize, panel: &mut [f32]) {
+    fn fill(&self, isa: Isa, from: &Mat<'_, f32>, run: &Run, key: usize, panel: &mut [f32]) {
         let (keys, ropes) = panel.split_at_mut(self.shape.key_width * BLOCK);
-        turn(from, run, key * self.shape.head_stride, keys);
-        turn(from, run, self.shape.kv_width(), ropes);
+        turn(isa, from, run, key * self.shape.head_stride, keys);
+        turn(isa, from, run, self.shape.kv_width(), ropes);
     }
 
-    /// Scores of the heads that share key-value head `key`, of some rows, against a panel.
+    /// Scores of the heads that share key-value head `key`, of a run's rows, against its panel.
     ///
     /// # Safety
     /// `scores` is good for a row of BLOCK floats, `stride` apart, for each row and head.
     unsafe fn score(
         &self,
         cx: &Cx,
-        rows: &Range<usize>,
+        Run { rows, count, .. }: &Run,
         key: usize,
-        panel: &[f32],
+        (panel, next): (&[f32], Next),
         scores: *mut f32,
         stride: usize,
     ) {
         let (heads, width) = (self.shape.heads, self.shape.query_width());
+        // What lies behind the keys is the softmax's to clear.
+        let keys = count.next_multiple_of(LANES);
         self.each_batch(rows, self.q.stride == heads * width, |batch| {
             let head = key * self.shape.sharing + batch.head;
             let query = self.q.row(rows.start + batch.row)[head * width..].as_ptr();
@@ -258,20 +307,10 @@ impl Decode<'_> {
             // SAFETY: a query's heads lie one after another, and so do the rows of a batch.
             unsafe {
                 let to = scores.add((batch.row * heads + head) * stride);
-                product(
-                    cx.isa,
-                    batch.count,
-                    BLOCK,
-                    width,
-                    query,
-                    from,
-                    1,
-                    panel.as_ptr(),
-                    BLOCK,
-                    to,
-                    by,
-                    Store::Set,
-                );
+                let left = Left { at: query, row: from, col: 1 };
+                let right = Right { at: panel.as_ptr(), row: BLOCK, panel: panel.len(), next };
+                let out = Out { at: to, row: by };
+                multiply(cx.isa, [batch.count, keys, width], left, right, out, Store::Set);
             }
         });
     }
@@ -355,12 +394,12 @@ impl Run {
 }
 
 /// Transposes as many columns from `first` of a run's rows as `panel` holds.
-fn turn(from: &Mat<'_, f32>, run: &Run, first: usize, panel: &mut [f32]) {
+fn turn(isa: Isa, from: &Mat<'_, f32>, run: &Run, first: usize, panel: &mut [f32]) {
     let mut rows: [&[f32]; BLOCK] = [&[]; BLOCK];
     for (row, slot) in rows.iter_mut().zip(&run.slots[..run.count]) {
         *row = &from.row(*slot)[first..][..panel.len() / BLOCK];
     }
-    transpose(&rows[..run.count], panel);
+    transpose(isa, &rows[..run.count], panel);
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@
 //! layout.
 
 use super::quantize::{quotient, scales, to_bf16, to_e4m3, to_int8};
-use super::tile::{PANEL, Right};
+use super::tile::{Next, PANEL, Right};
 use super::unpack::{Codes, Scales};
 use super::work::Side;
 use super::{Cx, work};
@@ -76,7 +76,7 @@ pub(crate) fn panels(weight: &Packed, group: usize) -> Side {
     let first = group * weight.outputs.div_ceil(PANEL) * panel;
     if weight.format == WeightFormat::F32 {
         let at = weight.data.host::<f32>().pointer().wrapping_add(first);
-        return Side::Floats(Right { at, row: PANEL, panel });
+        return Side::Floats(Right { at, row: PANEL, panel, next: Next::Behind });
     }
     let cols = match weight.product {
         Product::Transposed => weight.inputs,

@@ -11,9 +11,10 @@
 //!     larger
 //!   * top-k is taken first, then the nucleus among what is left; the log-probability knows neither
 
-use super::Cx;
 use super::head_logprob::Distribution;
+use super::lanes::{LANES, Lanes, OnLanes};
 use super::work::split;
+use super::{Cx, Isa};
 use crate::buffer::Buffer;
 use crate::kernels::{SampleRow, Sampled};
 use std::cmp::Ordering;
@@ -21,6 +22,9 @@ use std::sync::Mutex;
 
 /// Operations per logit without truncation.
 const COST: usize = 40;
+
+/// Masses of one sum on the way to a token.
+const SPAN: usize = 512;
 
 /// See [`Kernels::sample`](crate::Kernels::sample).
 pub(crate) fn sample(cx: &Cx, logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled> {
@@ -46,7 +50,7 @@ fn draw(cx: &Cx, logits: &[f32], row: &SampleRow, masses: &mut [f32]) -> Sampled
         first_largest(logits)
     } else {
         truncate(logits, row, masses);
-        invert(masses, row.uniform)
+        invert(cx.isa, masses, row.uniform)
     };
     Sampled { token: token as u32, logprob: f64::from(distribution.logprob(logits[token])) }
 }
@@ -90,22 +94,54 @@ fn truncate(logits: &[f32], row: &SampleRow, masses: &mut [f32]) {
     }
 }
 
-/// The first token at which the running sum of masses passes `uniform` of their total.
-fn invert(masses: &[f32], uniform: f64) -> usize {
-    let total: f64 = masses.iter().copied().map(f64::from).sum();
-    let goal = uniform * total;
-    let (mut sum, mut last) = (0.0, 0);
-    for (token, &mass) in masses.iter().enumerate() {
-        sum += f64::from(mass);
-        if sum > goal {
-            return token;
+/// The first token at which the running sum of masses passes `uniform` of their total. Sums of whole spans lead
+/// to the span, its masses one by one to the token.
+fn invert(isa: Isa, masses: &[f32], uniform: f64) -> usize {
+    // SAFETY: `isa` was detected; the job is safe code.
+    let spans: Vec<f64> =
+        masses.chunks(SPAN).map(|masses| unsafe { isa.run(Sum { masses }) }).collect();
+    let goal = uniform * spans.iter().sum::<f64>();
+    let (mut before, mut last) = (0.0, 0);
+    for (span, (masses, total)) in masses.chunks(SPAN).zip(&spans).enumerate() {
+        let mut sum = before;
+        before += total;
+        if *total > 0.0 {
+            last = span;
         }
-        if mass > 0.0 {
-            last = token;
+        if before <= goal {
+            continue;
+        }
+        for (i, &mass) in masses.iter().enumerate() {
+            sum += f64::from(mass);
+            if mass > 0.0 && sum > goal {
+                return span * SPAN + i;
+            }
         }
     }
     // Rounding can leave the goal at the total itself: the last token that has any mass.
-    last
+    let first = last * SPAN;
+    let span = &masses[first..masses.len().min(first + SPAN)];
+    first + span.iter().rposition(|mass| *mass > 0.0).unwrap_or(0)
+}
+
+/// The sum of a span of masses: sixteen partial sums, then these in order.
+struct Sum<'a> {
+    masses: &'a [f32],
+}
+
+impl OnLanes for Sum<'_> {
+    type Out = f64;
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) -> f64 {
+        let (whole, rest) = self.masses.as_chunks::<LANES>();
+        let mut sums = [0.0; LANES];
+        for chunk in whole {
+            for (sum, mass) in sums.iter_mut().zip(chunk) {
+                *sum += f64::from(*mass);
+            }
+        }
+        sums.iter().sum::<f64>() + rest.iter().copied().map(f64::from).sum::<f64>()
+    }
 }
 
 #[cfg(test)]

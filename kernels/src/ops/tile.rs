@@ -38,6 +38,18 @@ pub(crate) struct Right {
     pub at: *const f32,
     pub row: usize,
     pub panel: usize,
+    pub next: Next,
+}
+
+/// What is brought to the second cache while a product reads its last panel; before it, that is its next one.
+#[derive(Clone, Copy)]
+pub(crate) enum Next {
+    /// Nothing, and no panel either: B lies in a cache, or not in panels.
+    Nothing,
+    /// What lies behind B: another group of a packed weight.
+    Behind,
+    /// As many floats as a panel has from here on; the address need not be good.
+    At(*const f32),
 }
 
 /// C: element (i, j) is at `at + i * row + j`.
@@ -92,7 +104,7 @@ pub(crate) unsafe fn product(
     store: Store,
 ) {
     let left = Left { at: a, row: a_row, col: a_col };
-    let right = Right { at: b, row: b_row, panel: PANEL };
+    let right = Right { at: b, row: b_row, panel: PANEL, next: Next::Nothing };
     // SAFETY: the caller's promise, in other words.
     unsafe { multiply(isa, [m, n, k], left, right, Out { at: c, row: c_row }, store) }
 }
@@ -181,15 +193,16 @@ impl Blocks {
 
 impl Blocks {
     /// What of B is read after the block that ends before `row` and step `p`: its next steps, its first ones
-    /// again, or what lies behind it, which is the next group's.
+    /// again, or what its owner names.
     fn after(&self, row: usize, p: usize) -> Option<*const f32> {
-        let [m, n, k] = self.shape;
-        let Right { at, row: step, panel } = self.right;
-        (step == PANEL).then_some(match (p < k, row < m) {
-            (true, _) => at.wrapping_add(p * step),
-            (false, true) => at,
-            (false, false) => at.wrapping_add(n.div_ceil(PANEL) * panel),
-        })
+        let ([m, n, k], Right { at, row: step, panel, next }) = (self.shape, self.right);
+        match next {
+            Next::Nothing => None,
+            _ if p < k => Some(at.wrapping_add(p * step)),
+            _ if row < m => Some(at),
+            Next::Behind => Some(at.wrapping_add(n.div_ceil(PANEL) * panel)),
+            Next::At(next) => Some(next),
+        }
     }
 }
 
@@ -239,7 +252,7 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
                         let width = PANEL.min(n - j);
                         let from = right.at.add(j / PANEL * right.panel);
                         copy_panel(width, depth, from, right.row, b.as_mut_ptr());
-                        let panel = Right { at: b.as_mut_ptr(), row: PANEL, panel: 0 };
+                        let panel = Right { at: b.as_mut_ptr(), row: PANEL, panel: 0, ..right };
                         let out = Out { at: out.at.add(j), ..out };
                         columns::<L>([rows, width, depth], left, panel, out, add, None);
                     }

@@ -5,7 +5,9 @@
 
 use super::lanes::{Isa, Lanes, OnLanes};
 use super::quantize::{from_bf16, from_e4m3};
-use super::tile::{BLOCK_DEPTH, BLOCK_ROWS, Left, Out, PANEL, Right, Stack, adds, columns, depths};
+use super::tile::{
+    BLOCK_DEPTH, BLOCK_ROWS, Left, Next, Out, PANEL, Right, Stack, adds, columns, depths,
+};
 use crate::format::WeightFormat;
 use crate::kernels::{Product, Store};
 
@@ -195,7 +197,12 @@ impl OnLanes for Unpacking {
                             let to = tile.add(panel * depth * PANEL);
                             codes.unpack(j / PANEL + panel, p, p + depth, to);
                         }
-                        let right = Right { at: tile, row: PANEL, panel: depth * PANEL };
+                        let right = Right {
+                            at: tile,
+                            row: PANEL,
+                            panel: depth * PANEL,
+                            next: Next::Nothing,
+                        };
                         let out = Out { at: out.at.add(row * out.row + j), ..out };
                         columns::<L>([rows, width, depth], left, right, out, adds(store, p), None);
                     }

@@ -10,7 +10,7 @@
 //!   * the parts are as large as dq and the output together, whatever the segments' lengths
 
 use super::super::Cx;
-use super::super::tile::{Left, Out, PANEL, Right, multiply};
+use super::super::tile::{Left, Next, Out, PANEL, Right, multiply};
 use super::super::work::split;
 use super::panels::{Panels, against_panels};
 use super::softmax::RowGradient;
@@ -190,6 +190,7 @@ impl Backward<'_> {
             at: m.row(row)[col..].as_ptr(),
             row: m.stride,
             panel: PANEL,
+            next: Next::Nothing,
         };
         let out = |m: &MatMut<'_, f32>, row: usize, col: usize| Out {
             at: m.pointer().wrapping_add(row * m.stride + col),

@@ -5,9 +5,9 @@
 //!     counted from the segment's start
 //!   * columns behind a segment's end are zero
 
-use super::super::tile::{Left, Out, PANEL, Right, multiply};
+use super::super::tile::{Left, Next, Out, PANEL, Right, multiply};
 use super::super::work::split;
-use super::super::{Cx, Isa};
+use super::super::{Cx, Isa, Lanes, OnLanes};
 use super::{BLOCK, Inputs};
 use crate::buffer::{Buffer, DType, MatMut};
 use crate::kernels::{Result, Store};
@@ -35,8 +35,13 @@ impl Panels {
         Panels::new(cx, inputs, segments, inputs.shape.query_width(), &|head, rows, panel| {
             let (key, rope) = panel.split_at_mut(width * BLOCK);
             let first = head * inputs.shape.head_stride;
-            transpose_rows(rows.clone(), |row| &inputs.kv.row(row)[first..first + width], key);
-            transpose_rows(rows, |row| inputs.k_rope.row(row), rope);
+            transpose_rows(
+                cx.isa,
+                rows.clone(),
+                |row| &inputs.kv.row(row)[first..first + width],
+                key,
+            );
+            transpose_rows(cx.isa, rows, |row| inputs.k_rope.row(row), rope);
         })
     }
 
@@ -45,7 +50,7 @@ impl Panels {
         let width = inputs.shape.value_width;
         Panels::new(cx, inputs, segments, width, &|head, rows, panel| {
             let first = head * inputs.shape.head_stride + inputs.shape.value_offset;
-            transpose_rows(rows, |row| &inputs.kv.row(row)[first..first + width], panel);
+            transpose_rows(cx.isa, rows, |row| &inputs.kv.row(row)[first..first + width], panel);
         })
     }
 
@@ -82,7 +87,12 @@ impl Panels {
     fn right(&self, segment: usize, head: usize) -> Right {
         let panels = self.data.host::<f32>();
         let first = head / self.sharing * self.per_head + self.first[segment];
-        Right { at: panels.row(first).as_ptr(), row: BLOCK, panel: panels.stride }
+        Right {
+            at: panels.row(first).as_ptr(),
+            row: BLOCK,
+            panel: panels.stride,
+            next: Next::Nothing,
+        }
     }
 }
 
@@ -106,38 +116,60 @@ pub(super) unsafe fn against_panels(
 }
 
 /// Writes up to BLOCK rows as the columns of a panel; missing columns become zero.
-pub(crate) fn transpose(rows: &[&[f32]], panel: &mut [f32]) {
+pub(crate) fn transpose(isa: Isa, rows: &[&[f32]], panel: &mut [f32]) {
     let width = panel.len() / BLOCK;
-    let whole = width / 4 * 4;
-    for first in (0..BLOCK).step_by(4) {
-        let Some([a, b, c, d]) = rows.get(first..first + 4) else {
-            for column in 0..width {
-                for i in first..first + 4 {
-                    panel[column * BLOCK + i] = rows.get(i).map_or(0.0, |row| row[column]);
+    assert!(rows.len() <= BLOCK && rows.iter().all(|row| row.len() == width), "rows of a panel");
+    // SAFETY: `isa` was detected.
+    unsafe { isa.run(Transpose { rows, panel }) }
+}
+
+struct Transpose<'a> {
+    rows: &'a [&'a [f32]],
+    panel: &'a mut [f32],
+}
+
+impl OnLanes for Transpose<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let Transpose { rows, panel } = self;
+        let whole = panel.len() / BLOCK / 4 * 4;
+        for first in (0..BLOCK).step_by(8) {
+            let some = &rows[first.min(rows.len())..rows.len().min(first + 8)];
+            if let Some(last) = some.last() {
+                // The last row stands in for missing ones.
+                let eight = std::array::from_fn(|i| some.get(i).unwrap_or(last).as_ptr());
+                for column in (0..whole).step_by(4) {
+                    // SAFETY: the rows have `whole` elements at least, and the panel as many rows of BLOCK.
+                    unsafe {
+                        let to = panel.as_mut_ptr().add(column * BLOCK + first);
+                        L::turn(eight.map(|row: *const f32| row.add(column)), to, BLOCK);
+                    }
                 }
             }
-            continue;
-        };
-        for column in (0..whole).step_by(4) {
-            let quad = |row: &[f32]| -> [f32; 4] {
-                row[column..column + 4].try_into().expect("four of four")
-            };
-            let (a, b, c, d) = (quad(a), quad(b), quad(c), quad(d));
-            for i in 0..4 {
-                let to = (column + i) * BLOCK + first;
-                panel[to..to + 4].copy_from_slice(&[a[i], b[i], c[i], d[i]]);
+            let columns = panel.as_chunks_mut::<BLOCK>().0;
+            for (column, to) in columns.iter_mut().enumerate().skip(whole) {
+                to[first..].iter_mut().zip(some).for_each(|(to, row)| *to = row[column]);
             }
-        }
-        for column in whole..width {
-            let to = column * BLOCK + first;
-            panel[to..to + 4].copy_from_slice(&[a[column], b[column], c[column], d[column]]);
+            if some.len() < 8 {
+                for to in columns {
+                    for i in 0..8 {
+                        to[first + i] = if i < some.len() { to[first + i] } else { 0.0 };
+                    }
+                }
+            }
         }
     }
 }
 
-fn transpose_rows<'a>(rows: Range<usize>, row: impl Fn(usize) -> &'a [f32], panel: &mut [f32]) {
+fn transpose_rows<'a>(
+    isa: Isa,
+    rows: Range<usize>,
+    row: impl Fn(usize) -> &'a [f32],
+    panel: &mut [f32],
+) {
     let empty: [&[f32]; BLOCK] = [&[]; BLOCK];
     let mut slices = empty;
     slices.iter_mut().zip(rows.clone()).for_each(|(slice, index)| *slice = row(index));
-    transpose(&slices[..rows.len()], panel);
+    transpose(isa, &slices[..rows.len()], panel);
 }

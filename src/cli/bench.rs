@@ -25,6 +25,7 @@ use std::path::{Path, PathBuf};
 #[command(
     long_about = "Time training, generation or alignment steps on random tokens, or count a cache's bytes. --model is a \
                   checkpoint folder, or a config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
+                  decode_tokens_per_second (new tokens but each sequence's first, which the prefill draws), \
                   seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, and what was run.",
     after_help = EXAMPLES
 )]
@@ -270,12 +271,14 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
     let stopwatch = Stopwatch::start();
     let report = engine.generate(&job, &mut |_| {})?;
     let spent = stopwatch.spent();
+    let decoded = report.new_tokens.saturating_sub(batch as u64) as f64;
     let figures = json!({
         "bench": "generate", "batch": batch, "samples_per_prompt": samples, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "dtype": args.formats.dtype, "cache_dtype": args.formats.cache_dtype,
         "weight_bytes": engine.packed_bytes(), "cache_bytes_per_token": engine.cache_bytes_per_token(),
         "tokens_per_second": report.new_tokens as f64 / spent.wall_seconds,
         "prefill_tokens_per_second": report.prompt_tokens as f64 / report.prefill_seconds.max(1e-9),
+        "decode_tokens_per_second": decoded / (report.seconds - report.prefill_seconds).max(1e-9),
     });
     Ok(with_spent(figures, &spent, &args.model, args.threads))
 }

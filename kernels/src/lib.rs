@@ -19,6 +19,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod format;
 pub mod kernels;
+pub mod machine;
 pub mod packed;
 pub mod reference;
 pub mod routing;
@@ -35,6 +36,7 @@ pub use kernels::{
     AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, SampleRow, Sampled,
     Store,
 };
+pub use machine::{Machine, Rates};
 pub use reference::ReferenceKernels;
 pub use routing::{BalanceSpec, DROPPED, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 pub use slab::{Slab, Spilled};

@@ -1,10 +1,11 @@
 //! `rehearsal bench`: our own hot paths, timed on random tokens.
 
 use super::bench_cache::{self, BenchCacheArgs};
+use super::bench_machine::{self, BenchMachineArgs};
 use super::command::Threads;
 use super::formats::FormatArgs;
 use super::generate::{at_least_one, at_least_two};
-use super::machine::{free_memory, share_for_arenas};
+use super::machine::{free_memory, measured, share_for_arenas};
 use super::open_model::{engine, spill_folder};
 use super::output::{say, say_json};
 use super::stopwatch::{Spent, Stopwatch};
@@ -16,6 +17,7 @@ use crate::data::example::{Batch, Sequence};
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use rehearsal_kernels::machine::Effort;
 use rehearsal_kernels::random::{Stream, below};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -26,7 +28,8 @@ use std::path::{Path, PathBuf};
     long_about = "Time training, generation or alignment steps on random tokens, or count a cache's bytes. --model is a \
                   checkpoint folder, or a config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
                   decode_tokens_per_second (new tokens but each sequence's first, which the prefill draws), \
-                  seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, and what was run.",
+                  seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, what was run, and what the machine does \
+                  in a second (`bench machine` alone tells that), measured after the work.",
     after_help = EXAMPLES
 )]
 pub struct BenchArgs {
@@ -38,6 +41,7 @@ pub struct BenchArgs {
 const EXAMPLES: &str = "Example:\n  \
     rehearsal bench train --model config.json --batch 8 --sequence 64 --steps 20\n  \
     rehearsal bench generate --model config.json --batch 32 --prompt-tokens 16 --new-tokens 64 --json\n  \
+    rehearsal bench machine --json\n  \
     rehearsal bench cache --json\n  \
     rehearsal bench grpo --model config.json --prompts 16 --group 8 --new-tokens 32 --steps 3";
 
@@ -50,6 +54,9 @@ pub enum BenchWhat {
     /// Sampling with a paged latent cache
     #[command(after_help = EXAMPLES, allow_negative_numbers = true)]
     Generate(BenchGenerateArgs),
+    /// What this machine does in a second: products, memory, the barrier
+    #[command(after_help = EXAMPLES)]
+    Machine(BenchMachineArgs),
     /// Bytes of the cache in every format, of two models; error and speed
     #[command(after_help = EXAMPLES)]
     Cache(BenchCacheArgs),
@@ -142,6 +149,7 @@ pub struct BenchGrpoArgs {
 /// Times what was asked.
 pub fn run(args: BenchArgs) -> Result<()> {
     let (json, result) = match &args.what {
+        BenchWhat::Machine(args) => return bench_machine::run(args),
         BenchWhat::Cache(args) => return bench_cache::run(args),
         BenchWhat::Train(args) => (args.json, train(args)?),
         BenchWhat::Generate(args) => (args.json, generate(args)?),
@@ -206,6 +214,8 @@ fn with_spent(mut figures: Value, spent: &Spent, path: &Path, threads: Threads) 
     figures["peak_rss_bytes"] = json!(spent.peak_rss_bytes);
     figures["model"] = json!(path);
     figures["threads"] = json!(threads.count());
+    // After the work, so that it disturbs neither its time nor its memory.
+    figures["machine"] = json!(measured(threads.count(), Effort::brief));
     figures
 }
 

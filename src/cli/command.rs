@@ -164,6 +164,7 @@ mod tests {
             "bench generate --model m",
             "bench grpo --model m",
             "bench cache",
+            "bench machine",
             "status r",
         ];
         for line in lines {

@@ -1,9 +1,11 @@
-//! What this machine has left to hold: memory that is free, limits of the process and of its container, disk.
+//! What this machine has left to hold: memory that is free, limits of the process and of its container, disk; and what it
+//! does in a second.
 //!
 //! Knows no run. A source that is not there (another system, no container) sets no limit.
 
 use crate::checkpoint::disk_fault;
 use anyhow::{Context, Result};
+use rehearsal_kernels::machine::{Effort, Machine, measure};
 use rustix::process::{Resource, getrlimit};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -30,6 +32,11 @@ pub fn free_memory() -> Option<u64> {
 /// The share of free memory that the arenas of a run without a budget may take: nine tenths.
 pub fn share_for_arenas(free: u64) -> u64 {
     free / 10 * 9
+}
+
+/// What this machine does in a second on so many threads; memory is measured if a quarter of what is free suffices.
+pub fn measured(threads: usize, effort: fn(u64) -> Effort) -> Machine {
+    measure(threads, &effort(free_memory().map_or(0, |free| free / 4)))
 }
 
 /// A line `NAME   NUMBER kB`, in bytes.

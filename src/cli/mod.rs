@@ -30,6 +30,7 @@ pub mod score;
 // Speed.
 pub mod bench;
 pub mod bench_cache;
+pub mod bench_machine;
 mod stopwatch;
 
 pub use command::Cli;

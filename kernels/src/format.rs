@@ -1,7 +1,8 @@
 //! Formats in which weights and cache rows rest: what a number is kept as, and which numbers share a scale.
 //!
-//! Knows names, sizes and blocks; `ops::quantize` and `ops::cache_rows` have the arithmetic. Products compute in
-//! f32 whatever the format: it decides what is read from memory, not how it is multiplied.
+//! Knows names, sizes and blocks; `ops::quantize`, `ops::int8` and `ops::cache_rows` have the arithmetic. Products compute in
+//! f32 whatever the format, which decides what is read from memory, not how it is multiplied; except int8, which multiplies
+//! integers.
 //!
 //! A kept number is worth `f32(code) * scale`, rounded once to f32; scale = largest magnitude of its block / the
 //! format's largest code.
@@ -20,7 +21,9 @@ pub enum WeightFormat {
     Fp8Channel,
     /// FP8 E4M3 with one scale per 128 x 128 block of the weight, as DeepSeek-V3's checkpoints have them.
     Fp8Block,
-    /// 8-bit integers from -127 to 127, one scale per output channel.
+    /// 8-bit integers from -127 to 127, one scale per output channel. Products for
+    /// [`Transposed`](crate::Product::Transposed) are of integers: rows of activations become codes from -1023 to 1023 with a
+    /// scale each. For [`Plain`](crate::Product::Plain) the codes are read back as f32, as in the other formats.
     Int8,
 }
 

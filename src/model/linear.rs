@@ -28,6 +28,15 @@ impl<'a> Packing<'a> {
         Packing { format, ..self }
     }
 
+    /// The format of the products inside attention, W_UK and W_UV: not in integers, so that the absorbed and the expanded
+    /// form have the same weights and nothing between queries and keys is quantised.
+    pub fn inner(self) -> Packing<'a> {
+        match self.format {
+            WeightFormat::Int8 => self.kept(WeightFormat::F32),
+            _ => self,
+        }
+    }
+
     /// Packs `weight` for one product.
     pub fn pack(&self, weight: &Buffer, pack: Pack) -> Result<Packed, OutOfMemory> {
         self.kernels.pack(self.owner, weight, pack, self.format, self.version)

@@ -102,7 +102,8 @@ impl Mla {
             }
             None => None,
         };
-        let expanding = || Linear::pack(packing, params, index.kv_b..index.kv_b + 1, 1);
+        let inner = packing.inner();
+        let expanding = || Linear::pack(&inner, params, index.kv_b..index.kv_b + 1, 1);
         let core = match pack.form {
             AttentionForm::Expanded => Core::Expanded { kv_b: expanding()? },
             AttentionForm::Absorbed => {
@@ -116,9 +117,9 @@ impl Mla {
                 let weight = params.slab.tensor(index.kv_b);
                 Core::Absorbed {
                     kv_b: index.kv_b,
-                    key: PerHead::pack(packing, &weight, rows(Product::Plain, 0, dims.nope))?,
+                    key: PerHead::pack(&inner, &weight, rows(Product::Plain, 0, dims.nope))?,
                     value: PerHead::pack(
-                        packing,
+                        &inner,
                         &weight,
                         rows(Product::Transposed, dims.nope, dims.value),
                     )?,

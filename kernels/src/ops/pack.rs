@@ -2,13 +2,13 @@
 //!
 //! `[groups][outputs / 32][inputs][32]`, zero padded: of Wᵀ for `Product::Transposed`, of W for
 //! `Product::Plain`; the elements are floats, or codes whose scales lie apart. Knows nothing of products but this
-//! layout.
+//! layout. A weight for products of integers lies as `int8_pack` says.
 
 use super::quantize::{quotient, scales, to_bf16, to_e4m3, to_int8};
 use super::tile::{Next, PANEL, Right};
 use super::unpack::{Codes, Scales};
 use super::work::Side;
-use super::{Cx, work};
+use super::{Cx, int8_pack, work};
 use crate::arena::Owner;
 use crate::buffer::{Buffer, DType, Mat};
 use crate::format::WeightFormat;
@@ -35,6 +35,9 @@ pub(crate) fn pack(
         Product::Transposed => (weight.cols(), rows),
         Product::Plain => (rows, weight.cols()),
     };
+    if int8_pack::is_integer(format, product, inputs) {
+        return int8_pack::pack(cx, owner, weight, pack, version);
+    }
     let panels = outputs.div_ceil(PANEL);
     let (dtype, width) = match format {
         WeightFormat::F32 => (DType::F32, PANEL),
@@ -72,6 +75,9 @@ pub(crate) fn pack(
 /// One group as the right side of a product.
 pub(crate) fn panels(weight: &Packed, group: usize) -> Side {
     assert!(group < weight.groups);
+    if int8_pack::is_integer(weight.format, weight.product, weight.inputs) {
+        return Side::Integers(int8_pack::integers(weight, group));
+    }
     let panel = weight.inputs * PANEL;
     let first = group * weight.outputs.div_ceil(PANEL) * panel;
     if weight.format == WeightFormat::F32 {

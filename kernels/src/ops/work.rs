@@ -4,6 +4,7 @@
 //! the number of threads, because every output element is computed whole by one piece.
 
 use super::Cx;
+use super::int8::{self, Integers};
 use super::tile::{Left, Out, PANEL, Right, multiply};
 use super::unpack::{Codes, multiply_codes};
 use crate::buffer::MatMut;
@@ -53,7 +54,7 @@ pub(crate) fn segments(
 }
 
 /// Number of pieces for `work` operations: 1 if they stay on the caller.
-fn pieces(cx: &Cx, work: usize) -> usize {
+pub(super) fn pieces(cx: &Cx, work: usize) -> usize {
     match cx.pool.threads() {
         1 => 1,
         threads => (work / GRAIN).clamp(1, threads * PIECES_PER_THREAD),
@@ -87,23 +88,24 @@ pub(crate) struct Term {
     pub out: Out,
 }
 
-/// B of a product: floats, or codes that are unpacked on the way.
+/// B of a product: floats, codes that are unpacked on the way, or integers that A becomes too.
 #[derive(Clone, Copy)]
 pub(crate) enum Side {
     Floats(Right),
     Codes(Codes),
+    Integers(Integers),
 }
 
 // SAFETY: a Term is addresses; `products` makes its callers promise that they may be used.
 unsafe impl Sync for Term {}
 
 impl Term {
-    fn work(&self) -> usize {
+    pub fn work(&self) -> usize {
         2 * self.shape[0] * self.shape[1] * self.shape[2]
     }
 
     /// Rows and columns of a block when C is cut into about `pieces` blocks.
-    fn steps(&self, pieces: usize) -> (usize, usize) {
+    pub fn steps(&self, pieces: usize) -> (usize, usize) {
         let [rows, cols, _] = self.shape;
         if pieces <= 1 {
             return (rows, cols);
@@ -128,6 +130,7 @@ impl Term {
                 Side::Codes(codes) => {
                     multiply_codes(cx.isa, shape, left, codes.at_column(j), out, store)
                 }
+                Side::Integers(_) => unreachable!("integers have products of their own"),
             }
         }
     }
@@ -138,6 +141,11 @@ impl Term {
 /// # Safety
 /// The addresses of every term are good for its shape, and no output overlaps an input or another output.
 pub(crate) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
+    // All terms of a call are groups of one weight.
+    if let [Term { right: Side::Integers(_), .. }, ..] = terms {
+        // SAFETY: the caller's promise.
+        return unsafe { int8::products(cx, terms, store) };
+    }
     let total: usize = terms.iter().map(Term::work).sum();
     let wanted = pieces(cx, total);
     if wanted == 1 {

@@ -38,6 +38,11 @@ pub fn pack(
     Ok(Packed { product, groups, inputs, outputs, format, version, data, scales: None, rows })
 }
 
+/// Whether the rows of activations become integers too, and products are exact sums of integers.
+fn has_integer_products(format: WeightFormat, product: Product) -> bool {
+    format == WeightFormat::Int8 && product == Product::Transposed
+}
+
 /// Rows and columns of x and y that one group's product touches.
 struct Block {
     rows: Range<usize>,
@@ -57,7 +62,10 @@ fn product(
     let weights = weight.data.host::<f64>();
     let first = group * weights.rows / weight.groups;
     for t in block.rows {
-        let input = &x.row(t)[block.x_first..][..weight.inputs];
+        let mut input = x.row(t)[block.x_first..][..weight.inputs].to_vec();
+        if has_integer_products(weight.format, weight.product) {
+            input = formats::row_of_integers(&input);
+        }
         for out in 0..weight.outputs {
             let y = &mut y.row_mut(t)[block.y_first + out];
             let start = if store == Store::Add { *y } else { 0.0 };

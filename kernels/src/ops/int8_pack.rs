@@ -1,0 +1,80 @@
+//! Packing a weight for products of integers.
+
+use super::int8::{Integers, MOST_INPUTS, PAIR, PAIR_BYTES, panel_bytes};
+use super::quantize::{larger, quotient, to_int8};
+use super::tile::PANEL;
+use super::{Cx, work};
+use crate::arena::Owner;
+use crate::buffer::{Buffer, DType, Mat};
+use crate::format::WeightFormat;
+use crate::kernels::{Pack, Packed, Product, Result};
+
+/// The largest magnitude of a code: the weights are those of the other packings.
+const LARGEST: f32 = 127.0;
+
+/// Whether a weight in this format is multiplied as integers. W_UK's absorption, a `Plain` product, is not: its outputs are
+/// the weight's columns, and its scales those of its rows.
+pub(super) fn is_integer(format: WeightFormat, product: Product, inputs: usize) -> bool {
+    format == WeightFormat::Int8 && product == Product::Transposed && inputs <= MOST_INPUTS
+}
+
+/// See [`Kernels::pack`](crate::Kernels::pack); the pack's rows lie inside the weight.
+pub(super) fn pack(
+    cx: &Cx,
+    owner: Owner,
+    weight: &Buffer,
+    pack: Pack,
+    version: u64,
+) -> Result<Packed> {
+    let Pack { product, groups, group_stride, first_row, rows: outputs } = pack;
+    let (inputs, panels) = (weight.cols(), outputs.div_ceil(PANEL));
+    let pairs = inputs.div_ceil(PAIR);
+    // A panel is whole lines of pairs, its scales two of them.
+    let lines = panel_bytes(pairs) / PAIR_BYTES;
+    let mut data = cx.arena.buffer(owner, DType::U8, groups * panels * lines, PAIR_BYTES)?;
+    let (from, to) = (weight.host::<f32>(), Panels(data.host_mut::<u8>().pointer()));
+    let to = &to;
+    work::split(cx, groups * panels, 1, 8 * inputs * PANEL, &|range| {
+        for piece in range {
+            let first = first_row + piece / panels * group_stride + piece % panels * PANEL;
+            let count = PANEL.min(outputs - piece % panels * PANEL);
+            // SAFETY: the data has this panel, and it is written by this piece alone.
+            let panel = unsafe {
+                let at = to.0.add(piece * panel_bytes(pairs));
+                std::slice::from_raw_parts_mut(at, panel_bytes(pairs))
+            };
+            write(&from, first, count, panel, pairs);
+        }
+    });
+    let rows = (first_row, group_stride);
+    let format = WeightFormat::Int8;
+    Ok(Packed { product, groups, inputs, outputs, format, version, data, scales: None, rows })
+}
+
+/// An address that several threads write to, each its own panels.
+struct Panels(*mut u8);
+
+// SAFETY: see the type.
+unsafe impl Sync for Panels {}
+
+/// `count` rows of the weight from `first` on become the columns of a panel.
+fn write(from: &Mat<'_, f32>, first: usize, count: usize, panel: &mut [u8], pairs: usize) {
+    panel.fill(0);
+    let (codes, scales) = panel.split_at_mut(pairs * PAIR_BYTES);
+    for j in 0..count {
+        let row = from.row(first + j);
+        let scale = row.iter().fold(0.0, |most, x| larger(most, *x)) / LARGEST;
+        for (p, x) in row.iter().enumerate() {
+            codes[p / PAIR * PAIR_BYTES + j * PAIR + p % PAIR] =
+                to_int8(quotient(*x, scale)).cast_unsigned();
+        }
+        scales[4 * j..][..4].copy_from_slice(&scale.to_ne_bytes());
+    }
+}
+
+/// One group as the right side of a product.
+pub(super) fn integers(weight: &Packed, group: usize) -> Integers {
+    let pairs = weight.inputs.div_ceil(PAIR);
+    let first = group * weight.outputs.div_ceil(PANEL) * panel_bytes(pairs);
+    Integers { at: weight.data.host::<u8>().pointer().wrapping_add(first), pairs }
+}

@@ -255,16 +255,6 @@ impl Level {
         found
     }
 
-    /// The name that a person reads.
-    pub fn name(self) -> &'static str {
-        match self {
-            Level::Avx512Vnni => "avx512-vnni",
-            Level::AvxVnni => "avx-vnni",
-            Level::Avx2 => "avx2",
-            Level::Plain => "plain",
-        }
-    }
-
     /// Computes a block.
     ///
     /// # Safety

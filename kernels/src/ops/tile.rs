@@ -13,6 +13,7 @@
 
 use super::lanes::{Isa, LANES, Lanes, OnLanes};
 use crate::kernels::Store;
+pub(crate) use super::operands::{Left, Next, Out, Right};
 use std::mem::MaybeUninit;
 
 /// Columns of a panel of B.
@@ -23,63 +24,6 @@ pub(super) const BLOCK_ROWS: usize = 96;
 pub(super) const BLOCK_DEPTH: usize = 256;
 /// Rows of tiles from which copying a panel of B pays.
 const ROWS_TO_COPY_B: usize = 16;
-
-/// A: element (i, p) is at `at + i * row + p * col`.
-#[derive(Clone, Copy)]
-pub(crate) struct Left {
-    pub at: *const f32,
-    pub row: usize,
-    pub col: usize,
-}
-
-/// B: element (p, j) is at `at + j / 32 * panel + p * row + j % 32`.
-#[derive(Clone, Copy)]
-pub(crate) struct Right {
-    pub at: *const f32,
-    pub row: usize,
-    pub panel: usize,
-    pub next: Next,
-}
-
-/// What is brought to the second cache while a product reads its last panel; before it, that is its next one.
-#[derive(Clone, Copy)]
-pub(crate) enum Next {
-    /// Nothing, and no panel either: B lies in a cache, or not in panels.
-    Nothing,
-    /// What lies behind B: another group of a packed weight.
-    Behind,
-    /// As many floats as a panel has from here on; the address need not be good.
-    At(*const f32),
-}
-
-/// C: element (i, j) is at `at + i * row + j`.
-#[derive(Clone, Copy)]
-pub(crate) struct Out {
-    pub at: *mut f32,
-    pub row: usize,
-}
-
-impl Left {
-    /// A from row `i` on.
-    pub fn at_row(self, i: usize) -> Left {
-        Left { at: self.at.wrapping_add(i * self.row), ..self }
-    }
-}
-
-impl Right {
-    /// B from column `j` on, a multiple of [`PANEL`].
-    pub fn at_column(self, j: usize) -> Right {
-        debug_assert!(j.is_multiple_of(PANEL));
-        Right { at: self.at.wrapping_add(j / PANEL * self.panel), ..self }
-    }
-}
-
-impl Out {
-    /// C from element (i, j) on.
-    pub fn from(self, i: usize, j: usize) -> Out {
-        Out { at: self.at.wrapping_add(i * self.row + j), ..self }
-    }
-}
 
 /// C[m, n] (=|+=) A[m, k] B[k, n]: element (i, p) of A is at `a + i * a_row + p * a_col`, row p of B at
 /// `b + p * b_row` with n contiguous columns, row i of C at `c + i * c_row`. One fused-multiply-add chain per

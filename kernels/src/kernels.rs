@@ -224,8 +224,9 @@ pub trait Kernels: Send + Sync {
     fn swiglu_backward(&self, dy: &Buffer, gate_up: &Buffer, d_gate_up: &mut Buffer);
 
     // --- attention --------------------------------------------------------------------------------
-    /// Causal attention of packed rows: row t sees rows `start[t] ..= t` (`start` is `U32 [T, 1]`).
-    /// Writes o `[T, H * value_width]` and the log-sum-exp of the scaled scores, `lse [T, H]`.
+    /// Causal attention of packed rows: row t sees rows `start[t] ..= t` (`start` is `U32 [T, 1]`). A second column makes
+    /// segments continue others: it holds the first row of the segment whose rows all come before `start[t]`, the same
+    /// as the first column where there is none. The bits are those of a sequence that repeats that stem. Writes o `[T, H * value_width]` and the log-sum-exp of the scaled scores, `lse [T, H]`.
     fn mla_train(
         &self,
         shape: &AttentionShape,

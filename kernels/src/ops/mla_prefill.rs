@@ -13,7 +13,7 @@
 //!   * one range from token 0 gives the bits of `mla_train`
 
 use super::Cx;
-use super::mla_train::{BLOCK, Inputs, Panels, ROWS, attempt, divide, softmax};
+use super::mla_train::{BLOCK, Inputs, Panels, ROWS, Segment, attempt, divide, softmax};
 use super::tile::product;
 use crate::buffer::{Buffer, DType, MatMut};
 use crate::kernels::{AttentionShape, Result, Store};
@@ -37,8 +37,7 @@ pub(crate) fn mla_prefill(
     inputs.check_output(o, lse);
     assert_eq!((length.rows(), length.cols()), (q.rows(), 1), "prefill: one length per row");
     assert!(kv.rows() > 0, "prefill: a range has tokens");
-    let range = 0..kv.rows();
-    let keys = Panels::of_keys(cx, &inputs, std::slice::from_ref(&range))?;
+    let keys = Panels::of_keys(cx, &inputs, &[Segment::alone(0..kv.rows())])?;
     let (tokens, length) = (kv.rows(), length.host::<u32>());
     let seen = |row: usize| (length.row(row)[0] as usize).saturating_sub(first).min(tokens);
     let job = Prefill {

@@ -7,20 +7,26 @@
 //! softmax row by row, (3) output by `product` with the value rows, (4) times 1 / the row's sum.
 //! The backward pass is in `backward`.
 //!
+//! A segment may continue another one, as the replies to one prompt do: its rows see that stem's rows
+//! first, then their own (`segments`).
+//!
 //! Invariants:
-//!   * a row's result depends on the rows of its segment up to itself alone: a score is one chain
+//!   * a row's result depends on the rows of its sequence up to itself alone: a score is one chain
 //!     over the key part, then the rope part; exponentials are summed in blocks of keys counted
-//!     from the segment's start; the output is one chain over keys ascending
+//!     from the sequence's start; the output is one chain over keys ascending. So a stem that is
+//!     shared gives the bits of one that is repeated
 //!   * `mla_decode` does the same operations, so that sampler and trainer agree to the bit
 
 mod backward;
 mod panels;
+mod segments;
 mod softmax;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use backward::mla_train_backward_input;
 pub(crate) use panels::{Panels, transpose};
+pub(crate) use segments::Segment;
 pub(crate) use softmax::{divide, softmax};
 
 use self::panels::against_panels;
@@ -53,7 +59,7 @@ pub(crate) fn mla_train(
 ) -> Result<()> {
     let inputs = Inputs::new(cx.isa, shape, q, kv, k_rope);
     inputs.check_output(o, lse);
-    let segments = inputs.segments(start);
+    let segments = segments::read(start, q.rows(), kv.rows());
     let keys = Panels::of_keys(cx, &inputs, &segments)?;
     let blocks = blocks(&segments);
     let (o, lse) = (o.host_mut::<f32>(), lse.host_mut::<f32>());
@@ -61,41 +67,34 @@ pub(crate) fn mla_train(
     attempt(cx, blocks.len() * shape.heads, cost, &|piece| {
         // The later blocks of a segment are the larger ones; they go first, so that no thread ends
         // alone.
-        let (segment, rows) = blocks[blocks.len() - 1 - piece / shape.heads].clone();
-        let (head, first) = (piece % shape.heads, segments[segment].start);
-        let seen = rows.end - first;
+        let (index, rows) = blocks[blocks.len() - 1 - piece / shape.heads].clone();
+        let (head, segment) = (piece % shape.heads, &segments[index]);
+        let seen = segment.seen(rows.end - 1);
         let mut scratch =
             cx.arena.buffer(cx.scratch, DType::F32, rows.len(), seen.next_multiple_of(BLOCK))?;
         let mut scores = scratch.host_mut::<f32>();
-        inputs.scores(&keys, (segment, head), &rows, &mut scores);
+        inputs.scores(&keys, (index, head), &rows, &mut scores);
         let mut sums = [0.0; ROWS];
         for (i, row) in rows.clone().enumerate() {
-            let softmax = softmax(cx.isa, scores.row_mut(i), row + 1 - first, shape.scale);
+            let softmax = softmax(cx.isa, scores.row_mut(i), segment.seen(row), shape.scale);
             sums[i] = softmax.sum;
             // SAFETY: one piece writes a head's columns of a row.
             unsafe { lse.pointer().add(row * lse.stride + head).write(softmax.lse()) };
         }
-        let (value, stride) = inputs.value(head, first);
         let width = shape.value_width;
         // SAFETY: values lie in kv's rows up to the block's end, and the outputs are this piece's
         // own.
         unsafe {
             let out = o.pointer().add(rows.start * o.stride + head * width);
-            let weights = scores.pointer();
-            product(
-                cx.isa,
-                rows.len(),
-                width,
-                seen,
-                weights,
-                scores.stride,
-                1,
-                value,
-                stride,
-                out,
-                o.stride,
-                Store::Set,
-            );
+            for (key, values) in segment.stretches(seen) {
+                let (value, stride) = inputs.value(head, values.start);
+                let weights = scores.pointer().add(key);
+                let (m, k, score) = (rows.len(), values.len(), scores.stride);
+                let store = if key == 0 { Store::Set } else { Store::Add };
+                product(
+                    cx.isa, m, width, k, weights, score, 1, value, stride, out, o.stride, store,
+                );
+            }
             for (i, sum) in sums[..rows.len()].iter().enumerate() {
                 divide(std::slice::from_raw_parts_mut(out.add(i * o.stride), width), *sum);
             }
@@ -138,33 +137,10 @@ impl<'a> Inputs<'a> {
         assert_eq!((lse.rows(), lse.cols()), (self.q.rows, self.shape.heads), "attention: lse");
     }
 
-    /// Rows that see each other: each row has its own key, and starts where its neighbour does or begins a
-    /// segment itself.
-    fn segments(&self, start: &Buffer) -> Vec<Range<usize>> {
-        let rows = self.q.rows;
-        assert_eq!(self.kv.rows, rows, "attention: a key and a value for each row");
-        assert_eq!((start.rows(), start.cols()), (rows, 1), "attention: shape of start");
-        let start = start.host::<u32>();
-        let mut segments: Vec<Range<usize>> = Vec::new();
-        for row in 0..rows {
-            match start.row(row)[0] as usize {
-                first if first == row => segments.push(row..row + 1),
-                first => {
-                    let segment = segments.last_mut().expect("row 0 starts at 0");
-                    assert_eq!(
-                        segment.start, first,
-                        "attention: row {row} starts inside another segment"
-                    );
-                    segment.end = row + 1;
-                }
-            }
-        }
-        segments
-    }
-
     /// Operations of a forward pass, about.
-    fn cost(&self, segments: &[Range<usize>]) -> usize {
-        let pairs: usize = segments.iter().map(|s| s.len() * (s.len() + ROWS) / 2).sum();
+    fn cost(&self, segments: &[Segment]) -> usize {
+        let pairs = |s: &Segment| s.rows.len() * (2 * s.stem.len() + s.rows.len() + ROWS) / 2;
+        let pairs: usize = segments.iter().map(pairs).sum();
         2 * pairs * self.shape.heads * (self.shape.query_width() + self.shape.value_width)
     }
 
@@ -197,10 +173,11 @@ impl<'a> Inputs<'a> {
 }
 
 /// Blocks of up to ROWS rows: (segment, rows).
-fn blocks(segments: &[Range<usize>]) -> Vec<(usize, Range<usize>)> {
-    let cut = |(index, segment): (usize, &Range<usize>)| {
-        let end = segment.end;
+fn blocks(segments: &[Segment]) -> Vec<(usize, Range<usize>)> {
+    let cut = |(index, segment): (usize, &Segment)| {
+        let end = segment.rows.end;
         segment
+            .rows
             .clone()
             .step_by(ROWS)
             .map(move |row| (index, row..end.min(row + ROWS)))

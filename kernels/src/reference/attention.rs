@@ -56,14 +56,22 @@ pub fn mla_train(
 ) {
     let (q, kv, k_rope) = (q.host::<f64>(), kv.host::<f64>(), k_rope.host::<f64>());
     let (mut o, mut lse) = (o.host_mut::<f64>(), lse.host_mut::<f64>());
-    for (t, first) in movement::read::<u32>(start).into_iter().enumerate() {
-        let tokens: Vec<usize> = (first as usize..t + 1).collect();
+    for t in 0..q.rows {
+        let tokens = seen(start, t);
         for index in 0..shape.heads {
             let out = &mut o.row_mut(t)[index * shape.value_width..][..shape.value_width];
             let rows = Rows { kv, k_rope, tokens: &tokens };
             lse.row_mut(t)[index] = attend(shape, index, q.row(t), &rows, out);
         }
     }
+}
+
+/// The rows that row t sees: those of the segment that it continues, if any, then its own up to itself.
+fn seen(start: &Buffer, t: usize) -> Vec<usize> {
+    let start = start.host::<u32>();
+    let (first, stem) = (start.row(t)[0], start.row(t)[start.cols - 1]);
+    let of_stem = (0..start.rows).filter(|row| stem != first && start.row(*row)[0] == stem);
+    of_stem.chain(first as usize..t + 1).collect()
 }
 
 /// The tokens that a query row sees, and where their keys and values are.
@@ -113,12 +121,13 @@ pub fn mla_train_backward_input(
     let (o, lse, d_o) = (forward.o.host::<f64>(), forward.lse.host::<f64>(), d_o.host::<f64>());
     let (mut dq, mut dkv, mut dk_rope) =
         (dq.host_mut::<f64>(), dkv.host_mut::<f64>(), dk_rope.host_mut::<f64>());
-    for (t, first) in movement::read::<u32>(forward.start).into_iter().enumerate() {
+    for t in 0..q.rows {
+        let tokens = seen(forward.start, t);
         for index in 0..shape.heads {
             let head = head(shape, index);
             let d_out = &d_o.row(t)[head.out..][..shape.value_width];
             let mean = dot(d_out, &o.row(t)[head.out..][..shape.value_width]);
-            for j in first as usize..t + 1 {
+            for j in tokens.iter().copied() {
                 let s = score(shape, &head, q.row(t), kv.row(j), k_rope.row(j));
                 let p = (s - lse.row(t)[index]).exp();
                 let value = &kv.row(j)[head.value..][..shape.value_width];

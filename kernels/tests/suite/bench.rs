@@ -108,6 +108,11 @@ pub fn starts(lengths: &[usize]) -> Vec<u32> {
     starts
 }
 
+/// The same with a second column: the first segment is the stem of all others.
+pub fn stems(lengths: &[usize]) -> Vec<u32> {
+    starts(lengths).into_iter().flat_map(|start| [start, 0]).collect()
+}
+
 /// `Σ a b`: the scalar whose gradient by b is a.
 pub fn inner(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());

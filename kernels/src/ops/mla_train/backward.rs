@@ -1,18 +1,19 @@
 //! Gradients of causal attention, by recomputing the probabilities from the log-sum-exp.
 //!
-//! Per segment and head, block of rows by block: (1) probabilities again and (2) the gradient of
+//! Per family of segments that share a stem and head, block of rows by block: (1) probabilities again and (2) the gradient of
 //! their scores, (3) dq, (4) the head's own part of dk and dv. Then (5) the parts are summed over
 //! the heads that share a key, which is all of them for the rope part.
 //!
 //! Invariants:
-//!   * a head's part is one chain over rows ascending, then the heads are added in ascending order,
-//!     so that no thread count changes a bit
+//!   * a head's part is one chain over rows ascending, a stem's own and then those that continue it, then
+//!     the heads are added in ascending order, so that no thread count changes a bit
 //!   * the parts are as large as dq and the output together, whatever the segments' lengths
 
 use super::super::Cx;
 use super::super::tile::{Left, Next, Out, PANEL, Right, multiply};
 use super::super::work::split;
 use super::panels::{Panels, against_panels};
+use super::segments::{self, Segment};
 use super::softmax::RowGradient;
 use super::{BLOCK, Inputs, ROWS, attempt};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
@@ -46,7 +47,8 @@ pub(crate) fn mla_train_backward_input(
         );
     }
     let (heads, rows) = (shape.heads, q.rows());
-    let segments = inputs.segments(start);
+    let segments = segments::read(start, rows, kv.rows());
+    let families = segments::families(&segments);
     let keys = Panels::of_keys(cx, &inputs, &segments)?;
     let values = if shape.value_offset == 0 && shape.value_width <= shape.key_width {
         None
@@ -57,6 +59,7 @@ pub(crate) fn mla_train_backward_input(
     let mut dv = cx.arena.buffer(cx.scratch, DType::F32, heads * rows, shape.value_width)?;
     let job = Backward {
         inputs: &inputs,
+        segments: &segments,
         keys: &keys,
         values: values.as_ref().unwrap_or(&keys),
         o: o.host(),
@@ -66,9 +69,9 @@ pub(crate) fn mla_train_backward_input(
         dk: dk.host_mut(),
         dv: dv.host_mut(),
     };
-    let cost = 3 * inputs.cost(&segments) / (segments.len() * heads).max(1);
-    attempt(cx, segments.len() * heads, cost, &|piece| {
-        job.segment(cx, piece / heads, piece % heads, &segments[piece / heads])
+    let cost = 3 * inputs.cost(&segments) / (families.len() * heads).max(1);
+    attempt(cx, families.len() * heads, cost, &|piece| {
+        families[piece / heads].iter().try_for_each(|index| job.segment(cx, *index, piece % heads))
     })?;
     let (dk, dv) = (job.dk, job.dv);
     let (dkv, dk_rope) = (dkv.host_mut::<f32>(), dk_rope.host_mut::<f32>());
@@ -97,6 +100,7 @@ fn add(to: &mut [f32], from: &[f32]) {
 /// What the backward pass of all segments and heads reads and writes.
 struct Backward<'a> {
     inputs: &'a Inputs<'a>,
+    segments: &'a [Segment],
     keys: &'a Panels,
     values: &'a Panels,
     o: Mat<'a, f32>,
@@ -110,27 +114,28 @@ struct Backward<'a> {
 }
 
 impl Backward<'_> {
-    /// Gradients of one segment and head.
-    fn segment(&self, cx: &Cx, index: usize, head: usize, segment: &Range<usize>) -> Result<()> {
-        let width = segment.len().next_multiple_of(BLOCK);
+    /// Gradients of one segment and head, added to those of its stem's keys.
+    fn segment(&self, cx: &Cx, index: usize, head: usize) -> Result<()> {
+        let segment = &self.segments[index];
+        let width = segment.seen(segment.rows.end - 1).next_multiple_of(BLOCK);
         let mut p = cx.arena.buffer(cx.scratch, DType::F32, ROWS, width)?;
         let mut ds = cx.arena.buffer(cx.scratch, DType::F32, ROWS, width)?;
-        for row in segment.clone() {
+        for row in segment.rows.clone() {
             // SAFETY: one piece writes a segment's and head's rows of dk and dv.
             unsafe {
                 self.dk.shared_row_mut(head * self.o.rows + row).fill(0.0);
                 self.dv.shared_row_mut(head * self.o.rows + row).fill(0.0);
             }
         }
-        for first in segment.clone().step_by(ROWS) {
-            let rows = first..segment.end.min(first + ROWS);
-            let columns = 0..(rows.end - segment.start).next_multiple_of(BLOCK);
+        for first in segment.rows.clone().step_by(ROWS) {
+            let rows = first..segment.rows.end.min(first + ROWS);
+            let columns = 0..segment.seen(rows.end - 1).next_multiple_of(BLOCK);
             let (mut p, mut ds) = (p.rows_of_mut(0..rows.len()), ds.rows_of_mut(0..rows.len()));
             let (mut p, mut ds) = (p.cols_of_mut(columns.clone()), ds.cols_of_mut(columns));
             let (mut p, mut ds) = (p.host_mut(), ds.host_mut());
-            self.probabilities((index, head), segment.start, &rows, &mut p, &mut ds);
-            // SAFETY: one piece writes a segment's and head's parts of dq, dk and dv.
-            unsafe { self.add_block(head, segment.start, &rows, &p, &ds) };
+            self.probabilities((index, head), &rows, &mut p, &mut ds);
+            // SAFETY: one piece writes a family's and head's parts of dq, dk and dv.
+            unsafe { self.add_block(head, segment, &rows, &p, &ds) };
         }
         Ok(())
     }
@@ -139,7 +144,6 @@ impl Backward<'_> {
     fn probabilities(
         &self,
         (index, head): (usize, usize),
-        start: usize,
         rows: &Range<usize>,
         p: &mut MatMut<'_, f32>,
         ds: &mut MatMut<'_, f32>,
@@ -157,7 +161,7 @@ impl Backward<'_> {
             let job = RowGradient {
                 p: p.row_mut(i),
                 ds: ds.row_mut(i),
-                seen: row + 1 - start,
+                seen: self.segments[index].seen(row),
                 scale: shape.scale as f32,
                 lse: self.lse.row(row)[head],
                 o: &self.o.row(row)[columns.clone()],
@@ -171,21 +175,30 @@ impl Backward<'_> {
     /// Sets the block's dq and adds the block to the head's dk and dv.
     ///
     /// # Safety
-    /// No other thread works on this head of this segment.
+    /// No other thread works on this head of this segment's family.
     unsafe fn add_block(
         &self,
         head: usize,
-        start: usize,
+        segment: &Segment,
         rows: &Range<usize>,
         p: &MatMut<'_, f32>,
         ds: &MatMut<'_, f32>,
     ) {
         let Inputs { isa, shape, q, kv, k_rope } = self.inputs;
-        let (isa, width, count, seen) = (*isa, shape.query_width(), rows.len(), rows.end - start);
+        let (isa, width, count) = (*isa, shape.query_width(), rows.len());
         let first = head / shape.sharing * shape.head_stride;
         let (query, value) = (head * width, head * shape.value_width);
-        let across = |m: &MatMut<'_, f32>| Left { at: m.pointer(), row: m.stride, col: 1 };
-        let down = |m: &MatMut<'_, f32>| Left { at: m.pointer(), row: 1, col: m.stride };
+        // From the column of a key on.
+        let across = |m: &MatMut<'_, f32>, key: usize| Left {
+            at: m.pointer().wrapping_add(key),
+            row: m.stride,
+            col: 1,
+        };
+        let down = |m: &MatMut<'_, f32>, key: usize| Left {
+            at: m.pointer().wrapping_add(key),
+            row: 1,
+            col: m.stride,
+        };
         let rows_of = |m: &Mat<'_, f32>, row: usize, col: usize| Right {
             at: m.row(row)[col..].as_ptr(),
             row: m.stride,
@@ -196,19 +209,23 @@ impl Backward<'_> {
             at: m.pointer().wrapping_add(row * m.stride + col),
             row: m.stride,
         };
-        let part = head * self.o.rows + start;
-        // SAFETY: all blocks lie inside their matrices; the outputs are this piece's own.
-        unsafe {
-            let keys = [count, shape.key_width, seen];
-            let to = out(&self.dq, rows.start, query);
-            multiply(isa, keys, across(ds), rows_of(kv, start, first), to, Store::Set);
-            let ropes = [count, shape.rope_width, seen];
-            let to = out(&self.dq, rows.start, query + shape.key_width);
-            multiply(isa, ropes, across(ds), rows_of(k_rope, start, 0), to, Store::Set);
-            let (queries, to) = (rows_of(q, rows.start, query), out(&self.dk, part, 0));
-            multiply(isa, [seen, width, count], down(ds), queries, to, Store::Add);
-            let (d_o, to) = (rows_of(&self.d_o, rows.start, value), out(&self.dv, part, 0));
-            multiply(isa, [seen, shape.value_width, count], down(p), d_o, to, Store::Add);
+        for (key, seen) in segment.stretches(segment.seen(rows.end - 1)) {
+            let (start, seen) = (seen.start, seen.len());
+            let (part, store) =
+                (head * self.o.rows + start, if key == 0 { Store::Set } else { Store::Add });
+            // SAFETY: all blocks lie inside their matrices; the outputs are this piece's own.
+            unsafe {
+                let keys = [count, shape.key_width, seen];
+                let to = out(&self.dq, rows.start, query);
+                multiply(isa, keys, across(ds, key), rows_of(kv, start, first), to, store);
+                let ropes = [count, shape.rope_width, seen];
+                let to = out(&self.dq, rows.start, query + shape.key_width);
+                multiply(isa, ropes, across(ds, key), rows_of(k_rope, start, 0), to, store);
+                let (queries, to) = (rows_of(q, rows.start, query), out(&self.dk, part, 0));
+                multiply(isa, [seen, width, count], down(ds, key), queries, to, Store::Add);
+                let (d_o, to) = (rows_of(&self.d_o, rows.start, value), out(&self.dv, part, 0));
+                multiply(isa, [seen, shape.value_width, count], down(p, key), d_o, to, Store::Add);
+            }
         }
     }
 }

@@ -2,16 +2,15 @@
 //!
 //! Invariants:
 //!   * a panel is `[width, BLOCK]` and belongs to one segment, key-value head and block of keys
-//!     counted from the segment's start
+//!     counted from the sequence's start; whole panels of a stem are its own segment's
 //!   * columns behind a segment's end are zero
 
 use super::super::tile::{Left, Next, Out, PANEL, Right, multiply};
 use super::super::work::split;
 use super::super::{Cx, Isa, Lanes, OnLanes};
-use super::{BLOCK, Inputs};
+use super::{BLOCK, Inputs, Segment};
 use crate::buffer::{Buffer, DType, MatMut};
 use crate::kernels::{Result, Store};
-use std::ops::Range;
 
 // A panel is what `multiply` takes for one.
 const _: () = assert!(BLOCK == PANEL);
@@ -19,34 +18,39 @@ const _: () = assert!(BLOCK == PANEL);
 /// A panel for each key-value head and each BLOCK rows of a segment.
 pub(crate) struct Panels {
     data: Buffer,
-    /// First panel of each segment.
-    first: Vec<usize>,
+    /// Where each segment's panels lie.
+    places: Vec<Place>,
     per_head: usize,
     sharing: usize,
 }
 
+/// Panels of a segment.
+#[derive(Clone, Copy)]
+struct Place {
+    /// First panel of the stem, and how many of its panels are whole.
+    stem: usize,
+    shared: usize,
+    /// First panel after those.
+    own: usize,
+}
+
 /// Writes the panel of a key-value head and of up to BLOCK rows.
-type Write<'a> = dyn Fn(usize, Range<usize>, &mut [f32]) + Sync + 'a;
+type Write<'a> = dyn Fn(usize, &[usize], &mut [f32]) + Sync + 'a;
 
 impl Panels {
     /// Keys: the key part, then the rope part.
-    pub fn of_keys(cx: &Cx, inputs: &Inputs<'_>, segments: &[Range<usize>]) -> Result<Panels> {
+    pub fn of_keys(cx: &Cx, inputs: &Inputs<'_>, segments: &[Segment]) -> Result<Panels> {
         let width = inputs.shape.key_width;
         Panels::new(cx, inputs, segments, inputs.shape.query_width(), &|head, rows, panel| {
             let (key, rope) = panel.split_at_mut(width * BLOCK);
             let first = head * inputs.shape.head_stride;
-            transpose_rows(
-                cx.isa,
-                rows.clone(),
-                |row| &inputs.kv.row(row)[first..first + width],
-                key,
-            );
+            transpose_rows(cx.isa, rows, |row| &inputs.kv.row(row)[first..first + width], key);
             transpose_rows(cx.isa, rows, |row| inputs.k_rope.row(row), rope);
         })
     }
 
     /// Values.
-    pub fn of_values(cx: &Cx, inputs: &Inputs<'_>, segments: &[Range<usize>]) -> Result<Panels> {
+    pub fn of_values(cx: &Cx, inputs: &Inputs<'_>, segments: &[Segment]) -> Result<Panels> {
         let width = inputs.shape.value_width;
         Panels::new(cx, inputs, segments, width, &|head, rows, panel| {
             let first = head * inputs.shape.head_stride + inputs.shape.value_offset;
@@ -57,17 +61,18 @@ impl Panels {
     fn new(
         cx: &Cx,
         inputs: &Inputs<'_>,
-        segments: &[Range<usize>],
+        segments: &[Segment],
         width: usize,
         write: &Write<'_>,
     ) -> Result<Panels> {
-        let mut first = Vec::with_capacity(segments.len());
-        let mut rows = Vec::new();
+        let mut places: Vec<Place> = Vec::with_capacity(segments.len());
+        let mut rows: Vec<Vec<usize>> = Vec::new();
         for segment in segments {
-            first.push(rows.len());
-            rows.extend(
-                segment.clone().step_by(BLOCK).map(|row| row..segment.end.min(row + BLOCK)),
-            );
+            let (own, shared) = (rows.len(), segment.stem.len() / BLOCK);
+            let stem = segment.stem_index.map_or(own, |index| places[index].own);
+            places.push(Place { stem, shared, own });
+            let keys: Vec<usize> = segment.keys().skip(shared * BLOCK).collect();
+            rows.extend(keys.chunks(BLOCK).map(<[usize]>::to_vec));
         }
         let sharing = inputs.shape.sharing;
         let count = inputs.shape.heads / sharing * rows.len();
@@ -77,22 +82,21 @@ impl Panels {
             for index in range {
                 // SAFETY: a panel belongs to one piece.
                 let panel = unsafe { panels.shared_row_mut(index) };
-                write(index / rows.len(), rows[index % rows.len()].clone(), panel);
+                write(index / rows.len(), &rows[index % rows.len()], panel);
             }
         });
-        Ok(Panels { data, first, per_head: rows.len(), sharing })
+        Ok(Panels { data, places, per_head: rows.len(), sharing })
     }
 
-    /// A query head's panels in one segment.
-    fn right(&self, segment: usize, head: usize) -> Right {
+    /// A query head's panels in one segment: those of the stem, how many they are, and its own.
+    fn right(&self, segment: usize, head: usize) -> (Right, usize, Right) {
         let panels = self.data.host::<f32>();
-        let first = head / self.sharing * self.per_head + self.first[segment];
-        Right {
-            at: panels.row(first).as_ptr(),
-            row: BLOCK,
-            panel: panels.stride,
-            next: Next::Nothing,
-        }
+        let at = |panel: usize| {
+            let row = panels.row(head / self.sharing * self.per_head + panel);
+            Right { at: row.as_ptr(), row: BLOCK, panel: panels.stride, next: Next::Nothing }
+        };
+        let Place { stem, shared, own } = self.places[segment];
+        (at(stem), shared, at(own))
     }
 }
 
@@ -107,12 +111,17 @@ pub(super) unsafe fn against_panels(
     (x, stride, width): (*const f32, usize, usize),
     out: &mut MatMut<'_, f32>,
 ) {
-    let right = panels.right(segment, head);
+    let (stem, shared, own) = panels.right(segment, head);
     let left = Left { at: x, row: stride, col: 1 };
     let to = Out { at: out.pointer(), row: out.stride };
+    let columns = shared * BLOCK;
     // SAFETY: the caller's promise; the segment's panels hold at least `width` rows and all of
-    // out's columns.
-    unsafe { multiply(isa, [out.rows, out.cols, width], left, right, to, Store::Set) }
+    // out's columns, of which every row sees at least the stem's.
+    unsafe {
+        multiply(isa, [out.rows, columns, width], left, stem, to, Store::Set);
+        let rest = [out.rows, out.cols - columns, width];
+        multiply(isa, rest, left, own, to.from(0, columns), Store::Set);
+    }
 }
 
 /// Writes up to BLOCK rows as the columns of a panel; missing columns become zero.
@@ -164,12 +173,12 @@ impl OnLanes for Transpose<'_> {
 
 fn transpose_rows<'a>(
     isa: Isa,
-    rows: Range<usize>,
+    rows: &[usize],
     row: impl Fn(usize) -> &'a [f32],
     panel: &mut [f32],
 ) {
     let empty: [&[f32]; BLOCK] = [&[]; BLOCK];
     let mut slices = empty;
-    slices.iter_mut().zip(rows.clone()).for_each(|(slice, index)| *slice = row(index));
+    slices.iter_mut().zip(rows).for_each(|(slice, index)| *slice = row(*index));
     transpose(isa, &slices[..rows.len()], panel);
 }

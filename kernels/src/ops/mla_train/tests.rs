@@ -1,5 +1,7 @@
 //! Attention against plain f64 loops that call no product code, and its promises about bits.
 
+mod stems;
+
 use super::*;
 use crate::ops::check::{cx, floats, indices, normal, read, with};
 
@@ -59,7 +61,12 @@ impl Case {
             })
             .flatten()
             .collect();
-        let (rows, groups) = (starts.len(), shape.heads / shape.sharing);
+        Case::of(cx, shape, &starts, 1)
+    }
+
+    /// With `columns` numbers of `starts` a row.
+    fn of(cx: &Cx, shape: AttentionShape, starts: &[u32], columns: usize) -> Case {
+        let (rows, groups) = (starts.len() / columns, shape.heads / shape.sharing);
         let kv_width = (groups - 1) * shape.head_stride
             + (shape.value_offset + shape.value_width).max(shape.key_width);
         Case {
@@ -67,7 +74,7 @@ impl Case {
             q: normal(cx, rows, shape.heads * shape.query_width(), 1),
             kv: normal(cx, rows, kv_width + 2, 2),
             k_rope: normal(cx, rows, shape.rope_width, 3),
-            start: indices(cx, rows, 1, &starts),
+            start: indices(cx, rows, columns, starts),
             d_o: normal(cx, rows, shape.heads * shape.value_width, 4),
         }
     }
@@ -112,7 +119,9 @@ impl Case {
             (vec![0.0; q.len()], vec![0.0; kv.len()], vec![0.0; kr.len()]);
         for t in 0..rows {
             for h in 0..s.heads {
-                let first = start.row(t)[0] as usize;
+                let (first, stem) = (start.row(t)[0], start.row(t)[start.cols - 1]);
+                let of_stem = (0..t).filter(|j| stem != first && start.row(*j)[0] == stem);
+                let keys: Vec<usize> = of_stem.chain(first as usize..=t).collect();
                 let key = |j: usize, c: usize| match c.checked_sub(s.key_width) {
                     None => j * kc + h / s.sharing * s.head_stride + c,
                     Some(c) => j * s.rope_width + c,
@@ -123,19 +132,19 @@ impl Case {
                 let query = |c: usize| t * s.heads * qw + h * qw + c;
                 let of_key = |j, c| if c < s.key_width { kv[key(j, c)] } else { kr[key(j, c)] };
                 let score = |j| s.scale * (0..qw).map(|c| q[query(c)] * of_key(j, c)).sum::<f64>();
-                let x: Vec<f64> = (first..=t).map(score).collect();
+                let x: Vec<f64> = keys.iter().copied().map(score).collect();
                 let max = x.iter().copied().fold(f64::MIN, f64::max);
                 let sum: f64 = x.iter().map(|x| (x - max).exp()).sum();
                 lse[t * s.heads + h] = max + sum.ln();
                 let p: Vec<f64> = x.iter().map(|x| (x - max).exp() / sum).collect();
                 let out = |c: usize| (t * s.heads + h) * vw + c;
-                for (j, p) in (first..=t).zip(&p) {
-                    (0..vw).for_each(|c| o[out(c)] += p * kv[value(j, c)]);
+                for (j, p) in keys.iter().zip(&p) {
+                    (0..vw).for_each(|c| o[out(c)] += p * kv[value(*j, c)]);
                 }
                 let dp = |j| (0..vw).map(|c| d_o[out(c)] * kv[value(j, c)]).sum::<f64>();
-                let dp: Vec<f64> = (first..=t).map(dp).collect();
+                let dp: Vec<f64> = keys.iter().copied().map(dp).collect();
                 let mean: f64 = p.iter().zip(&dp).map(|(p, d)| p * d).sum();
-                for (i, j) in (first..=t).enumerate() {
+                for (i, j) in keys.iter().copied().enumerate() {
                     let ds = p[i] * (dp[i] - mean) * s.scale;
                     for c in 0..qw {
                         dq[query(c)] += ds * of_key(j, c);

@@ -1,7 +1,7 @@
 //! Gradients of attention in its three forms, over rows of several packed segments.
 
 use super::on_reference;
-use crate::bench::{Bench, check_gradients, inner, normals, starts};
+use crate::bench::{Bench, check_gradients, inner, normals, starts, stems};
 use crate::problems::attention::{ABSORBED, EXPANDED, GROUPED};
 use rehearsal_kernels::{AttentionShape, Buffer};
 
@@ -15,8 +15,16 @@ struct Inputs {
     start: Buffer,
 }
 
+/// Whether the first segment is the stem of the others.
+#[derive(Clone, Copy)]
+enum Segments {
+    Alone,
+    Continuing,
+}
+
 fn forward(
     bench: &Bench<'_>,
+    segments: Segments,
     shape: &AttentionShape,
     inputs: &[Vec<f64>],
 ) -> (Inputs, Buffer, Buffer) {
@@ -24,7 +32,10 @@ fn forward(
         q: bench.floats(T, shape.heads * shape.query_width(), &inputs[0]),
         kv: bench.floats(T, shape.kv_width(), &inputs[1]),
         k_rope: bench.floats(T, shape.rope_width, &inputs[2]),
-        start: bench.indices(T, 1, &starts(&LENGTHS)),
+        start: match segments {
+            Segments::Alone => bench.indices(T, 1, &starts(&LENGTHS)),
+            Segments::Continuing => bench.indices(T, 2, &stems(&LENGTHS)),
+        },
     };
     let (mut o, mut lse) =
         (bench.unset(T, shape.heads * shape.value_width), bench.unset(T, shape.heads));
@@ -34,13 +45,18 @@ fn forward(
 }
 
 fn check_shape(bench: &Bench<'_>, label: &str, shape: &AttentionShape) {
+    check_segments(bench, label, Segments::Alone, shape);
+    check_segments(bench, &format!("{label}, shared stem"), Segments::Continuing, shape);
+}
+
+fn check_segments(bench: &Bench<'_>, label: &str, segments: Segments, shape: &AttentionShape) {
     let values = [
         normals(1, T * shape.heads * shape.query_width()),
         normals(2, T * shape.kv_width()),
         normals(3, T * shape.rope_width),
     ];
     let r = normals(4, T * shape.heads * shape.value_width);
-    let (Inputs { q, kv, k_rope, start }, o, lse) = forward(bench, shape, &values);
+    let (Inputs { q, kv, k_rope, start }, o, lse) = forward(bench, segments, shape, &values);
     let d_o = bench.floats(T, o.cols(), &r);
     let [mut dq, mut dkv, mut dk_rope] = [&q, &kv, &k_rope].map(|x| bench.unset(T, x.cols()));
     bench
@@ -61,7 +77,7 @@ fn check_shape(bench: &Bench<'_>, label: &str, shape: &AttentionShape) {
         .unwrap();
     let gradients = [&dq, &dkv, &dk_rope].map(|d| bench.read(d));
     check_gradients(label, &values, &gradients, |values| {
-        inner(&r, &bench.read(&forward(bench, shape, values).1))
+        inner(&r, &bench.read(&forward(bench, segments, shape, values).1))
     });
 }
 

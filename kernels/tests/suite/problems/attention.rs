@@ -1,13 +1,16 @@
 //! Attention in its three forms, and the cached path. Tolerance: softmax over up to 70 tokens.
 
 use super::Entry;
-use crate::bench::{Bench, Output, below, starts};
+use crate::bench::{Bench, Output, below, starts, stems};
 use rehearsal_kernels::{AttentionShape, Buffer, CacheFormat, CacheLayout, CacheSpec, DecodeBatch};
 
 pub const PROBLEMS: &[Entry] = &[
-    ("mla_train expanded", 2e-5, |bench| train(bench, &EXPANDED)),
-    ("mla_train absorbed", 2e-5, |bench| train(bench, &ABSORBED)),
-    ("mla_train grouped", 2e-5, |bench| train(bench, &GROUPED)),
+    ("mla_train expanded", 2e-5, |bench| alone(bench, &EXPANDED)),
+    ("mla_train absorbed", 2e-5, |bench| alone(bench, &ABSORBED)),
+    ("mla_train grouped", 2e-5, |bench| alone(bench, &GROUPED)),
+    ("mla_train expanded, shared stem", 2e-5, |bench| shared(bench, &EXPANDED)),
+    ("mla_train absorbed, shared stem", 2e-5, |bench| shared(bench, &ABSORBED)),
+    ("mla_train grouped, shared stem", 2e-5, |bench| shared(bench, &GROUPED)),
     ("mla_decode absorbed", 2e-5, |bench| decoded(bench, &ABSORBED)),
     ("mla_decode grouped", 2e-5, |bench| decoded(bench, &GROUPED)),
     ("mla_decode expanded", 2e-5, |bench| decoded(bench, &EXPANDED)),
@@ -52,12 +55,20 @@ pub const GROUPED: AttentionShape = AttentionShape {
 const LENGTHS: [usize; 5] = [41, 1, 70, 16, 5];
 const T: usize = 133;
 
-fn train(bench: &Bench<'_>, shape: &AttentionShape) -> Vec<Output> {
+fn alone(bench: &Bench<'_>, shape: &AttentionShape) -> Vec<Output> {
+    train(bench, shape, bench.indices(T, 1, &starts(&LENGTHS)))
+}
+
+/// The first segment is the stem of all others.
+fn shared(bench: &Bench<'_>, shape: &AttentionShape) -> Vec<Output> {
+    train(bench, shape, bench.indices(T, 2, &stems(&LENGTHS)))
+}
+
+fn train(bench: &Bench<'_>, shape: &AttentionShape, start: Buffer) -> Vec<Output> {
     let (query_cols, out_cols) =
         (shape.heads * shape.query_width(), shape.heads * shape.value_width);
     let (q, kv) = (bench.random(1, T, query_cols), bench.random(2, T, shape.kv_width()));
     let (k_rope, d_o) = (bench.random(3, T, shape.rope_width), bench.random(4, T, out_cols));
-    let start = bench.indices(T, 1, &starts(&LENGTHS));
     let (mut o, mut lse) = (bench.unset(T, out_cols), bench.unset(T, shape.heads));
     let k = bench.kernels;
     k.mla_train(shape, &q, &kv, &k_rope, &start, &mut o, &mut lse).unwrap();

@@ -93,6 +93,7 @@ impl Direction {
 impl Aligned {
     /// Where the step's time went.
     pub(super) fn times(&self) -> BenchStep {
+        let grpo = self.report.grpo.clone().unwrap_or_default();
         BenchStep {
             seconds: self.seconds,
             generate_seconds: self.sampled.seconds,
@@ -100,6 +101,8 @@ impl Aligned {
             train_seconds: self.report.seconds,
             new_tokens: self.sampled.new_tokens,
             trained_tokens: self.report.tokens,
+            trained_share: grpo.trained_share,
+            logprob_gap_max: grpo.logprob_gap_max,
         }
     }
 
@@ -120,11 +123,13 @@ impl Aligned {
             .with("reward_deviation", statistics.reward_deviation)
             .with("rewards", rewards)
             .with("kl", grpo.kl)
-            .with("entropy", grpo.entropy)
+            .with("entropy", (grpo.trained_share > 0.0).then_some(grpo.entropy))
             .with("clip_share", grpo.clip_share)
             .with("length_mean", statistics.length_mean)
             .with("stopped_by_length", statistics.stopped_by_length)
             .with("zero_variance_groups", statistics.zero_variance_groups)
+            .with("trained_share", grpo.trained_share)
+            .with("trained_rows", self.report.rows)
             .with("logprob_gap_max", grpo.logprob_gap_max)
             .with("logprob_gap_mean", grpo.logprob_gap_mean)
             .with("new_tokens", self.sampled.new_tokens)

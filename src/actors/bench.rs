@@ -38,6 +38,8 @@ pub struct BenchRequest {
     pub settings: GrpoStage,
     /// Tokens of a prompt.
     pub prompt_tokens: usize,
+    /// Groups of a step to which the rule does not apply, so that all their rewards are 0.
+    pub equal_rewards: usize,
     /// Timed steps; one more is made before them.
     pub steps: u64,
     /// Seed of weights, prompts and samples.
@@ -65,9 +67,11 @@ pub fn bench_grpo(request: BenchRequest) -> anyhow::Result<Vec<BenchStep>> {
 
 /// The company of a bench, on this device.
 pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
-    let BenchRequest { model, weights, engine, mut settings, prompt_tokens, steps, seed, spill } =
-        request;
-    let bench = Bench { weights, prompts: settings.prompts, prompt_tokens, steps };
+    let BenchRequest { model, weights, engine, mut settings, seed, spill, .. } = request;
+    let (prompt_tokens, equal_rewards, steps) =
+        (request.prompt_tokens, request.equal_rewards, request.steps);
+    let prompts = settings.prompts;
+    let bench = Bench { weights, prompts, prompt_tokens, equal_rewards, steps };
     let rule = RewardEntry {
         verifier: Some(VerifierKind::Number),
         model: None,
@@ -168,7 +172,7 @@ fn random_prompts(bench: &Bench, seed: u64, step: u64, vocabulary: usize) -> Vec
             index: step * bench.prompts as u64 + slot,
             text: String::new(),
             tokens: (0..bench.prompt_tokens).map(|_| next()).collect(),
-            answer: Some(ODD.to_string()),
+            answer: (slot >= bench.equal_rewards as u64).then(|| ODD.to_string()),
         })
         .collect()
 }

@@ -126,6 +126,8 @@ pub struct Bench {
     pub prompts: usize,
     /// Tokens of a prompt.
     pub prompt_tokens: usize,
+    /// Groups whose rewards are all equal.
+    pub equal_rewards: usize,
     /// Timed steps.
     pub steps: u64,
 }
@@ -143,8 +145,12 @@ pub struct BenchStep {
     pub train_seconds: f64,
     /// Tokens sampled.
     pub new_tokens: u64,
-    /// Tokens that went through the model in the update.
+    /// Tokens of the rollouts in the update, each with its prompt.
     pub trained_tokens: u64,
+    /// The share of the rollouts that were trained on.
+    pub trained_share: f64,
+    /// Largest gap between sampler and trainer.
+    pub logprob_gap_max: f64,
 }
 
 /// How a run ended.

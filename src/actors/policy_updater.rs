@@ -38,6 +38,7 @@ impl Handler<UpdatePolicy> for PolicyUpdater {
                     groups: groups.clone(),
                     settings: loss_settings(&settings),
                     micro_batch: settings.micro_batch,
+                    share_prompts: settings.share_prompts,
                 };
                 let report = train.ask(Train { id: id.part(update as u32), job }).await?;
                 let skipped_updates = u64::from(report.skipped);
@@ -68,8 +69,11 @@ fn loss_settings(stage: &GrpoStage) -> GrpoSettings {
 /// work, and the sampler's gap of the first, before which no weight had moved.
 fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
     let policy_version = last.report.policy_version;
-    let (tokens, seconds) =
-        (before.report.tokens + last.report.tokens, before.report.seconds + last.report.seconds);
+    let (tokens, rows, seconds) = (
+        before.report.tokens + last.report.tokens,
+        before.report.rows + last.report.rows,
+        before.report.seconds + last.report.seconds,
+    );
     let gap = before.report.grpo.as_ref().map(|grpo| (grpo.logprob_gap_max, grpo.logprob_gap_mean));
     let shown = if last.report.skipped { before.report } else { last.report };
     let grpo = shown.grpo.map(|mut grpo| {
@@ -79,7 +83,7 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
         grpo
     });
     PolicyUpdate {
-        report: StepReport { tokens, seconds, policy_version, grpo, ..shown },
+        report: StepReport { tokens, rows, seconds, policy_version, grpo, ..shown },
         updates: before.updates + last.updates,
         skipped_updates: before.skipped_updates + last.skipped_updates,
     }

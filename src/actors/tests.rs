@@ -393,6 +393,7 @@ fn a_bench_times_its_steps_and_writes_nothing() {
         engine,
         settings,
         prompt_tokens: 3,
+        equal_rewards: 0,
         steps: 2,
         seed: 1,
         spill,

@@ -138,6 +138,15 @@ pub struct BenchGrpoArgs {
     /// Timed steps
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = at_least_one)]
     pub steps: usize,
+    /// Weight of the KL term; 0 has no reference model
+    #[arg(long, value_name = "W", default_value_t = 0.01, value_parser = not_negative)]
+    pub kl_weight: f64,
+    /// Groups whose rewards are made equal, so that their advantages are zero
+    #[arg(long, value_name = "Z", default_value_t = 0)]
+    pub equal_rewards: usize,
+    /// Whether rollouts share their prompt in training
+    #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set)]
+    pub share_prompts: bool,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -181,6 +190,13 @@ fn tokens(config: &ModelConfig, sequence: usize, count: usize) -> Vec<u32> {
         below(1, Stream::Data, [sequence as u64, i as u64, 0, 0], config.vocab_size as u64)
     };
     (0..count).map(|i| token(i) as u32).collect()
+}
+
+fn not_negative(text: &str) -> std::result::Result<f64, String> {
+    match text.parse() {
+        Ok(weight) if weight >= 0.0 && f64::is_finite(weight) => Ok(weight),
+        _ => Err(format!("{text:?} is no weight of 0 or more")),
+    }
 }
 
 fn require_context(config: &ModelConfig, tokens: usize) -> Result<()> {
@@ -312,6 +328,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         engine,
         settings: settings(args),
         prompt_tokens: args.prompt_tokens,
+        equal_rewards: args.equal_rewards,
         steps: args.steps as u64,
         seed: 1,
         spill: spill.clone(),
@@ -327,6 +344,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
     let figures = json!({
         "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",
+        "kl_weight": args.kl_weight, "equal_rewards": args.equal_rewards, "share_prompts": args.share_prompts,
+        "trained_share": mean(|s| s.trained_share), "logprob_gap_max": mean(|s| s.logprob_gap_max),
         "seconds_per_step": mean(|s| s.seconds),
         "generate_seconds": mean(|s| s.generate_seconds),
         "score_seconds": mean(|s| s.score_seconds),
@@ -348,7 +367,7 @@ fn settings(args: &BenchGrpoArgs) -> GrpoStage {
         top_p: 1.0,
         top_k: 0,
         clip: 0.2,
-        kl_weight: 0.01,
+        kl_weight: args.kl_weight,
         updates: 1,
         ratio_level: RatioLevel::Token,
         length_norm: LengthNorm::PerOutput,
@@ -357,6 +376,7 @@ fn settings(args: &BenchGrpoArgs) -> GrpoStage {
         reward: Vec::new(),
         after: None,
         micro_batch: 0,
+        share_prompts: args.share_prompts,
         optimizer: OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() },
     }
 }

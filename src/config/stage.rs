@@ -298,9 +298,13 @@ pub struct GrpoStage {
     /// Name of the policy stage that must have run before (stage 2 of the paper names its stage 1).
     #[serde(default)]
     pub after: Option<String>,
-    /// Rollouts that go through the model at once in training; 0 for all.
+    /// Rollouts that go through the model at once in training, in whole groups where prompts are shared; 0 for all.
     #[serde(default)]
     pub micro_batch: usize,
+    /// Whether a prompt goes through the model once for all rollouts of its group in training. That is faster and takes
+    /// memory for a whole group at once; the gradient differs in its last bits only.
+    #[serde(default = "yes")]
+    pub share_prompts: bool,
     /// Optimizer.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
@@ -459,6 +463,9 @@ pub struct Gate {
 
 fn one() -> f64 {
     1.0
+}
+fn yes() -> bool {
+    true
 }
 fn one_epoch() -> u64 {
     1

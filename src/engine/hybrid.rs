@@ -26,7 +26,7 @@ use crate::config::{EngineConfig, ModelConfig, Offload};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, train_step};
-use crate::train::{Items, Optimizer};
+use crate::train::{Items, Optimizer, Rollouts};
 use anyhow::{Context, Result, bail, ensure};
 use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
 use serde::{Deserialize, Serialize};
@@ -244,9 +244,10 @@ impl HybridEngine {
             TrainJob::Batch { batch, share, micro_batch, dropping } => {
                 (Items::of_batch(batch), *share, *micro_batch, dropping.as_ref())
             }
-            TrainJob::Grpo { groups, settings, micro_batch } => {
+            TrainJob::Grpo { groups, settings, micro_batch, share_prompts } => {
                 let share = state.step as f64 / state.steps.max(1) as f64;
-                (Items::rollouts(groups, settings), share, *micro_batch, None)
+                let rollouts = Rollouts::new(groups, settings, *share_prompts, &self.balance);
+                (Items::Rollouts(rollouts), share, *micro_batch, None)
             }
         };
         let micro_batch = match (micro_batch, self.fitting) {
@@ -279,8 +280,9 @@ impl HybridEngine {
         state.first.put_changed(optimizer.first);
         state.second.put_changed(optimizer.second);
         policy.weights.put_changed(params.slab);
-        let mut report = report.map_err(out_of_memory)?;
-        let asked = if micro_batch == 0 { items.len() } else { micro_batch.min(items.len()) };
+        let mut report = report.map_err(|error| grown(out_of_memory(error), job))?;
+        let examples = items.examples();
+        let asked = if micro_batch == 0 { examples } else { micro_batch.min(examples) };
         if report.micro_batch < asked {
             self.fitting = report.micro_batch;
         }
@@ -449,6 +451,16 @@ impl HybridEngine {
             bail!(Fault::User(format!("cannot {verb}: no model is loaded")));
         }
         Ok(())
+    }
+}
+
+/// Says what else helps where a group of rollouts did not fit.
+fn grown(error: anyhow::Error, job: &TrainJob) -> anyhow::Error {
+    match job {
+        TrainJob::Grpo { share_prompts: true, .. } => Fault::resources(format!(
+            "{error}; or set share_prompts = false in the stage: then rollouts of a group go through one by one"
+        )),
+        _ => error,
     }
 }
 

@@ -1,10 +1,12 @@
 //! Forward passes of one model over whole sequences: log-probabilities, or a reward model's score.
+//!
+//! Neighbours that begin alike, as replies to one prompt, share those tokens' rows; that changes no bit.
 
 use super::phase::{ScoreJob, SequenceScore};
 use super::resident::{Calibration, out_of_memory};
 use super::sampling::each_distribution;
 use crate::config::fault::Fault;
-use crate::model::{Documents, PackedModel, Params, Transformer};
+use crate::model::{Documents, Family, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
 use rehearsal_kernels::{Kernels, OutOfMemory};
 use std::ops::Range;
@@ -37,11 +39,10 @@ impl Scorer<'_> {
         let mut scores = Vec::with_capacity(job.sequences.len());
         let (mut first, mut rows_at_once) = (0, ROWS_AT_ONCE);
         while first < job.sequences.len() {
-            let end = first + fitting(&job.sequences[first..], rows_at_once);
+            let end = first + fitting(job, first, rows_at_once);
             match self.pass(job, first..end) {
                 Err(_) if end > first + 1 => {
-                    let rows: usize = job.sequences[first..end].iter().map(Vec::len).sum();
-                    rows_at_once = rows / 2;
+                    rows_at_once = rows(job, first).take(end - first).sum::<usize>() / 2;
                 }
                 outcome => {
                     scores.extend(outcome.map_err(out_of_memory)?);
@@ -82,63 +83,106 @@ impl Scorer<'_> {
 
     /// One forward pass over some of the sequences.
     fn pass(&self, job: &ScoreJob, range: Range<usize>) -> Result<Vec<SequenceScore>, OutOfMemory> {
-        let documents: Vec<&[u32]> =
-            job.sequences[range.clone()].iter().map(Vec::as_slice).collect();
-        let packed_documents = Documents::pack(self.kernels, &documents)?;
+        let shared = Shared::new(job, range.clone());
+        let packed_documents = Documents::pack_families(self.kernels, &shared.families)?;
         let pass = self.model.pass(self.kernels, &packed_documents, self.packed);
         let hidden = self.model.forward_only(&pass, self.params, self.packed)?;
         let heads = &self.packed.heads;
         if let Some(Calibration { mean, deviation }) = self.calibration {
-            let output = heads.scores(&pass, self.params, &hidden, &last_rows(&documents))?;
+            let output = heads.scores(&pass, self.params, &hidden, &shared.last_rows())?;
             let calibrated = |raw: &f64| SequenceScore::Reward((raw - mean) / deviation);
             return Ok(output.scores.iter().map(calibrated).collect());
         }
-        let first = &job.first[range];
-        let (rows, targets) = wanted(&documents, first);
+        let (rows, targets) = shared.wanted();
         let logprobs = if rows.is_empty() {
             Vec::new()
         } else {
             heads.logprobs(&pass, self.params, &hidden, &rows, &targets, job.temperature)?.logprobs
         };
         let mut next = logprobs.iter().map(|logprob| *logprob as f32);
-        let own = |(document, first): (&&[u32], &usize)| {
-            SequenceScore::Logprobs(next.by_ref().take(document.len() - first).collect())
-        };
-        Ok(documents.iter().zip(first).map(own).collect())
+        let branches = shared.families.iter().flat_map(|family| &family.branches);
+        let own =
+            |branch: &&[u32]| SequenceScore::Logprobs(next.by_ref().take(branch.len()).collect());
+        Ok(branches.map(own).collect())
     }
 }
 
-/// How many of the first sequences have at most `rows` tokens together; at least one.
-fn fitting(sequences: &[Vec<u32>], rows: usize) -> usize {
-    let mut held = 0;
-    let fits = |sequence: &&Vec<u32>| {
-        held += sequence.len();
-        held <= rows
-    };
-    sequences.iter().take_while(fits).count().max(1)
+/// Sequences of a pass by what neighbours share: all before their first wanted token.
+struct Shared<'a> {
+    families: Vec<Family<'a>>,
 }
 
-/// The last row of each document.
-fn last_rows(documents: &[&[u32]]) -> Vec<u32> {
-    let mut end = 0;
-    let last = |document: &&[u32]| {
-        end += document.len() as u32;
-        end - 1
-    };
-    documents.iter().map(last).collect()
-}
-
-/// Hidden rows and the tokens that follow them, for every wanted token.
-fn wanted(documents: &[&[u32]], first: &[usize]) -> (Vec<u32>, Vec<u32>) {
-    let (mut rows, mut targets, mut base) = (Vec::new(), Vec::new(), 0);
-    for (document, first) in documents.iter().zip(first) {
-        for (position, token) in document.iter().enumerate().skip(*first) {
-            rows.push(base + position as u32 - 1);
-            targets.push(*token);
+impl<'a> Shared<'a> {
+    fn new(job: &'a ScoreJob, range: Range<usize>) -> Shared<'a> {
+        let mut families: Vec<Family<'a>> = Vec::new();
+        for index in range {
+            let (stem, branch) = split(job, index);
+            match families.last_mut().filter(|family| family.stem == stem) {
+                Some(family) => family.branches.push(branch),
+                None => families.push(Family { stem, branches: vec![branch] }),
+            }
         }
-        base += document.len() as u32;
+        Shared { families }
     }
-    (rows, targets)
+
+    /// For each sequence the rows of its last shared token and of its first own one, and its own tokens.
+    fn places(&self) -> Vec<(u32, u32, &'a [u32])> {
+        let (mut places, mut end) = (Vec::new(), 0);
+        for Family { stem, branches } in &self.families {
+            end += stem.len() as u32;
+            let last = end - 1;
+            for branch in branches {
+                places.push((last, end, *branch));
+                end += branch.len() as u32;
+            }
+        }
+        places
+    }
+
+    /// The last row of each sequence.
+    fn last_rows(&self) -> Vec<u32> {
+        let last = |(stem, own, tokens): (u32, u32, &[u32])| match tokens.len() as u32 {
+            0 => stem,
+            count => own + count - 1,
+        };
+        self.places().into_iter().map(last).collect()
+    }
+
+    /// Hidden rows and the tokens that follow them, for every wanted token.
+    fn wanted(&self) -> (Vec<u32>, Vec<u32>) {
+        let (mut rows, mut targets) = (Vec::new(), Vec::new());
+        for (last, own, tokens) in self.places() {
+            let before = |i: u32| if i == 0 { last } else { own + i - 1 };
+            rows.extend((0..tokens.len() as u32).map(before));
+            targets.extend_from_slice(tokens);
+        }
+        (rows, targets)
+    }
+}
+
+/// A sequence before its first wanted token, and the rest.
+fn split(job: &ScoreJob, index: usize) -> (&[u32], &[u32]) {
+    let sequence = &job.sequences[index];
+    sequence.split_at(job.first[index].min(sequence.len()))
+}
+
+/// Rows that each sequence from number `first` on adds to a pass that begins with it.
+fn rows(job: &ScoreJob, first: usize) -> impl Iterator<Item = usize> {
+    (first..job.sequences.len()).map(move |index| {
+        let (stem, branch) = split(job, index);
+        let is_shared = index > first && split(job, index - 1).0 == stem;
+        branch.len() + if is_shared { 0 } else { stem.len() }
+    })
+}
+
+/// How many sequences from number `first` on have at most `most` rows together; at least one.
+fn fitting(job: &ScoreJob, first: usize, most: usize) -> usize {
+    let mut held = 0;
+    let fits = |rows: &usize| {
+        held += rows;
+        held <= most
+    };
+    rows(job, first).take_while(fits).count().max(1)
 }
 
 fn check(model: &Transformer, job: &ScoreJob) -> Result<()> {

@@ -6,6 +6,7 @@
 //! Knows nothing of losses, optimizers or phases.
 
 // What a model is made of.
+pub mod documents;
 pub mod params;
 pub mod pass;
 pub mod rope;
@@ -30,6 +31,7 @@ pub mod transformer;
 pub mod cache;
 
 pub use cache::{DecodeRows, LatentCache, cache_layout};
+pub use documents::{Documents, Family};
 pub use params::{Gradients, Layout, Params};
-pub use pass::{Capacity, Documents, Pass};
+pub use pass::{Capacity, Pass};
 pub use transformer::{PackFor, PackedModel, Transformer};

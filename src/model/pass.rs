@@ -1,45 +1,9 @@
 //! What all layers of one forward and backward pass share: device, scratch memory, packed documents.
 
+use super::documents::Documents;
 use crate::config::engine::AttentionForm;
 use crate::config::routing::Balance;
 use rehearsal_kernels::{Buffer, DType, Kernels, OutOfMemory, Owner, RopeTable};
-
-/// The token rows of a training or scoring pass: documents one after another, each seeing only itself.
-pub struct Documents {
-    /// Token ids `[T, 1]`.
-    pub tokens: Buffer,
-    /// Position of each row in its document `[T, 1]`.
-    pub positions: Buffer,
-    /// First row of each row's document `[T, 1]`.
-    pub start: Buffer,
-    /// Number of each row's document `[T, 1]`.
-    pub segment: Buffer,
-    /// Number of documents.
-    pub count: usize,
-}
-
-impl Documents {
-    /// Packs documents without gaps or padding. None may be empty.
-    pub fn pack(kernels: &dyn Kernels, documents: &[&[u32]]) -> Result<Documents, OutOfMemory> {
-        let total = documents.iter().map(|d| d.len()).sum();
-        let mut columns: [Vec<u32>; 4] = std::array::from_fn(|_| Vec::with_capacity(total));
-        for (number, document) in documents.iter().enumerate() {
-            let first = columns[0].len() as u32;
-            columns[0].extend_from_slice(document);
-            columns[1].extend(0..document.len() as u32);
-            columns[2].extend(std::iter::repeat_n(first, document.len()));
-            columns[3].extend(std::iter::repeat_n(number as u32, document.len()));
-        }
-        let indices = |values: &[u32]| indices(kernels, values);
-        Ok(Documents {
-            tokens: indices(&columns[0])?,
-            positions: indices(&columns[1])?,
-            start: indices(&columns[2])?,
-            segment: indices(&columns[3])?,
-            count: documents.len(),
-        })
-    }
-}
 
 /// Indices as a column on the device.
 pub fn indices(kernels: &dyn Kernels, values: &[u32]) -> Result<Buffer, OutOfMemory> {

@@ -6,11 +6,12 @@
 
 use super::block::{Block, BlockSaved};
 use super::cache::{DecodeRows, LatentCache, LayerCache};
+use super::documents::Documents;
 use super::heads::Heads;
 use super::linear::Packing;
 use super::moe::Routing;
 use super::params::{Gradients, Layout, Params};
-use super::pass::{Documents, Pass, floats, indices};
+use super::pass::{Pass, floats, indices};
 use super::prefill::SamplerRows;
 use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};

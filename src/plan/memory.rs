@@ -10,7 +10,8 @@
 //! | score    | weights, the largest scored model with one packed copy; what is not offloaded |
 //!
 //! Two sizes are told: what a stage holds if everything asked for goes through at once, and the least that it can do
-//! with, because training and scoring take fewer rows at once where the budget allows no more, down to one example.
+//! with, because training and scoring take fewer rows at once where the budget allows no more, down to one example,
+//! or to one group of rollouts that share their prompt.
 
 use super::cost::cache_bytes_per_token;
 use super::estimate::example_tokens;
@@ -240,6 +241,12 @@ impl Sizes<'_> {
             StageKind::LongContext(stage) => (stage.batch, stage.micro_batch, stage.sequence),
             StageKind::Sft(stage) => (stage.batch, stage.micro_batch, example),
             StageKind::RewardModel(stage) => (stage.batch, stage.micro_batch, 2 * example),
+            StageKind::Grpo(stage) if stage.share_prompts => {
+                // A prompt and its replies go through together.
+                let prompt = example.saturating_sub(stage.max_new_tokens).max(1);
+                let group = prompt + stage.group_size * stage.max_new_tokens;
+                (stage.prompts, stage.micro_batch.div_ceil(stage.group_size), group)
+            }
             StageKind::Grpo(stage) => {
                 (stage.prompts * stage.group_size, stage.micro_batch, example)
             }

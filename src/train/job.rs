@@ -26,8 +26,10 @@ pub enum TrainJob {
         groups: Vec<ScoredGroup>,
         /// Settings of the loss.
         settings: GrpoSettings,
-        /// Rollouts that go through the model at once; 0 for all.
+        /// Rollouts that go through the model at once, in whole groups where prompts are shared; 0 for all.
         micro_batch: usize,
+        /// Whether a group's prompt goes through the model once for all its rollouts.
+        share_prompts: bool,
     },
 }
 
@@ -51,8 +53,10 @@ pub struct StepReport {
     pub learning_rate: f64,
     /// Global gradient norm before the clip.
     pub gradient_norm: f64,
-    /// Tokens through the model.
+    /// Tokens of the examples, each rollout with its prompt; rollouts that teach nothing are left out.
     pub tokens: u64,
+    /// Token rows that went through the model: fewer than tokens where rollouts share a prompt.
+    pub rows: u64,
     /// Seconds of the step.
     pub seconds: f64,
     /// Examples that went through the model at once: fewer than asked for if the budget allowed no more.
@@ -74,7 +78,7 @@ pub struct StepReport {
 /// GRPO's own figures of one update.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct GrpoReport {
-    /// Mean of k3 over tokens.
+    /// Mean of k3 over the tokens that were trained on, as all means and gaps here.
     pub kl: f64,
     /// Mean entropy of the policy over reply tokens, nats.
     pub entropy: f64,
@@ -84,4 +88,6 @@ pub struct GrpoReport {
     pub logprob_gap_max: f64,
     /// Its mean.
     pub logprob_gap_mean: f64,
+    /// The share of the step's rollouts that were trained on; the others would have added exact zeros.
+    pub trained_share: f64,
 }

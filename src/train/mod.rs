@@ -6,10 +6,12 @@ pub mod job;
 pub mod learning_rate;
 pub mod objective;
 pub mod optimizer;
+pub mod rollouts;
 pub mod routing;
 pub mod step;
 
 pub use learning_rate::learning_rate;
 pub use objective::{Items, Micro};
 pub use optimizer::Optimizer;
+pub use rollouts::Rollouts;
 pub use step::{Trainee, train_step};

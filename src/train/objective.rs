@@ -1,15 +1,15 @@
 //! What an optimizer step minimises: the next-token, preference or GRPO loss, as one match.
 //!
-//! A step's examples are `Items`. They go through the model one micro-batch at a time; every mean is taken over
-//! the whole step, so that the split changes no gradient.
+//! A step's examples are `Items`. They go through the model one micro-batch of atoms at a time (a document, a pair, or
+//! rollouts that share a prompt); every mean is taken over the whole step, so that the split changes no gradient.
 
 use super::job::GrpoReport;
+use super::rollouts::Rollouts;
 use crate::data::example::{Batch, Pair, Sequence};
 use crate::model::heads::{Heads, VocabularyOutput};
-use crate::model::{Gradients, Params, Pass};
-use crate::rl::grpo::{GrpoSettings, rollout_loss};
-use crate::rl::rollout::{Rollout, ScoredGroup};
-use rehearsal_kernels::{Buffer, OutOfMemory};
+use crate::model::{Documents, Family, Gradients, Params, Pass};
+use crate::rl::grpo::TokenLoss;
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory};
 use std::ops::Range;
 
 /// The examples of one optimizer step.
@@ -19,16 +19,7 @@ pub enum Items<'a> {
     /// Preference loss -log σ(r_chosen - r_rejected), mean over pairs.
     Pairs(&'a [Pair]),
     /// GRPO (deepseek_v2.md 4.3), mean over groups and rollouts.
-    Rollouts(Vec<Item<'a>>, &'a GrpoSettings),
-}
-
-/// A rollout with what its loss needs.
-pub struct Item<'a> {
-    tokens: Vec<u32>,
-    prompt: usize,
-    rollout: &'a Rollout,
-    advantage: f64,
-    reference: Option<&'a [f32]>,
+    Rollouts(Rollouts<'a>),
 }
 
 /// Sums over a step.
@@ -71,29 +62,12 @@ impl<'a> Items<'a> {
         }
     }
 
-    /// The rollouts of scored groups.
-    pub fn rollouts(groups: &'a [ScoredGroup], settings: &'a GrpoSettings) -> Items<'a> {
-        let items = groups.iter().flat_map(|scored| {
-            scored.group.rollouts.iter().enumerate().map(move |(i, rollout)| {
-                let prompt = &scored.group.prompt.tokens;
-                Item {
-                    tokens: prompt.iter().chain(&rollout.tokens).copied().collect(),
-                    prompt: prompt.len(),
-                    rollout,
-                    advantage: scored.advantages[i],
-                    reference: scored.reference.get(i).map(Vec::as_slice),
-                }
-            })
-        });
-        Items::Rollouts(items.collect(), settings)
-    }
-
-    /// Number of examples.
+    /// Number of atoms.
     pub fn len(&self) -> usize {
         match self {
             Items::Documents(documents) => documents.len(),
             Items::Pairs(pairs) => pairs.len(),
-            Items::Rollouts(items, _) => items.len(),
+            Items::Rollouts(rollouts) => rollouts.len(),
         }
     }
 
@@ -102,26 +76,64 @@ impl<'a> Items<'a> {
         self.len() == 0
     }
 
+    /// Number of examples: documents, pairs or rollouts.
+    pub fn examples(&self) -> usize {
+        match self {
+            Items::Rollouts(rollouts) => rollouts.trained(),
+            _ => self.len(),
+        }
+    }
+
+    /// Most examples of an atom; at least 1.
+    pub fn largest(&self) -> usize {
+        match self {
+            Items::Rollouts(rollouts) => rollouts.largest(),
+            _ => 1,
+        }
+    }
+
+    /// Tokens of all examples.
+    pub fn tokens(&self) -> usize {
+        match self {
+            Items::Documents(documents) => documents.iter().map(|d| d.tokens.len()).sum(),
+            Items::Pairs(pairs) => pairs.iter().map(|p| p.chosen.len() + p.rejected.len()).sum(),
+            Items::Rollouts(rollouts) => rollouts.tokens(),
+        }
+    }
+
+    /// Documents of the step, over which balance losses are means.
+    pub fn documents(&self) -> usize {
+        match self {
+            Items::Pairs(pairs) => 2 * pairs.len(),
+            _ => self.examples(),
+        }
+    }
+
     /// True if the scalar head is trained and not the vocabulary's.
     pub fn uses_scalar_head(&self) -> bool {
         matches!(self, Items::Pairs(_))
     }
 
-    /// The token sequences of some examples, in the order in which they are packed.
-    pub fn sequences(&self, range: Range<usize>) -> Vec<&[u32]> {
-        match self {
+    /// The rows of some atoms.
+    pub fn pack(
+        &self,
+        kernels: &dyn Kernels,
+        range: Range<usize>,
+    ) -> Result<Documents, OutOfMemory> {
+        let families: Vec<Family<'_>> = match self {
             Items::Documents(documents) => {
-                documents[range].iter().map(|d| d.tokens.as_slice()).collect()
+                documents[range].iter().map(|d| Family::alone(&d.tokens)).collect()
             }
             Items::Pairs(pairs) => pairs[range]
                 .iter()
-                .flat_map(|p| [p.chosen.as_slice(), p.rejected.as_slice()])
+                .flat_map(|p| [Family::alone(&p.chosen), Family::alone(&p.rejected)])
                 .collect(),
-            Items::Rollouts(items, _) => items[range].iter().map(|i| i.tokens.as_slice()).collect(),
-        }
+            Items::Rollouts(rollouts) => rollouts.families(range),
+        };
+        Documents::pack_families(kernels, &families)
     }
 
-    /// Adds the loss and the gradients of some examples.
+    /// Adds the loss and the gradients of some atoms.
     pub fn evaluate(
         &self,
         range: Range<usize>,
@@ -131,14 +143,34 @@ impl<'a> Items<'a> {
         match self {
             Items::Documents(documents) => next_token(documents, range, micro, tally),
             Items::Pairs(pairs) => preference(pairs, range, micro, tally),
-            Items::Rollouts(items, settings) => grpo(items, settings, range, micro, tally),
+            Items::Rollouts(rollouts) => rollouts.evaluate(range, micro, tally),
         }
     }
 }
 
 impl Tally {
-    /// GRPO's figures, means over reply tokens.
-    pub fn grpo(&self) -> GrpoReport {
+    /// Adds a rollout: its loss, the trainer's log-probabilities and entropies, the sampler's log-probabilities.
+    pub(super) fn add(
+        &mut self,
+        loss: &TokenLoss,
+        trainer: &[f64],
+        entropies: &[f64],
+        sampler: &[f32],
+    ) {
+        self.loss += loss.loss;
+        self.kl += loss.kl_sum;
+        self.clipped += loss.clipped;
+        self.tokens += trainer.len() as u64;
+        self.entropy += entropies.iter().sum::<f64>();
+        for (trainer, sampler) in trainer.iter().zip(sampler) {
+            let gap = (trainer - f64::from(*sampler)).abs();
+            self.gap += gap;
+            self.gap_max = self.gap_max.max(gap);
+        }
+    }
+
+    /// GRPO's figures, means over the reply tokens of the rollouts that were trained on.
+    pub fn grpo(&self, trained_share: f64) -> GrpoReport {
         let tokens = self.tokens.max(1) as f64;
         GrpoReport {
             kl: self.kl / tokens,
@@ -146,6 +178,7 @@ impl Tally {
             clip_share: self.clipped as f64 / tokens,
             logprob_gap_max: self.gap_max,
             logprob_gap_mean: self.gap / tokens,
+            trained_share,
         }
     }
 }
@@ -217,52 +250,8 @@ pub fn preference_loss(margin: f64) -> (f64, f64) {
     (loss, slope)
 }
 
-fn grpo(
-    items: &[Item<'_>],
-    settings: &GrpoSettings,
-    range: Range<usize>,
-    micro: &mut Micro<'_>,
-    tally: &mut Tally,
-) -> Result<(), OutOfMemory> {
-    let (mut rows, mut targets, mut first) = (Vec::new(), Vec::new(), 0);
-    for item in &items[range.clone()] {
-        let start = first + item.prompt as u32 - 1;
-        rows.extend(start..start + item.rollout.tokens.len() as u32);
-        targets.extend_from_slice(&item.rollout.tokens);
-        first += item.tokens.len() as u32;
-    }
-    let output = micro.logprobs(&rows, &targets, settings.temperature)?;
-    let scale = 1.0 / items.len() as f64;
-    let (mut coefficients, mut next) = (Vec::with_capacity(rows.len()), 0);
-    for item in &items[range] {
-        let own = next..next + item.rollout.tokens.len();
-        next = own.end;
-        let new = &output.logprobs[own.clone()];
-        let token_loss = rollout_loss(
-            settings,
-            item.advantage,
-            scale,
-            new,
-            &item.rollout.logprobs,
-            item.reference,
-        );
-        tally.loss += token_loss.loss;
-        tally.kl += token_loss.kl_sum;
-        tally.clipped += token_loss.clipped;
-        tally.tokens += new.len() as u64;
-        tally.entropy += output.entropies[own].iter().sum::<f64>();
-        for (trainer, sampler) in new.iter().zip(&item.rollout.logprobs) {
-            let gap = (trainer - f64::from(*sampler)).abs();
-            tally.gap += gap;
-            tally.gap_max = tally.gap_max.max(gap);
-        }
-        coefficients.extend(token_loss.coefficients);
-    }
-    micro.backward_logprobs(&output, &coefficients)
-}
-
 impl Micro<'_> {
-    fn logprobs(
+    pub(super) fn logprobs(
         &self,
         rows: &[u32],
         targets: &[u32],
@@ -271,7 +260,7 @@ impl Micro<'_> {
         self.heads.logprobs(self.pass, self.params, self.hidden, rows, targets, temperature)
     }
 
-    fn backward_logprobs(
+    pub(super) fn backward_logprobs(
         &mut self,
         output: &VocabularyOutput,
         coefficients: &[f64],

@@ -4,7 +4,7 @@
 //!   * after the backward passes every trainable tensor has a gradient (asserted: nothing is cut in silence)
 //!   * a loss or gradient that is not finite changes no weight and no moment
 //!   * the split into micro-batches changes no bit of the gradient; so a step that does not fit into the budget is
-//!     begun again with half as many examples at once, down to one
+//!     begun again with half as many at once, down to one document, pair or group of rollouts
 
 use super::job::{Dropping, StepReport};
 use super::learning_rate::learning_rate;
@@ -16,7 +16,7 @@ use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
 use crate::model::moe::Routing;
 use crate::model::pass::indices;
-use crate::model::{Capacity, Documents, Gradients, PackedModel, Params, Transformer};
+use crate::model::{Capacity, Gradients, PackedModel, Params, Transformer};
 use rehearsal_kernels::{Kernels, OutOfMemory};
 use std::ops::Range;
 use std::time::Instant;
@@ -51,7 +51,8 @@ pub struct StepSettings<'a> {
     pub balance: Balance,
     /// What full devices drop; `None` for nothing.
     pub dropping: Option<&'a Dropping>,
-    /// Examples that go through the model at once, if the budget allows; 0 for all.
+    /// Examples that go through the model at once, if the budget allows, in whole groups of rollouts that share a
+    /// prompt; 0 for all.
     pub micro_batch: usize,
 }
 
@@ -67,17 +68,17 @@ pub fn train_step(
         settings.dropping.is_none_or(fits),
         "dropping is for documents, and knows each of them"
     );
-    let mut micro_batch = match settings.micro_batch {
-        0 => items.len().max(1),
-        asked => asked.min(items.len().max(1)),
-    };
-    let (tally, routings) = loop {
-        match gradients(trainee, settings, micro_batch, items) {
-            Err(_) if micro_batch > 1 => micro_batch = micro_batch.div_ceil(2),
+    let mut at_once = match settings.micro_batch {
+        0 => items.len(),
+        asked => (asked / items.largest()).min(items.len()),
+    }
+    .max(1);
+    let Summed { tally, routings, rows } = loop {
+        match gradients(trainee, settings, at_once, items) {
+            Err(_) if at_once > 1 => at_once = at_once.div_ceil(2),
             outcome => break outcome?,
         }
     };
-    let tokens = items.sequences(0..items.len()).iter().map(|s| s.len() as u64).sum();
     let scalar_head = items.uses_scalar_head();
     let missing = trainee.gradients.missing(&trainee.model.layout, scalar_head);
     assert!(missing.is_empty() || items.is_empty(), "no gradient was written for {missing:?}");
@@ -103,50 +104,62 @@ pub fn train_step(
         balance_loss,
         learning_rate: rate,
         gradient_norm,
-        tokens,
+        tokens: items.tokens() as u64,
+        rows,
         seconds: began.elapsed().as_secs_f64(),
-        micro_batch,
+        micro_batch: (at_once * items.largest()).min(items.examples().max(1)),
         memory_high_water: trainee.kernels.arena().high_water(),
         skipped,
         policy_version: 0,
         routing: layer_routing(&routings),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
-        grpo: matches!(items, Items::Rollouts(..)).then(|| tally.grpo()),
+        grpo: match items {
+            Items::Rollouts(rollouts) => Some(tally.grpo(rollouts.trained_share())),
+            _ => None,
+        },
     })
 }
 
-/// Loss and gradients of all examples, so many at once.
+/// What the micro-batches of a step add up to.
+#[derive(Default)]
+struct Summed {
+    tally: Tally,
+    /// By micro-batch and layer.
+    routings: Vec<Vec<Routing>>,
+    /// Token rows that went through the model.
+    rows: u64,
+}
+
+/// Loss and gradients of all atoms, so many at once.
 fn gradients(
     trainee: &mut Trainee<'_>,
     settings: &StepSettings<'_>,
-    micro_batch: usize,
+    at_once: usize,
     items: &Items<'_>,
-) -> Result<(Tally, Vec<Vec<Routing>>), OutOfMemory> {
+) -> Result<Summed, OutOfMemory> {
     trainee.gradients.clear(trainee.kernels);
-    let (mut tally, mut routings) = (Tally::default(), Vec::new());
-    let documents = items.sequences(0..items.len()).len();
-    for first in (0..items.len()).step_by(micro_batch) {
-        let range = first..items.len().min(first + micro_batch);
-        routings.push(backpropagate(trainee, settings, documents, items, range, &mut tally)?);
+    let mut summed = Summed::default();
+    for first in (0..items.len()).step_by(at_once) {
+        let range = first..items.len().min(first + at_once);
+        backpropagate(trainee, settings, items, range, &mut summed)?;
         failpoint("mid-gradient");
     }
-    Ok((tally, routings))
+    Ok(summed)
 }
 
 /// Forward and backward of one micro-batch.
 fn backpropagate(
     trainee: &mut Trainee<'_>,
     settings: &StepSettings<'_>,
-    documents_in_step: usize,
     items: &Items<'_>,
     range: Range<usize>,
-    tally: &mut Tally,
-) -> Result<Vec<Routing>, OutOfMemory> {
+    summed: &mut Summed,
+) -> Result<(), OutOfMemory> {
     let (kernels, model, packed) = (trainee.kernels, trainee.model, trainee.packed);
-    let documents = Documents::pack(kernels, &items.sequences(range.clone()))?;
+    let documents = items.pack(kernels, range.clone())?;
     let mut pass = model.pass(kernels, &documents, packed);
     pass.balance = settings.balance;
-    pass.sequences = documents_in_step;
+    pass.sequences = items.documents();
     pass.capacity = settings.dropping.map(|d| capacity(kernels, d, range.clone())).transpose()?;
     let (hidden, saved) = model.forward(&pass, trainee.params, packed)?;
     let mut d_hidden = pass.floats(hidden.rows(), hidden.cols())?;
@@ -159,8 +172,12 @@ fn backpropagate(
         d_hidden: &mut d_hidden,
         gradients: trainee.gradients,
     };
-    items.evaluate(range, &mut micro, tally)?;
-    model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)
+    items.evaluate(range, &mut micro, &mut summed.tally)?;
+    let routing =
+        model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)?;
+    summed.routings.push(routing);
+    summed.rows += hidden.rows() as u64;
+    Ok(())
 }
 
 /// What the devices may process of the documents in `range`.

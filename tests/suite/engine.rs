@@ -279,7 +279,9 @@ fn trainer_and_sampler_agree_and_advantage_moves_the_policy() {
     let settings = settings();
     engine.enter_phase(Phase::Train).unwrap();
     let groups = scored(groups, &[1.4, -0.7, -0.7]);
-    let report = engine.train(&TrainJob::Grpo { groups, settings, micro_batch: 0 }).unwrap();
+    let report = engine
+        .train(&TrainJob::Grpo { groups, settings, micro_batch: 0, share_prompts: true })
+        .unwrap();
     let grpo = report.grpo.unwrap();
     assert!(grpo.logprob_gap_max < 1e-5, "gap {}", grpo.logprob_gap_max);
     assert!(grpo.clip_share == 0.0 && grpo.entropy > 0.0 && report.gradient_norm > 0.0);

@@ -24,6 +24,7 @@ mod needle;
 mod oracle;
 mod prefill;
 mod requirements;
+mod rollouts;
 mod routing;
 mod signals;
 mod targets;

@@ -156,10 +156,10 @@ impl<'a> Tiny<'a> {
     ) -> (f64, Gradients, Vec<Routing>) {
         let packed = self.pack(form, true);
         let mut gradients = Gradients::new(self.kernels, &self.model.layout, "policy").unwrap();
-        let sequences = items.sequences(0..items.len());
-        let documents = rehearsal::model::Documents::pack(self.kernels, &sequences).unwrap();
+        let documents = items.pack(self.kernels, 0..items.len()).unwrap();
         let mut pass = self.model.pass(self.kernels, &documents, &packed);
         pass.balance = balance;
+        pass.sequences = items.documents();
         pass.capacity = dropping.map(|(factor, protected)| Capacity {
             factor,
             protected: indices(self.kernels, protected).unwrap(),

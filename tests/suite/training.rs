@@ -57,6 +57,11 @@ fn pairs(first: u32, count: u32) -> Vec<Pair> {
     (first..first + count).map(|i| Pair { chosen: reply(i, 5), rejected: reply(i, 6) }).collect()
 }
 
+/// A GRPO update whose groups share their prompts.
+fn grpo(groups: Vec<rehearsal::rl::rollout::ScoredGroup>, micro_batch: usize) -> TrainJob {
+    TrainJob::Grpo { groups, settings: settings(), micro_batch, share_prompts: true }
+}
+
 #[test]
 fn weights_begin_with_the_configs_deviation_and_norms_with_one() {
     let kernels = cpu(1);
@@ -128,7 +133,7 @@ fn a_step_that_is_not_finite_changes_no_weight_and_no_moment() {
     let batch = documents(&[9, 5]);
     engine.train(&TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None }).unwrap();
     let before = saved(&mut engine);
-    let job = TrainJob::Grpo { groups, settings: settings(), micro_batch: 0 };
+    let job = grpo(groups, 0);
     let report = engine.train(&job).unwrap();
     assert!(report.skipped && report.policy_version == 1, "{report:?}");
     assert!(saved(&mut engine) == before);
@@ -165,12 +170,13 @@ fn the_micro_batch_changes_no_bit_for_ragged_documents_pairs_and_rollouts() {
         micro_batch,
         dropping: None,
     };
-    let aligned =
-        |micro_batch| TrainJob::Grpo { groups: sampled.clone(), settings: settings(), micro_batch };
-    let jobs: [(&str, &PrepareStage, Job<'_>); 3] = [
+    let aligned = |micro_batch| grpo(sampled.clone(), micro_batch);
+    let plain = PrepareStage { balance: Balance::NONE, ..stage(None) };
+    let jobs: [(&str, &PrepareStage, Job<'_>); 4] = [
         ("documents", &balanced, &ragged),
         ("pairs", &reward, &preferred),
         ("rollouts", &balanced, &aligned),
+        ("groups", &plain, &aligned),
     ];
     for (name, plan, job) in jobs {
         let whole = outcome(plan, 0, job);
@@ -219,6 +225,7 @@ fn the_reference_stays_and_a_second_update_sees_the_first() {
         groups: groups.clone(),
         settings: rehearsal::rl::grpo::GrpoSettings { ratio_level, ..settings() },
         micro_batch: 0,
+        share_prompts: true,
     };
     let first = engine.train(&job(RatioLevel::Token)).unwrap().grpo.unwrap();
     let second = engine.train(&job(RatioLevel::Sequence)).unwrap();

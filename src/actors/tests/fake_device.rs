@@ -272,7 +272,8 @@ impl Device for FakeDevice {
         assert!(self.script.panic_in_train != Some(number), "a planted panic");
         let digest = hash(&self.weights, &serde_json::to_string(job)?);
         self.call(format!("train {}", blake3::Hash::from(digest).to_hex()));
-        let grpo = matches!(job, TrainJob::Grpo { .. }).then(GrpoReport::default);
+        let grpo = matches!(job, TrainJob::Grpo { .. })
+            .then(|| GrpoReport { trained_share: 1.0, ..GrpoReport::default() });
         if self.script.not_finite_from.is_some_and(|from| number >= from)
             || self.script.not_finite.contains(&number)
         {

@@ -1,0 +1,172 @@
+//! The rollouts of a GRPO step: which are trained on, how they are packed, and their loss.
+//!
+//! Knows no reward and no optimizer. The step's atom is a part: one prompt with all replies of its group, which then
+//! goes through the model once for all of them; or, where prompts are not shared, with one reply.
+//!
+//! What needs no computing is left out. Without a KL term a group whose advantages are all zero adds exact zeros to the
+//! gradient; so does the last token of a reply, which predicts nothing. A balance loss applies to both and is a mean over
+//! documents that are whole rollouts: under one, every rollout is a part with all its tokens.
+//!
+//! Invariants:
+//!   * means are taken over all rollouts of the step, so that what is left out changes no bit of the gradient
+//!   * the split into micro-batches is one into parts: nothing but `share_prompts` moves the gradient's last bits
+
+use super::objective::{Micro, Tally};
+use crate::config::routing::Balance;
+use crate::model::Family;
+use crate::rl::grpo::{GrpoSettings, rollout_loss};
+use crate::rl::rollout::{Rollout, ScoredGroup};
+use rehearsal_kernels::OutOfMemory;
+use std::ops::Range;
+
+/// The rollouts of a step.
+pub struct Rollouts<'a> {
+    settings: &'a GrpoSettings,
+    parts: Vec<Part<'a>>,
+    /// Rollouts of the step, those that are left out among them.
+    all: usize,
+}
+
+/// A prompt and the replies that share it.
+struct Part<'a> {
+    prompt: &'a [u32],
+    replies: Vec<Reply<'a>>,
+}
+
+/// A rollout with what its loss needs.
+struct Reply<'a> {
+    rollout: &'a Rollout,
+    /// The tokens that go through the model.
+    tokens: &'a [u32],
+    advantage: f64,
+    reference: Option<&'a [f32]>,
+}
+
+impl<'a> Rollouts<'a> {
+    /// The rollouts of scored groups, for a step with these balance losses.
+    pub fn new(
+        groups: &'a [ScoredGroup],
+        settings: &'a GrpoSettings,
+        share_prompts: bool,
+        balance: &Balance,
+    ) -> Rollouts<'a> {
+        let is_balanced = *balance != Balance::NONE;
+        let teaches = |scored: &&ScoredGroup| {
+            is_balanced
+                || settings.kl_weight != 0.0
+                || scored.advantages.iter().any(|advantage| *advantage != 0.0)
+        };
+        let part = |scored: &'a ScoredGroup| {
+            let reply = |(i, rollout): (usize, &'a Rollout)| Reply {
+                rollout,
+                tokens: match is_balanced {
+                    true => &rollout.tokens,
+                    false => &rollout.tokens[..rollout.tokens.len().saturating_sub(1)],
+                },
+                advantage: scored.advantages[i],
+                reference: scored.reference.get(i).map(Vec::as_slice),
+            };
+            let replies = scored.group.rollouts.iter().enumerate().map(reply);
+            Part { prompt: &scored.group.prompt.tokens, replies: replies.collect() }
+        };
+        let split = |part: Part<'a>| -> Vec<Part<'a>> {
+            if share_prompts && !is_balanced {
+                return vec![part];
+            }
+            let alone = |reply| Part { prompt: part.prompt, replies: vec![reply] };
+            part.replies.into_iter().map(alone).collect()
+        };
+        Rollouts {
+            settings,
+            parts: groups.iter().filter(teaches).map(part).flat_map(split).collect(),
+            all: groups.iter().map(|scored| scored.group.rollouts.len()).sum(),
+        }
+    }
+
+    /// Number of parts.
+    pub fn len(&self) -> usize {
+        self.parts.len()
+    }
+
+    /// True if nothing is trained on.
+    pub fn is_empty(&self) -> bool {
+        self.parts.is_empty()
+    }
+
+    /// Rollouts that are trained on.
+    pub fn trained(&self) -> usize {
+        self.parts.iter().map(|part| part.replies.len()).sum()
+    }
+
+    /// Most rollouts of a part; at least 1.
+    pub fn largest(&self) -> usize {
+        self.parts.iter().map(|part| part.replies.len()).max().unwrap_or(0).max(1)
+    }
+
+    /// The share of the step's rollouts that are trained on.
+    pub fn trained_share(&self) -> f64 {
+        self.trained() as f64 / self.all.max(1) as f64
+    }
+
+    /// Tokens of the rollouts that are trained on, each with its prompt.
+    pub fn tokens(&self) -> usize {
+        let whole = |part: &Part<'_>| -> usize {
+            part.replies.iter().map(|reply| part.prompt.len() + reply.rollout.tokens.len()).sum()
+        };
+        self.parts.iter().map(whole).sum()
+    }
+
+    /// Some parts, in the order in which they are packed.
+    pub fn families(&self, range: Range<usize>) -> Vec<Family<'a>> {
+        let family = |part: &Part<'a>| Family {
+            stem: part.prompt,
+            branches: part.replies.iter().map(|reply| reply.tokens).collect(),
+        };
+        self.parts[range].iter().map(family).collect()
+    }
+
+    /// Adds the loss and the gradients of some parts.
+    pub fn evaluate(
+        &self,
+        range: Range<usize>,
+        micro: &mut Micro<'_>,
+        tally: &mut Tally,
+    ) -> Result<(), OutOfMemory> {
+        let (rows, targets) = self.wanted(range.clone());
+        let output = micro.logprobs(&rows, &targets, self.settings.temperature)?;
+        let scale = 1.0 / self.all as f64;
+        let (mut coefficients, mut next) = (Vec::with_capacity(rows.len()), 0);
+        for reply in self.parts[range].iter().flat_map(|part| &part.replies) {
+            let own = next..next + reply.rollout.tokens.len();
+            next = own.end;
+            let new = &output.logprobs[own.clone()];
+            let token_loss = rollout_loss(
+                self.settings,
+                reply.advantage,
+                scale,
+                new,
+                &reply.rollout.logprobs,
+                reply.reference,
+            );
+            tally.add(&token_loss, new, &output.entropies[own], &reply.rollout.logprobs);
+            coefficients.extend(token_loss.coefficients);
+        }
+        micro.backward_logprobs(&output, &coefficients)
+    }
+
+    /// Hidden rows and the tokens that follow them: a reply's first token follows the prompt's last row.
+    fn wanted(&self, range: Range<usize>) -> (Vec<u32>, Vec<u32>) {
+        let (mut rows, mut targets, mut end) = (Vec::new(), Vec::new(), 0);
+        for part in &self.parts[range] {
+            end += part.prompt.len() as u32;
+            let last = end - 1;
+            for reply in &part.replies {
+                let new = reply.rollout.tokens.len() as u32;
+                rows.extend((0..new).map(|token| if token == 0 { last } else { end + token - 1 }));
+                targets.extend_from_slice(&reply.rollout.tokens);
+                end += reply.tokens.len() as u32;
+            }
+        }
+        (rows, targets)
+    }
+}

@@ -144,7 +144,7 @@ pub struct PretrainStage {
     /// Share of the stage's tokens over which the batch grows linearly in tokens from `batch_start` to `batch`.
     #[serde(default)]
     pub batch_ramp: f64,
-    /// Documents that go through the model at once; 0 for all. Changes no result.
+    /// Documents that go through the model at once; 0 for about 1024 tokens. Changes no result.
     #[serde(default)]
     pub micro_batch: usize,
     /// Pairs of token and expert that a device may process of each document, as a multiple of an even share; those of the
@@ -190,7 +190,7 @@ pub struct LongContextStage {
     /// YaRN mscale and mscale_all_dim.
     #[serde(default = "mscale")]
     pub mscale: f64,
-    /// Documents at once; 0 for all.
+    /// Documents at once; 0 for about 1024 tokens.
     #[serde(default)]
     pub micro_batch: usize,
     /// Pairs of token and expert that a device may process of each document, as a multiple of an even share; those of the
@@ -216,7 +216,7 @@ pub struct SftStage {
     pub epochs: u64,
     /// Conversations of a batch.
     pub batch: usize,
-    /// Conversations at once; 0 for all.
+    /// Conversations at once; 0 for about 1024 tokens.
     #[serde(default)]
     pub micro_batch: usize,
     /// Weights of the balance losses.
@@ -241,7 +241,7 @@ pub struct RewardModelStage {
     pub epochs: u64,
     /// Pairs of a batch.
     pub batch: usize,
-    /// Pairs at once; 0 for all.
+    /// Pairs at once; 0 for about 1024 tokens.
     #[serde(default)]
     pub micro_batch: usize,
     /// Optimizer.
@@ -298,7 +298,8 @@ pub struct GrpoStage {
     /// Name of the policy stage that must have run before (stage 2 of the paper names its stage 1).
     #[serde(default)]
     pub after: Option<String>,
-    /// Rollouts that go through the model at once in training, in whole groups where prompts are shared; 0 for all.
+    /// Rollouts that go through the model at once in training, in whole groups where prompts are shared;
+    /// 0 for about 1024 tokens.
     #[serde(default)]
     pub micro_batch: usize,
     /// Whether a prompt goes through the model once for all rollouts of its group in training. That is faster and takes

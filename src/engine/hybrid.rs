@@ -25,7 +25,7 @@ use crate::config::routing::Balance;
 use crate::config::{EngineConfig, ModelConfig, Offload};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
 use crate::train::job::{StepReport, TrainJob};
-use crate::train::step::{StepSettings, Trainee, train_step};
+use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
 use crate::train::{Items, Optimizer, Rollouts};
 use anyhow::{Context, Result, bail, ensure};
 use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
@@ -281,9 +281,7 @@ impl HybridEngine {
         state.second.put_changed(optimizer.second);
         policy.weights.put_changed(params.slab);
         let mut report = report.map_err(|error| grown(out_of_memory(error), job))?;
-        let examples = items.examples();
-        let asked = if micro_batch == 0 { examples } else { micro_batch.min(examples) };
-        if report.micro_batch < asked {
+        if report.micro_batch < examples_at_once(&items, micro_batch) {
             self.fitting = report.micro_batch;
         }
         if !report.skipped {

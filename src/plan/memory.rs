@@ -19,6 +19,7 @@ use super::parameters::{multiplied, parameters};
 use crate::config::stage::GrpoStage;
 use crate::config::{Attention, ModelConfig, Offload, RunConfig, Stage, StageKind};
 use crate::engine::ROWS_AT_ONCE;
+use crate::train::step::TOKENS_AT_ONCE;
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -251,7 +252,10 @@ impl Sizes<'_> {
                 (stage.prompts * stage.group_size, stage.micro_batch, example)
             }
         };
-        let rows = if micro == 0 { all } else { micro.min(all) };
+        let rows = match micro {
+            0 => all.min((TOKENS_AT_ONCE / tokens.max(1)).max(1)),
+            micro => micro.min(all),
+        };
         (rows.min(self.at_once) * tokens) as u64
     }
 }

@@ -3,8 +3,9 @@
 //! Invariants:
 //!   * after the backward passes every trainable tensor has a gradient (asserted: nothing is cut in silence)
 //!   * a loss or gradient that is not finite changes no weight and no moment
-//!   * the split into micro-batches changes no bit of the gradient; so a step that does not fit into the budget is
-//!     begun again with half as many at once, down to one document, pair or group of rollouts
+//!   * the split into micro-batches changes no bit of the gradient; so a step takes no more at once than fill the
+//!     products, and one that does not fit into the budget is begun again with half as many, down to one document,
+//!     pair or group of rollouts
 
 use super::job::{Dropping, StepReport};
 use super::learning_rate::learning_rate;
@@ -20,6 +21,10 @@ use crate::model::{Capacity, Gradients, PackedModel, Params, Transformer};
 use rehearsal_kernels::{Kernels, OutOfMemory};
 use std::ops::Range;
 use std::time::Instant;
+
+/// Tokens that go through the model at once where nobody asks for another number: enough rows for every expert's
+/// products, and so few that a step's activations are a fraction of the whole batch's.
+pub const TOKENS_AT_ONCE: usize = 1024;
 
 /// A model in training.
 pub struct Trainee<'a> {
@@ -52,7 +57,7 @@ pub struct StepSettings<'a> {
     /// What full devices drop; `None` for nothing.
     pub dropping: Option<&'a Dropping>,
     /// Examples that go through the model at once, if the budget allows, in whole groups of rollouts that share a
-    /// prompt; 0 for all.
+    /// prompt; 0 for about [`TOKENS_AT_ONCE`] tokens.
     pub micro_batch: usize,
 }
 
@@ -68,11 +73,7 @@ pub fn train_step(
         settings.dropping.is_none_or(fits),
         "dropping is for documents, and knows each of them"
     );
-    let mut at_once = match settings.micro_batch {
-        0 => items.len(),
-        asked => (asked / items.largest()).min(items.len()),
-    }
-    .max(1);
+    let mut at_once = atoms_at_once(items, settings.micro_batch);
     let Summed { tally, routings, rows } = loop {
         match gradients(trainee, settings, at_once, items) {
             Err(_) if at_once > 1 => at_once = at_once.div_ceil(2),
@@ -107,7 +108,7 @@ pub fn train_step(
         tokens: items.tokens() as u64,
         rows,
         seconds: began.elapsed().as_secs_f64(),
-        micro_batch: (at_once * items.largest()).min(items.examples().max(1)),
+        micro_batch: examples_of(items, at_once),
         memory_high_water: trainee.kernels.arena().high_water(),
         skipped,
         policy_version: 0,
@@ -128,6 +129,26 @@ struct Summed {
     routings: Vec<Vec<Routing>>,
     /// Token rows that went through the model.
     rows: u64,
+}
+
+/// Atoms that go through the model at once if the budget allows: those of `asked` examples, or if that is 0 as many as
+/// hold [`TOKENS_AT_ONCE`] tokens on the average.
+fn atoms_at_once(items: &Items<'_>, asked: usize) -> usize {
+    let atoms = match asked {
+        0 => TOKENS_AT_ONCE * items.len() / items.tokens().max(1),
+        asked => asked / items.largest(),
+    };
+    atoms.clamp(1, items.len().max(1))
+}
+
+/// Examples of so many atoms, as a step reports them.
+fn examples_of(items: &Items<'_>, atoms: usize) -> usize {
+    (atoms * items.largest()).min(items.examples().max(1))
+}
+
+/// Examples that a step takes at once if the budget allows; `asked` is [`StepSettings::micro_batch`].
+pub fn examples_at_once(items: &Items<'_>, asked: usize) -> usize {
+    examples_of(items, atoms_at_once(items, asked))
 }
 
 /// Loss and gradients of all atoms, so many at once.

@@ -12,8 +12,8 @@
 //!   * what lies beyond column n is neither read nor written, except the zero padding of packed panels
 
 use super::lanes::{Isa, LANES, Lanes, OnLanes};
-use crate::kernels::Store;
 pub(crate) use super::operands::{Left, Next, Out, Right};
+use crate::kernels::Store;
 use std::mem::MaybeUninit;
 
 /// Columns of a panel of B.

@@ -37,8 +37,9 @@ fn large_batches(out: &Path) -> Command {
         &*budget,
         "stage.base.steps=2",
         "stage.base.optimizer.warmup_steps=1",
-        "stage.base.batch=256",
-        "stage.base.batch_start=256",
+        "stage.base.batch=480",
+        "stage.base.batch_start=480",
+        "stage.base.micro_batch=480",
     ];
     let mut command = smoke_with(out, &set);
     // The tokenizer's library starts a thread for every core if it is not told otherwise.

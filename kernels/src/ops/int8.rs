@@ -218,6 +218,7 @@ impl Codes {
 
 /// The instructions that products of integers are made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "only the plain one is there"))]
 pub(crate) enum Level {
     /// `vpdpwssd` on 512 bits.
     Avx512Vnni,

@@ -1,15 +1,16 @@
 //! What this machine does in a second: products, memory reads and the pool's barrier, measured in a fraction of one.
 //!
-//! A speed means little without the machine that it was measured on, and a plan needs a rate: both take it from here. A
-//! rate is the median of short windows, each judged by the thread's own processor time, so that a busy neighbour changes it
-//! little; the rate of all threads is the sum of what each does while the others do the same. Knows no model.
+//! A speed means little without the machine that it was measured on. A rate is the median of short windows, each judged by
+//! the thread's own processor time, so that a busy neighbour changes it little; the rate of all threads is the sum of what
+//! each does while the others do the same. Knows no model.
 
 mod loops;
 
+use crate::arena::{Arena, Kind};
+use crate::buffer::{Buffer, DType};
 use crate::ops::Isa;
 use crate::pool::Pool;
 use loops::{Product, Reader};
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
 use std::time::Instant;
@@ -113,12 +114,6 @@ pub fn measure(threads: usize, effort: &Effort) -> Machine {
         all_threads,
         seconds: began.elapsed().as_secs_f64(),
     }
-}
-
-/// f32 operations a second of one thread, in a few thousandths of a second: all that an estimate needs.
-pub fn f32_flops_per_second() -> f64 {
-    let effort = Effort { windows: 5, window_seconds: 0.7e-3, room_bytes: 0 };
-    product_rate(&loops::f32(Isa::detect()), &effort)
 }
 
 fn rates(
@@ -273,13 +268,7 @@ fn kibibytes(text: &str) -> Option<u64> {
 }
 
 /// Memory that no cache holds.
-struct Memory {
-    first: *mut f32,
-    bytes: usize,
-}
-
-// SAFETY: after it is made it is only read.
-unsafe impl Sync for Memory {}
+struct Memory(Buffer);
 
 impl Memory {
     /// Twice the last cache, at least 32 MiB a thread and 256 MiB at most; none if there is no room.
@@ -288,34 +277,19 @@ impl Memory {
         if bytes > room {
             return None;
         }
-        let bytes = bytes as usize;
-        // SAFETY: a fresh private mapping that nothing else knows.
-        unsafe {
-            let (access, private) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
-            let first = mmap_anonymous(std::ptr::null_mut(), bytes, access, private).ok()?;
-            #[cfg(target_os = "linux")]
-            let _ = madvise(first, bytes, Advice::LinuxHugepage);
-            let memory = Memory { first: first.cast(), bytes };
-            // A page that was never written is the one page of zeros, which a cache holds.
-            for page in (0..bytes / 4).step_by(1024) {
-                memory.first.add(page).write(1.0);
-            }
-            Some(memory)
-        }
+        // Outside the arena of the kernels: it is no memory of theirs. The arena touches every page.
+        let arena = Arena::new(None);
+        let owner = arena.owner("machine", Kind::Activations);
+        let mut data = arena.buffer(owner, DType::F32, 1, bytes as usize / 4).ok()?;
+        data.host_mut::<f32>().row_mut(0).iter_mut().step_by(1024).for_each(|x| *x = 1.0);
+        Some(Memory(data))
     }
 
     /// A thread's part of it.
     fn part(&self, index: usize, parts: usize) -> &[f32] {
-        let count = self.bytes / 4 / parts;
-        // SAFETY: the parts lie inside the mapping, which is initialised and lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(self.first.add(index * count), count) }
-    }
-}
-
-impl Drop for Memory {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is ours and nobody borrows from it any more.
-        let _ = unsafe { munmap(self.first.cast(), self.bytes) };
+        let data = self.0.host::<f32>();
+        let count = data.cols / parts;
+        &data.row(0)[index * count..][..count]
     }
 }
 

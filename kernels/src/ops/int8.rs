@@ -16,7 +16,7 @@ use super::int8_tile::{Avx2, Vnni256, Vnni512};
 use super::int8_tile::{Block, Dots, Plain};
 use super::lanes::{Isa, Lanes, OnLanes};
 use super::tile::PANEL;
-use super::work::{Side, Term, pieces, split};
+use super::work::{Side, Term, each_block, split};
 use crate::kernels::Store;
 use std::cell::RefCell;
 
@@ -135,7 +135,7 @@ unsafe impl Sync for Quantised<'_> {}
 /// As there.
 pub(super) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
     let mut places = 0;
-    let terms: Vec<Quantised<'_>> = terms
+    let quantised: Vec<Quantised<'_>> = terms
         .iter()
         .map(|term| {
             let Side::Integers(right) = term.right else { unreachable!("checked by the caller") };
@@ -150,7 +150,7 @@ pub(super) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
         rows.resize(places, 0);
     }
     let codes = Codes(rows.as_mut_ptr());
-    for one in &terms {
+    for one in &quantised {
         let [count, _, inputs] = one.term.shape;
         split(cx, count, 1, 4 * inputs, &|range| {
             for i in range {
@@ -160,18 +160,9 @@ pub(super) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
             }
         });
     }
-    // SAFETY: the caller's promise; the rows are quantised.
-    unsafe { multiply(cx, &terms, &codes, store) };
-    ROWS.set(rows);
-}
-
-/// Computes all terms from their rows of codes.
-///
-/// # Safety
-/// As for [`products`].
-unsafe fn multiply(cx: &Cx, terms: &[Quantised<'_>], codes: &Codes, store: Store) {
     let level = Level::of(cx.isa);
-    let block = |one: &Quantised<'_>, i: usize, j: usize, steps: (usize, usize)| {
+    each_block(cx, terms, SPEED_UP, &|index, i, j, steps| {
+        let one = &quantised[index];
         let [rows, cols, _] = one.term.shape;
         let block = Block {
             rows: steps.0.min(rows - i),
@@ -183,25 +174,8 @@ unsafe fn multiply(cx: &Cx, terms: &[Quantised<'_>], codes: &Codes, store: Store
         };
         // SAFETY: the block lies inside the operands, blocks are disjoint; the level was detected.
         unsafe { level.run(block) };
-    };
-    let total: usize = terms.iter().map(|one| one.term.work()).sum();
-    let wanted = pieces(cx, total / SPEED_UP);
-    if wanted == 1 {
-        terms.iter().for_each(|one| block(one, 0, 0, (one.term.shape[0], one.term.shape[1])));
-        return;
-    }
-    let mut blocks = Vec::with_capacity(2 * wanted + terms.len());
-    for one in terms {
-        let [rows, cols, _] = one.term.shape;
-        let steps = one.term.steps((wanted * one.term.work()).div_ceil(total));
-        for i in (0..rows).step_by(steps.0.max(1)) {
-            blocks.extend((0..cols).step_by(steps.1.max(1)).map(|j| (one, i, j, steps)));
-        }
-    }
-    cx.pool.run(blocks.len(), &|piece| {
-        let (one, i, j, steps) = blocks[piece];
-        block(one, i, j, steps);
     });
+    ROWS.set(rows);
 }
 
 /// Where the codes of all rows begin, for the threads that write and read them.

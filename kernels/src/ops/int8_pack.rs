@@ -29,33 +29,20 @@ pub(super) fn pack(
     let Pack { product, groups, group_stride, first_row, rows: outputs } = pack;
     let (inputs, panels) = (weight.cols(), outputs.div_ceil(PANEL));
     let pairs = inputs.div_ceil(PAIR);
-    // A panel is whole lines of pairs, its scales two of them.
-    let lines = panel_bytes(pairs) / PAIR_BYTES;
-    let mut data = cx.arena.buffer(owner, DType::U8, groups * panels * lines, PAIR_BYTES)?;
-    let (from, to) = (weight.host::<f32>(), Panels(data.host_mut::<u8>().pointer()));
-    let to = &to;
+    let mut data = cx.arena.buffer(owner, DType::U8, groups * panels, panel_bytes(pairs))?;
+    let (from, to) = (weight.host::<f32>(), data.host_mut::<u8>());
     work::split(cx, groups * panels, 1, 8 * inputs * PANEL, &|range| {
         for piece in range {
             let first = first_row + piece / panels * group_stride + piece % panels * PANEL;
             let count = PANEL.min(outputs - piece % panels * PANEL);
-            // SAFETY: the data has this panel, and it is written by this piece alone.
-            let panel = unsafe {
-                let at = to.0.add(piece * panel_bytes(pairs));
-                std::slice::from_raw_parts_mut(at, panel_bytes(pairs))
-            };
-            write(&from, first, count, panel, pairs);
+            // SAFETY: a panel is written by one piece.
+            write(&from, first, count, unsafe { to.shared_row_mut(piece) }, pairs);
         }
     });
     let rows = (first_row, group_stride);
     let format = WeightFormat::Int8;
     Ok(Packed { product, groups, inputs, outputs, format, version, data, scales: None, rows })
 }
-
-/// An address that several threads write to, each its own panels.
-struct Panels(*mut u8);
-
-// SAFETY: see the type.
-unsafe impl Sync for Panels {}
 
 /// `count` rows of the weight from `first` on become the columns of a panel.
 fn write(from: &Mat<'_, f32>, first: usize, count: usize, panel: &mut [u8], pairs: usize) {

@@ -165,7 +165,9 @@ impl Decode<'_> {
         let mut first = rows.start;
         for row in rows.clone() {
             // Rows that share no page go one by one: their second look at the cache is at a near one.
-            if row + 1 == rows.end || self.slot(row + 1, 0) != self.slot(first, 0) {
+            if row + 1 == rows.end
+                || self.slot(self.table(row + 1), 0) != self.slot(self.table(first), 0)
+            {
                 self.family(cx, first..row + 1, rows.end, panel.row_mut(0), &mut scores);
                 first = row + 1;
             }
@@ -238,13 +240,17 @@ impl Decode<'_> {
         if row >= end || self.shape.sharing != self.shape.heads {
             return Next::Nothing;
         }
-        Next::At(rows.row(self.slot(row, token)).as_ptr())
+        Next::At(rows.row(self.slot(self.table(row), token)).as_ptr())
     }
 
-    /// Cache row of a token that `row` sees.
-    fn slot(&self, row: usize, token: usize) -> usize {
-        let page = self.tables.row(self.sequence.row(row)[0] as usize)[token / self.page_tokens];
-        page as usize * self.page_tokens + token % self.page_tokens
+    /// Pages of the tokens that `row` sees.
+    fn table(&self, row: usize) -> &[u32] {
+        self.tables.row(self.sequence.row(row)[0] as usize)
+    }
+
+    /// Cache row of a token, by the table of its sequence.
+    fn slot(&self, table: &[u32], token: usize) -> usize {
+        table[token / self.page_tokens] as usize * self.page_tokens + token % self.page_tokens
     }
 
     /// Calls `call` for every run of rows that share the slots of the keys from `first`.
@@ -266,12 +272,10 @@ impl Decode<'_> {
     /// The keys from `first` that one row sees; none if it ends before.
     fn run(&self, row: usize, first: usize) -> Option<Run> {
         let count = self.seen(row).saturating_sub(first).min(BLOCK);
-        let table = self.tables.row(self.sequence.row(row)[0] as usize);
+        let table = self.table(row);
         let mut slots = [0; BLOCK];
         for (i, slot) in slots[..count].iter_mut().enumerate() {
-            let token = first + i;
-            *slot = table[token / self.page_tokens] as usize * self.page_tokens
-                + token % self.page_tokens;
+            *slot = self.slot(table, first + i);
         }
         (count > 0).then_some(Run { rows: row..row + 1, slots, count })
     }

@@ -54,7 +54,7 @@ pub(crate) fn segments(
 }
 
 /// Number of pieces for `work` operations: 1 if they stay on the caller.
-pub(super) fn pieces(cx: &Cx, work: usize) -> usize {
+fn pieces(cx: &Cx, work: usize) -> usize {
     match cx.pool.threads() {
         1 => 1,
         threads => (work / GRAIN).clamp(1, threads * PIECES_PER_THREAD),
@@ -100,12 +100,12 @@ pub(crate) enum Side {
 unsafe impl Sync for Term {}
 
 impl Term {
-    pub fn work(&self) -> usize {
+    fn work(&self) -> usize {
         2 * self.shape[0] * self.shape[1] * self.shape[2]
     }
 
     /// Rows and columns of a block when C is cut into about `pieces` blocks.
-    pub fn steps(&self, pieces: usize) -> (usize, usize) {
+    fn steps(&self, pieces: usize) -> (usize, usize) {
         let [rows, cols, _] = self.shape;
         if pieces <= 1 {
             return (rows, cols);
@@ -146,26 +146,38 @@ pub(crate) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
         // SAFETY: the caller's promise.
         return unsafe { int8::products(cx, terms, store) };
     }
+    each_block(cx, terms, 1, &|index, i, j, steps| {
+        // SAFETY: the caller's promise; the blocks of a term are disjoint.
+        unsafe { terms[index].block(cx, i, j, steps, store) };
+    });
+}
+
+/// Cuts the products of all terms into blocks and calls `call(term, row, column, steps)` once for each, on the pool. They
+/// are `speed_up` times as fast as products of floats.
+pub(super) fn each_block(
+    cx: &Cx,
+    terms: &[Term],
+    speed_up: usize,
+    call: &(dyn Fn(usize, usize, usize, (usize, usize)) + Sync),
+) {
     let total: usize = terms.iter().map(Term::work).sum();
-    let wanted = pieces(cx, total);
+    let wanted = pieces(cx, total / speed_up);
     if wanted == 1 {
-        for term in terms {
-            // SAFETY: the caller's promise.
-            unsafe { term.block(cx, 0, 0, (term.shape[0], term.shape[1]), store) };
+        for (index, term) in terms.iter().enumerate() {
+            call(index, 0, 0, (term.shape[0], term.shape[1]));
         }
         return;
     }
     let mut blocks = Vec::with_capacity(2 * wanted + terms.len());
-    for term in terms {
+    for (index, term) in terms.iter().enumerate() {
         let [rows, cols, _] = term.shape;
         let steps = term.steps((wanted * term.work()).div_ceil(total));
         for i in (0..rows).step_by(steps.0.max(1)) {
-            blocks.extend((0..cols).step_by(steps.1.max(1)).map(|j| (term, i, j, steps)));
+            blocks.extend((0..cols).step_by(steps.1.max(1)).map(|j| (index, i, j, steps)));
         }
     }
     cx.pool.run(blocks.len(), &|piece| {
-        let (term, i, j, steps) = blocks[piece];
-        // SAFETY: the caller's promise; the blocks of a term are disjoint.
-        unsafe { term.block(cx, i, j, steps, store) };
+        let (index, i, j, steps) = blocks[piece];
+        call(index, i, j, steps);
     });
 }

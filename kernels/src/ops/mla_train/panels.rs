@@ -11,6 +11,7 @@ use super::super::{Cx, Isa, Lanes, OnLanes};
 use super::{BLOCK, Inputs, Segment};
 use crate::buffer::{Buffer, DType, MatMut};
 use crate::kernels::{Result, Store};
+use std::ops::Range;
 
 // A panel is what `multiply` takes for one.
 const _: () = assert!(BLOCK == PANEL);
@@ -66,26 +67,29 @@ impl Panels {
         write: &Write<'_>,
     ) -> Result<Panels> {
         let mut places: Vec<Place> = Vec::with_capacity(segments.len());
-        let mut rows: Vec<Vec<usize>> = Vec::new();
+        // The rows of all panels, and the part of them that each panel has.
+        let (mut rows, mut parts): (Vec<usize>, Vec<Range<usize>>) = Default::default();
         for segment in segments {
-            let (own, shared) = (rows.len(), segment.stem.len() / BLOCK);
+            let (own, shared) = (parts.len(), segment.stem.len() / BLOCK);
             let stem = segment.stem_index.map_or(own, |index| places[index].own);
             places.push(Place { stem, shared, own });
-            let keys: Vec<usize> = segment.keys().skip(shared * BLOCK).collect();
-            rows.extend(keys.chunks(BLOCK).map(<[usize]>::to_vec));
+            let first = rows.len();
+            rows.extend(segment.keys().skip(shared * BLOCK));
+            let end = rows.len();
+            parts.extend((first..end).step_by(BLOCK).map(|row| row..end.min(row + BLOCK)));
         }
         let sharing = inputs.shape.sharing;
-        let count = inputs.shape.heads / sharing * rows.len();
+        let count = inputs.shape.heads / sharing * parts.len();
         let mut data = cx.arena.buffer(cx.scratch, DType::F32, count, width * BLOCK)?;
         let panels = data.host_mut::<f32>();
         split(cx, count, 1, width * BLOCK, &|range| {
             for index in range {
                 // SAFETY: a panel belongs to one piece.
                 let panel = unsafe { panels.shared_row_mut(index) };
-                write(index / rows.len(), &rows[index % rows.len()], panel);
+                write(index / parts.len(), &rows[parts[index % parts.len()].clone()], panel);
             }
         });
-        Ok(Panels { data, places, per_head: rows.len(), sharing })
+        Ok(Panels { data, places, per_head: parts.len(), sharing })
     }
 
     /// A query head's panels in one segment: those of the stem, how many they are, and its own.

@@ -6,7 +6,7 @@ use super::phase::{ScoreJob, SequenceScore};
 use super::resident::{Calibration, out_of_memory};
 use super::sampling::each_distribution;
 use crate::config::fault::Fault;
-use crate::model::{Documents, Family, PackedModel, Params, Transformer};
+use crate::model::{Documents, Family, PackedModel, Params, Transformer, places};
 use anyhow::{Result, bail};
 use rehearsal_kernels::{Kernels, OutOfMemory};
 use std::ops::Range;
@@ -100,10 +100,9 @@ impl Scorer<'_> {
             heads.logprobs(&pass, self.params, &hidden, &rows, &targets, job.temperature)?.logprobs
         };
         let mut next = logprobs.iter().map(|logprob| *logprob as f32);
-        let branches = shared.families.iter().flat_map(|family| &family.branches);
-        let own =
-            |branch: &&[u32]| SequenceScore::Logprobs(next.by_ref().take(branch.len()).collect());
-        Ok(branches.map(own).collect())
+        let logprobs =
+            |own: &[u32]| SequenceScore::Logprobs(next.by_ref().take(own.len()).collect());
+        Ok(shared.own().map(logprobs).collect())
     }
 }
 
@@ -125,38 +124,24 @@ impl<'a> Shared<'a> {
         Shared { families }
     }
 
-    /// For each sequence the rows of its last shared token and of its first own one, and its own tokens.
-    fn places(&self) -> Vec<(u32, u32, &'a [u32])> {
-        let (mut places, mut end) = (Vec::new(), 0);
-        for Family { stem, branches } in &self.families {
-            end += stem.len() as u32;
-            let last = end - 1;
-            for branch in branches {
-                places.push((last, end, *branch));
-                end += branch.len() as u32;
-            }
-        }
-        places
-    }
-
     /// The last row of each sequence.
     fn last_rows(&self) -> Vec<u32> {
-        let last = |(stem, own, tokens): (u32, u32, &[u32])| match tokens.len() as u32 {
-            0 => stem,
-            count => own + count - 1,
-        };
-        self.places().into_iter().map(last).collect()
+        places(&self.families).iter().zip(self.own()).map(|(p, own)| p.before(own.len())).collect()
     }
 
     /// Hidden rows and the tokens that follow them, for every wanted token.
     fn wanted(&self) -> (Vec<u32>, Vec<u32>) {
-        let (mut rows, mut targets) = (Vec::new(), Vec::new());
-        for (last, own, tokens) in self.places() {
-            let before = |i: u32| if i == 0 { last } else { own + i - 1 };
-            rows.extend((0..tokens.len() as u32).map(before));
-            targets.extend_from_slice(tokens);
-        }
-        (rows, targets)
+        let places = places(&self.families);
+        let rows = places
+            .iter()
+            .zip(self.own())
+            .flat_map(|(place, own)| (0..own.len()).map(|index| place.before(index)));
+        (rows.collect(), self.own().flatten().copied().collect())
+    }
+
+    /// The tokens of each sequence from the first wanted one on.
+    fn own(&self) -> impl Iterator<Item = &'a [u32]> {
+        self.families.iter().flat_map(|family| family.branches.iter().copied())
     }
 }
 

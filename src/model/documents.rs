@@ -26,6 +26,39 @@ impl<'a> Family<'a> {
     }
 }
 
+/// Where a branch lies among the rows of a pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Row of the stem's last token.
+    stem_end: u32,
+    /// Row of the branch's first token.
+    first: u32,
+}
+
+impl Place {
+    /// The row before the branch's token number `index`, from 0: the one that predicts it.
+    pub fn before(self, index: usize) -> u32 {
+        match index as u32 {
+            0 => self.stem_end,
+            index => self.first + index - 1,
+        }
+    }
+}
+
+/// The places of all branches, in order, as [`Documents::pack_families`] lays them out.
+pub fn places(families: &[Family<'_>]) -> Vec<Place> {
+    let (mut places, mut end) = (Vec::new(), 0);
+    for Family { stem, branches } in families {
+        end += stem.len() as u32;
+        let stem_end = end - 1;
+        for branch in branches {
+            places.push(Place { stem_end, first: end });
+            end += branch.len() as u32;
+        }
+    }
+    places
+}
+
 /// The rows of a pass.
 pub struct Documents {
     /// Token ids `[T, 1]`.
@@ -117,6 +150,9 @@ mod tests {
         assert_eq!(read(&documents.start), [0, 0, 0, 0, 2, 0, 3, 0, 3, 0, 5, 5]);
         assert_eq!(read(&documents.segment), [0, 0, 0, 1, 1, 2]);
         assert_eq!(documents.count, 3);
+        let before = |branch: usize, index| places(&families)[branch].before(index);
+        assert_eq!([before(0, 0), before(0, 1), before(1, 0), before(2, 0)], [1, 2, 1, 1]);
+        assert_eq!([before(2, 1), before(2, 2)], [3, 4]);
         let plain = Documents::pack(&kernels, &[&[7, 8], &[9]]).unwrap();
         assert_eq!((read(&plain.start), plain.count), (vec![0, 0, 2], 2));
     }

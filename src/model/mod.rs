@@ -31,7 +31,7 @@ pub mod transformer;
 pub mod cache;
 
 pub use cache::{DecodeRows, LatentCache, cache_layout};
-pub use documents::{Documents, Family};
+pub use documents::{Documents, Family, places};
 pub use params::{Gradients, Layout, Params};
 pub use pass::{Capacity, Pass};
 pub use transformer::{PackFor, PackedModel, Transformer};

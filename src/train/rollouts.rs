@@ -13,7 +13,7 @@
 
 use super::objective::{Micro, Tally};
 use crate::config::routing::Balance;
-use crate::model::Family;
+use crate::model::{Family, places};
 use crate::rl::grpo::{GrpoSettings, rollout_loss};
 use crate::rl::rollout::{Rollout, ScoredGroup};
 use rehearsal_kernels::OutOfMemory;
@@ -156,16 +156,12 @@ impl<'a> Rollouts<'a> {
 
     /// Hidden rows and the tokens that follow them: a reply's first token follows the prompt's last row.
     fn wanted(&self, range: Range<usize>) -> (Vec<u32>, Vec<u32>) {
-        let (mut rows, mut targets, mut end) = (Vec::new(), Vec::new(), 0);
-        for part in &self.parts[range] {
-            end += part.prompt.len() as u32;
-            let last = end - 1;
-            for reply in &part.replies {
-                let new = reply.rollout.tokens.len() as u32;
-                rows.extend((0..new).map(|token| if token == 0 { last } else { end + token - 1 }));
-                targets.extend_from_slice(&reply.rollout.tokens);
-                end += reply.tokens.len() as u32;
-            }
+        let (mut rows, mut targets) = (Vec::new(), Vec::new());
+        let replies = self.parts[range.clone()].iter().flat_map(|part| &part.replies);
+        for (reply, place) in replies.zip(places(&self.families(range))) {
+            let new = &reply.rollout.tokens;
+            rows.extend((0..new.len()).map(|index| place.before(index)));
+            targets.extend_from_slice(new);
         }
         (rows, targets)
     }

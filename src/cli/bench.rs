@@ -4,7 +4,7 @@ use super::bench_cache::{self, BenchCacheArgs};
 use super::bench_machine::{self, BenchMachineArgs};
 use super::command::Threads;
 use super::formats::FormatArgs;
-use super::generate::{at_least_one, at_least_two};
+use super::generate::{at_least_one, at_least_two, at_least_zero};
 use super::machine::{free_memory, measured, share_for_arenas};
 use super::open_model::{engine, spill_folder};
 use super::output::{say, say_json};
@@ -139,7 +139,7 @@ pub struct BenchGrpoArgs {
     #[arg(long, value_name = "K", default_value_t = 3, value_parser = at_least_one)]
     pub steps: usize,
     /// Weight of the KL term; 0 has no reference model
-    #[arg(long, value_name = "W", default_value_t = 0.01, value_parser = not_negative)]
+    #[arg(long, value_name = "W", default_value_t = 0.01, value_parser = at_least_zero)]
     pub kl_weight: f64,
     /// Groups whose rewards are made equal, so that their advantages are zero
     #[arg(long, value_name = "Z", default_value_t = 0)]
@@ -190,13 +190,6 @@ fn tokens(config: &ModelConfig, sequence: usize, count: usize) -> Vec<u32> {
         below(1, Stream::Data, [sequence as u64, i as u64, 0, 0], config.vocab_size as u64)
     };
     (0..count).map(|i| token(i) as u32).collect()
-}
-
-fn not_negative(text: &str) -> std::result::Result<f64, String> {
-    match text.parse() {
-        Ok(weight) if weight >= 0.0 && f64::is_finite(weight) => Ok(weight),
-        _ => Err(format!("{text:?} is no weight of 0 or more")),
-    }
 }
 
 fn require_context(config: &ModelConfig, tokens: usize) -> Result<()> {
@@ -345,7 +338,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",
         "kl_weight": args.kl_weight, "equal_rewards": args.equal_rewards, "share_prompts": args.share_prompts,
-        "trained_share": mean(|s| s.trained_share), "logprob_gap_max": mean(|s| s.logprob_gap_max),
+        "trained_share": mean(|s| s.trained_share), "logprob_gap_max": steps.iter().map(|s| s.logprob_gap_max).fold(0.0, f64::max),
         "seconds_per_step": mean(|s| s.seconds),
         "generate_seconds": mean(|s| s.generate_seconds),
         "score_seconds": mean(|s| s.score_seconds),

@@ -3,7 +3,7 @@
 use super::command::Threads;
 use super::extension::Extension;
 use super::formats::FormatArgs;
-use super::generate::{at_least_one, seed, temperature};
+use super::generate::{at_least_one, at_least_zero, seed};
 use super::needle::{self, NeedleArgs};
 use super::open_model::{Ask, FILE, OpenModel};
 use super::output::{say, say_json};
@@ -54,7 +54,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "K", default_value_t = 1, value_parser = at_least_one)]
     pub samples: usize,
     /// Temperature of more than one reply
-    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = temperature)]
+    #[arg(long, value_name = "T", default_value_t = 1.0, value_parser = at_least_zero)]
     pub temperature: f64,
     /// Most new tokens of a reply
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]

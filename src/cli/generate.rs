@@ -45,7 +45,7 @@ pub struct GenerateArgs {
     #[arg(long, value_name = "N", default_value_t = 128, value_parser = at_least_one)]
     pub max_tokens: usize,
     /// 0 takes the likeliest token each time; log-probabilities are then those at temperature 1
-    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = temperature)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, value_parser = at_least_zero)]
     pub temperature: f64,
     /// Sample among the likeliest tokens that hold this share of the probability; 1 keeps all
     #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = share)]
@@ -83,8 +83,8 @@ pub fn seed(text: &str) -> Result<u64, String> {
     text.parse().map_err(|_| format!("expected a whole number from 0 to {}", u64::MAX))
 }
 
-/// A temperature: 0 is greedy.
-pub fn temperature(text: &str) -> Result<f64, String> {
+/// A temperature (0 is greedy), or a weight.
+pub fn at_least_zero(text: &str) -> Result<f64, String> {
     let number = text.parse::<f64>().ok().filter(|number| number.is_finite() && *number >= 0.0);
     number.ok_or_else(|| "expected a number of at least 0".to_string())
 }
@@ -178,11 +178,11 @@ mod tests {
     fn numbers_out_of_range_are_refused() {
         assert_eq!(at_least_one("3"), Ok(3));
         assert!(at_least_one("0").is_err() && at_least_one("-1").is_err());
-        assert_eq!(temperature("0"), Ok(0.0));
+        assert_eq!(at_least_zero("0"), Ok(0.0));
         assert!(
-            temperature("-0.1").is_err()
-                && temperature("nan").is_err()
-                && temperature("inf").is_err()
+            at_least_zero("-0.1").is_err()
+                && at_least_zero("nan").is_err()
+                && at_least_zero("inf").is_err()
         );
         assert!(
             share("1").is_ok()

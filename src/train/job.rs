@@ -15,7 +15,7 @@ pub enum TrainJob {
         batch: Batch,
         /// The share of the stage's tokens that were trained on before, for schedules in tokens.
         share: f64,
-        /// Examples that go through the model at once; 0 for all.
+        /// Examples that go through the model at once; 0 for about [`TOKENS_AT_ONCE`](super::step::TOKENS_AT_ONCE) tokens.
         micro_batch: usize,
         /// What full devices drop; `None` for nothing.
         dropping: Option<Dropping>,
@@ -26,7 +26,8 @@ pub enum TrainJob {
         groups: Vec<ScoredGroup>,
         /// Settings of the loss.
         settings: GrpoSettings,
-        /// Rollouts that go through the model at once, in whole groups where prompts are shared; 0 for all.
+        /// Rollouts that go through the model at once, in whole groups where prompts are shared; 0 for about
+        /// [`TOKENS_AT_ONCE`](super::step::TOKENS_AT_ONCE) tokens.
         micro_batch: usize,
         /// Whether a group's prompt goes through the model once for all its rollouts.
         share_prompts: bool,

@@ -5,6 +5,9 @@
 //!    advantages.
 //! 3. `EnterPhase(Train)`, then `UpdatePolicy`.
 //!
+//! Where `engine.exact` is on, a step whose sampler and trainer disagree in one bit ends the run before anything of it is
+//! kept (docs/adr/011).
+//!
 //! Knows what a step reports and nothing of how a reward is made.
 
 use super::director::Direction;
@@ -87,6 +90,35 @@ impl Direction {
             entered,
             enter_seconds,
         })
+    }
+}
+
+impl Direction {
+    /// Ends the run at a step whose sampler and trainer disagree, if `engine.exact` promises that they do not.
+    pub(super) async fn require_exact(
+        &self,
+        stage: &Stage,
+        step: u64,
+        aligned: &Aligned,
+    ) -> Result<(), Failure> {
+        let gap = aligned.report.grpo.as_ref().map_or(0.0, |grpo| grpo.logprob_gap_max);
+        // A step without finite numbers changed no weight and is counted as such.
+        let is_undefined = aligned.report.skipped && gap.is_nan();
+        if !self.config.engine.exact || gap == 0.0 || is_undefined {
+            return Ok(());
+        }
+        let alarm = format!(
+            "stage {:?}, step {step}: the log-probability of a token differs by {gap:e} between sampler and trainer, and \
+             engine.exact promises 0",
+            stage.name
+        );
+        let event = Event::new("alarm").of_stage(&stage.name, stage.kind.name()).with("step", step);
+        self.record(event.with("logprob_gap_max", gap).with("reason", &alarm)).await?;
+        let text = format!(
+            "{alarm}; nothing of the step is kept. Go on from the last commit: if the step passes then, memory or processor \
+             erred; if not, it is a fault of this program, and engine.exact = false, in a new folder, does without the promise"
+        );
+        Err(Failure::new(FailureKind::Inexact, text))
     }
 }
 

@@ -130,6 +130,7 @@ impl Direction {
         let StageKind::Grpo(settings) = &self.config.stages[0].kind else {
             unreachable!("a bench has one GRPO stage")
         };
+        let (form, prefill) = self.config.engine.grpo_forms();
         let source = bench.weights.clone().map_or(ModelSource::Fresh, ModelSource::Folder);
         let stage = PrepareStage {
             policy: source.clone(),
@@ -139,8 +140,8 @@ impl Direction {
             steps: (bench.steps + 1) * settings.updates,
             value_head: false,
             yarn: None,
-            form: crate::config::engine::AttentionForm::Absorbed,
-            prefill: crate::config::engine::Prefill::Absorbed,
+            form,
+            prefill,
             balance: crate::config::routing::Balance::NONE,
         };
         self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage }).await?;
@@ -149,6 +150,7 @@ impl Direction {
             let prompts =
                 random_prompts(bench, self.config.seed, step, self.config.model.vocab_size);
             let aligned = self.align(0, step, settings, version, Some(prompts)).await?;
+            self.require_exact(&self.config.stages[0], step + 1, &aligned).await?;
             version = aligned.report.policy_version;
             // The first step touches memory for the first time; the others are alike.
             if step > 0 {

@@ -232,6 +232,8 @@ pub enum FailureKind {
     Stale,
     /// Three steps in a row had no finite loss or gradient.
     NotFinite,
+    /// Sampler and trainer disagree, and `engine.exact` promises that they do not.
+    Inexact,
     /// Anything else.
     Other,
 }

@@ -338,6 +338,7 @@ impl Direction {
         let stage = &self.config.stages[at.index];
         if let StageKind::Grpo(settings) = &stage.kind {
             let aligned = self.align(at.index, at.step, settings, at.version, None).await?;
+            self.require_exact(stage, at.step + 1, &aligned).await?;
             let event = aligned.event(stage, at.step + 1);
             let groups = aligned.scored.groups;
             let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };

@@ -9,7 +9,7 @@
 //!   * the reference of a GRPO stage is the folder that the stage started from, also after a resume
 
 use super::contents::{Failure, FailureKind};
-use crate::config::engine::{AttentionForm, Prefill};
+use crate::config::engine::Prefill;
 use crate::config::fault::START_AGAIN;
 use crate::config::stage::{GrpoStage, OptimizerConfig, Stage, StageKind};
 use crate::config::{ModelConfig, RunConfig, model_folder};
@@ -114,8 +114,7 @@ pub fn prepare_stage(
             if policy == ModelSource::Fresh {
                 policy = ModelSource::Folder(folders.initial());
             }
-            // The sampler decodes in the absorbed form: with the same one its log-probabilities are the trainer's.
-            (plan.form, plan.prefill) = (AttentionForm::Absorbed, Prefill::Absorbed);
+            (plan.form, plan.prefill) = config.engine.grpo_forms();
             plan.steps = steps * grpo.updates;
             plan.reference = (grpo.kl_weight != 0.0).then(|| policy.clone());
             plan.policy = policy;

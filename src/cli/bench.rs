@@ -147,6 +147,9 @@ pub struct BenchGrpoArgs {
     /// Whether rollouts share their prompt in training
     #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set)]
     pub share_prompts: bool,
+    /// Whether the sampler's log-probabilities are the trainer's to the bit
+    #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set)]
+    pub exact: bool,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -312,7 +315,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         ModelSource::Fresh => None,
     };
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
-    let engine = EngineConfig { threads: args.threads.count(), budget, ..EngineConfig::default() };
+    let (threads, exact) = (args.threads.count(), args.exact);
+    let engine = EngineConfig { threads, budget, exact, ..EngineConfig::default() };
     let spill = spill_folder();
     let stopwatch = Stopwatch::start();
     let steps = bench_grpo(BenchRequest {
@@ -338,7 +342,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",
         "kl_weight": args.kl_weight, "equal_rewards": args.equal_rewards, "share_prompts": args.share_prompts,
-        "trained_share": mean(|s| s.trained_share), "logprob_gap_max": steps.iter().map(|s| s.logprob_gap_max).fold(0.0, f64::max),
+        "exact": exact, "trained_share": mean(|s| s.trained_share), "logprob_gap_max": steps.iter().map(|s| s.logprob_gap_max).fold(0.0, f64::max),
         "seconds_per_step": mean(|s| s.seconds),
         "generate_seconds": mean(|s| s.generate_seconds),
         "score_seconds": mean(|s| s.score_seconds),

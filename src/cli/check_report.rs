@@ -2,7 +2,7 @@
 
 use super::machine::share_for_arenas;
 use super::output::{duration, grouped};
-use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig};
+use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig, StageKind};
 use crate::plan::comparison::PAPER;
 use crate::plan::cost::{CACHE_DTYPE, PEAK_FLOPS};
 use crate::plan::estimate::{FLOPS_PER_THREAD, generated_lines, sequence};
@@ -19,6 +19,13 @@ use std::path::Path;
 
 /// The sequence length of a model's FLOPs, if it has as many positions.
 const MODEL_SEQUENCE: usize = 4096;
+
+/// What `engine.exact` means for rollouts.
+const EXACT: &str =
+    "exact: sampled and trained in one form of attention, the same log-probabilities to the bit";
+/// What its absence means.
+const FAST: &str =
+    "fast: trained as engine.attention says, prompts by cost; log-probabilities agree to rounding";
 
 /// What a run or a model costs.
 #[derive(Debug, Serialize)]
@@ -47,6 +54,8 @@ pub struct CheckReport {
     pub memory: BTreeMap<&'static str, Owners>,
     /// `engine.budget`.
     pub budget_bytes: Option<u64>,
+    /// Whether sampler and trainer agree to the bit in the `grpo` stages (`engine.exact`), if there are any.
+    pub exact: Option<bool>,
     /// Steps, tokens, seconds and disk of a run.
     pub estimate: Option<Estimate>,
     /// Examples of the data sets that were read.
@@ -93,11 +102,13 @@ impl CheckReport {
             .collect();
         let models = models?;
         let plan = memory(config, &models);
+        let has_rollouts = config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
         let mut known = generated_lines(config);
         known.extend(lines.clone());
         Ok(CheckReport {
             memory: plan.by_phase(),
             budget_bytes: config.engine.budget.map(|budget| budget.0),
+            exact: has_rollouts.then_some(config.engine.exact),
             estimate: Some(estimate(config, &models, &lines, threads)),
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
@@ -135,6 +146,7 @@ impl CheckReport {
             sequence,
             memory: BTreeMap::new(),
             budget_bytes: None,
+            exact: None,
             estimate: None,
             lines: BTreeMap::new(),
             plan: None,
@@ -187,6 +199,30 @@ impl CheckReport {
                 Bytes(least)
             )
         })
+    }
+
+    /// What only a run has: its bounds, and what it takes.
+    fn write_run(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.budget_bytes, self.free) {
+            (Some(budget), _) => writeln!(out, "budget    {}", Bytes(budget))?,
+            (None, Some(free)) => writeln!(
+                out,
+                "budget    none; here the arenas take at most {}, nine tenths of what is free",
+                Bytes(share_for_arenas(free))
+            )?,
+            (None, None) => {}
+        }
+        if let Some(exact) = self.exact {
+            writeln!(out, "rollouts  {}", if exact { EXACT } else { FAST })?;
+        }
+        if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
+            writeln!(
+                out,
+                "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",
+                Bytes(bytes)
+            )?;
+        }
+        self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
     }
 
     /// Most bytes that the run folder takes.
@@ -250,23 +286,7 @@ impl fmt::Display for CheckReport {
                 writeln!(out, "            {owner:<24} {:>12}", Bytes(*bytes).to_string())?;
             }
         }
-        match (self.budget_bytes, self.free) {
-            (Some(budget), _) => writeln!(out, "budget    {}", Bytes(budget))?,
-            (None, Some(free)) => writeln!(
-                out,
-                "budget    none; here the arenas take at most {}, nine tenths of what is free",
-                Bytes(share_for_arenas(free))
-            )?,
-            (None, None) => {}
-        }
-        if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
-            writeln!(
-                out,
-                "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",
-                Bytes(bytes)
-            )?;
-        }
-        self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
+        self.write_run(out)
     }
 }
 
@@ -441,6 +461,18 @@ mod tests {
         assert!(text.contains("budget    none; here the arenas take at most 9.00 GiB"), "{text}");
         let text = run(&["engine.budget=\"1 GiB\""]).on_machine(Some(10 << 30)).to_string();
         assert!(text.contains("budget    1.00 GiB\n"), "{text}");
+    }
+
+    #[test]
+    fn whether_rollouts_are_exact_is_told_of_runs_that_have_any() {
+        for (exact, word) in [(true, "rollouts  exact: "), (false, "rollouts  fast: ")] {
+            let report = run(&[&format!("engine.exact={exact}")]);
+            assert_eq!(report.exact, Some(exact));
+            assert!(report.to_string().contains(word), "{report}");
+        }
+        let loaded = RunConfig::load(&configs().join("small/needle.toml"), &[]).unwrap();
+        let without = CheckReport::of_run(&loaded, BTreeMap::new(), 2).unwrap();
+        assert!(without.exact.is_none() && !without.to_string().contains("rollouts  "));
     }
 
     #[test]

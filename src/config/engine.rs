@@ -14,8 +14,12 @@ pub struct EngineConfig {
     pub budget: Option<Bytes>,
     /// What leaves the device in phases that do not use it.
     pub offload: Vec<Offload>,
-    /// Form of attention in training; `grpo` stages always use the absorbed one, the sampler's.
+    /// Form of attention in training; `grpo` stages use the absorbed one, the sampler's, where `exact` is on.
     pub attention: AttentionForm,
+    /// Whether `grpo` stages compute everything in the sampler's form, so that its log-probabilities are the trainer's to
+    /// the bit; a step in which they are not stops the run. `false` trains and scores in the form that `attention` names
+    /// and takes prompts by cost, as other stages do: the two then agree to rounding.
+    pub exact: bool,
     /// Tokens of a cache page.
     pub page_tokens: usize,
     /// Sequences that decode together at most.
@@ -37,12 +41,24 @@ impl Default for EngineConfig {
             budget: None,
             offload: vec![Offload::Optimizer, Offload::Reference, Offload::RewardModels],
             attention: AttentionForm::Expanded,
+            exact: true,
             page_tokens: 16,
             decode_batch: 128,
             mailbox: 64,
             deadline_seconds: 600,
             restarts: 3,
             restart_window_seconds: 60,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Form of attention in which a `grpo` stage trains and scores, and that of its sampler's prompts. New tokens are
+    /// absorbed in either mode.
+    pub fn grpo_forms(&self) -> (AttentionForm, Prefill) {
+        match self.exact {
+            true => (AttentionForm::Absorbed, Prefill::Absorbed),
+            false => (self.attention, Prefill::ByCost),
         }
     }
 }

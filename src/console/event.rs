@@ -15,7 +15,7 @@
 //!   * `commit`: `folder`; `note`: `text`
 //!   * remarks, which are shown as one sentence: `rejected`: `folder`, `reason`; `restart`, `silent`:
 //!     `actor`, `reason`; `refused`, `inject`: `actor`, `message`; `skipped`: `in_a_row`; `rollback`:
-//!     `reason`
+//!     `reason`; `alarm`: `reason`, `logprob_gap_max`
 //!   * `end`: `state` (`finished`, `stopped`, `failed`), `reason`, `export`, `computed_steps` (steps
 //!     computed since the start or resume, those that the journal had already included)
 
@@ -60,6 +60,7 @@ impl Event {
                 whole("step"),
                 whole("in_a_row")
             ),
+            "alarm" => format!("ALARM: {reason}"),
             "rollback" => format!("going back to the last commit: {reason}"),
             _ => return None,
         })

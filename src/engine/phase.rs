@@ -79,9 +79,9 @@ pub struct PrepareStage {
     pub value_head: bool,
     /// YaRN of a long-context stage: replaces the model's `rope_scaling` and its greatest length.
     pub yarn: Option<(Option<crate::config::RopeScaling>, usize)>,
-    /// Form of attention in training and scoring: the sampler's (absorbed) where its log-probabilities are compared.
+    /// Form of attention in training and scoring: the sampler's (absorbed) where its log-probabilities must be the same.
     pub form: AttentionForm,
-    /// How prompts go through the sampler: absorbed where its log-probabilities are compared.
+    /// How prompts go through the sampler: absorbed where its log-probabilities must be the trainer's.
     pub prefill: Prefill,
     /// Weights of the balance losses (none in reward-model and GRPO stages).
     pub balance: Balance,

@@ -172,9 +172,9 @@ impl Sizes<'_> {
         let tokens = (example_tokens(self.config) + reply).min(self.model.max_position_embeddings);
         let pages =
             tokens.div_ceil(self.config.engine.page_tokens) * self.config.engine.page_tokens;
-        // The rollouts of GRPO are absorbed throughout; other prompts may be expanded.
+        // Exact rollouts are absorbed throughout; other prompts may be expanded.
         let prompts = match kind {
-            StageKind::Grpo(_) => 0,
+            StageKind::Grpo(_) if self.config.engine.exact => 0,
             _ => prompt_bytes(self.model),
         };
         owners.extend(self.owned([
@@ -355,6 +355,14 @@ mod tests {
         let with = planned(&[]).peak().unwrap().2;
         let without = planned(&["engine.offload=[]"]).peak().unwrap().2;
         assert!(without > with, "{without} > {with}");
+    }
+
+    #[test]
+    fn rollouts_that_need_not_be_exact_pack_kv_b_for_both_forms() {
+        let packed = |assignments: &[&str]| planned(assignments).stages[4].phases["generate"]["policy/packed"];
+        let config = quickstart(&[]);
+        let (exact, fast) = (packed(&[]), packed(&["engine.exact=false"]));
+        assert_eq!(fast - exact, prompt_bytes(&config.model));
     }
 
     #[test]

@@ -165,7 +165,10 @@ impl Tally {
         for (trainer, sampler) in trainer.iter().zip(sampler) {
             let gap = (trainer - f64::from(*sampler)).abs();
             self.gap += gap;
-            self.gap_max = self.gap_max.max(gap);
+            // Not `max`, which would hide what is not a number.
+            if gap > self.gap_max || gap.is_nan() {
+                self.gap_max = gap;
+            }
         }
     }
 

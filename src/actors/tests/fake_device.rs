@@ -39,6 +39,8 @@ pub struct Script {
     pub panic_in_train: Option<u64>,
     pub not_finite_from: Option<u64>,
     pub not_finite: Vec<u64>,
+    /// Sampler and trainer differ by so much in this update.
+    pub gap_in_train: Option<(u64, f64)>,
     pub signal_in_train: Option<(u64, Arc<AtomicI32>)>,
     pub shared: Arc<Shared>,
 }
@@ -272,8 +274,12 @@ impl Device for FakeDevice {
         assert!(self.script.panic_in_train != Some(number), "a planted panic");
         let digest = hash(&self.weights, &serde_json::to_string(job)?);
         self.call(format!("train {}", blake3::Hash::from(digest).to_hex()));
-        let grpo = matches!(job, TrainJob::Grpo { .. })
-            .then(|| GrpoReport { trained_share: 1.0, ..GrpoReport::default() });
+        let gap = self.script.gap_in_train.filter(|(at, _)| *at == number).map_or(0.0, |at| at.1);
+        let grpo = matches!(job, TrainJob::Grpo { .. }).then(|| GrpoReport {
+            trained_share: 1.0,
+            logprob_gap_max: gap,
+            ..GrpoReport::default()
+        });
         if self.script.not_finite_from.is_some_and(|from| number >= from)
             || self.script.not_finite.contains(&number)
         {

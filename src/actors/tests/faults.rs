@@ -258,3 +258,53 @@ fn a_step_with_one_skipped_update_of_two_is_no_skipped_step() {
     let commits = done.named("commit").iter().filter(|e| e.text("stage") == Some("align")).count();
     assert_eq!(commits, 3, "a commit after every step");
 }
+
+/// A run that commits after every step and whose sampler and trainer differ in this update; 11 is the second of `align`.
+fn differing(place: &Place, gap: (u64, f64), set: &'static [&'static str]) -> super::Result {
+    let script = Script { gap_in_train: Some(gap), ..Script::default() };
+    place.run(&Disturbance { script, set, ..Disturbance::default() })
+}
+
+#[test]
+fn a_gap_in_one_bit_stops_an_exact_run_before_anything_of_the_step_is_kept() {
+    let (undisturbed, place) = (Place::new(), Place::new());
+    undisturbed.run(&Disturbance::default());
+    // The second run goes on from the commit before the step, so that its first update is that step's.
+    for (update, gap) in [(11, 5.9e-8), (1, f64::NAN)] {
+        let failed = differing(&place, (update, gap), &["checkpoint.every_steps=1"]);
+        let failure = failed.failure();
+        assert_eq!(failure.kind, FailureKind::Inexact);
+        for text in ["stage \"align\", step 2", &format!("{gap:e}"), "engine.exact = false"] {
+            assert!(failure.text.contains(text), "{text}: {}", failure.text);
+        }
+        assert!(failure.clone().into_error().downcast_ref::<crate::config::Fault>().is_none());
+        let alarms = failed.named("alarm");
+        let last = alarms.last().expect("an alarm stands in the journal");
+        assert_eq!((last.text("stage"), last.whole("step")), (Some("align"), Some(2)));
+        assert_eq!(last.number("logprob_gap_max"), Some(gap).filter(|gap| gap.is_finite()));
+        assert!(last.remark().is_some_and(|text| text.starts_with("ALARM: stage")), "{last:?}");
+        assert_eq!(failed.steps(), all_steps()[..10], "its step stands nowhere");
+        assert!(rollout_keys(&place.run_folder()).keys().all(|(step, ..)| *step == 1));
+        // A fault of one bit may not be the machine's for good: nothing is tried again in silence.
+        assert!(failed.named("restart").is_empty() && failed.named("rollback").is_empty());
+        assert_eq!(failed.calls.last().map(|call| &call[..5]), Some("train"), "nothing is saved");
+    }
+    // What is left is whole: without the fault the run goes on from the commit before it.
+    assert_eq!(place.run(&Disturbance::default()).outcome, Outcome::Done);
+    assert_eq!(place.weights(), undisturbed.weights());
+}
+
+#[test]
+fn a_gap_is_no_alarm_where_nothing_was_promised_or_the_policy_has_moved() {
+    for (update, set) in [
+        (11, &["engine.exact=false"] as &[&str]),
+        // Two updates a step: 10 and 11 are the first step's.
+        (11, &["stage.align.updates=2"]),
+    ] {
+        let done = differing(&Place::new(), (update, 0.5), set);
+        assert_eq!(done.outcome, Outcome::Done, "{set:?}");
+        assert!(done.named("alarm").is_empty());
+    }
+    let first_of_two = differing(&Place::new(), (12, 0.5), &["stage.align.updates=2"]);
+    assert_eq!(first_of_two.failure().kind, FailureKind::Inexact);
+}

@@ -53,13 +53,19 @@ fn a_grpo_stage_refers_to_the_folder_it_starts_from_and_loads_only_models_that_c
 }
 
 #[test]
-fn only_a_grpo_stage_keeps_prompts_in_the_form_it_trains_in() {
-    let config = Place::new().config(&[]);
+fn only_an_exact_grpo_stage_keeps_prompts_in_the_form_it_trains_in() {
+    let mut config = Place::new().config(&[]);
     for index in 0..3 {
         assert_eq!(plan(&config, index).prefill, Prefill::ByCost, "stage {index}");
     }
     let grpo = plan(&config, 3);
     assert_eq!((grpo.form, grpo.prefill), (AttentionForm::Absorbed, Prefill::Absorbed));
+    config.engine.exact = false;
+    for form in [AttentionForm::Expanded, AttentionForm::Absorbed] {
+        config.engine.attention = form;
+        let grpo = plan(&config, 3);
+        assert_eq!((grpo.form, grpo.prefill), (form, Prefill::ByCost), "attention is honoured");
+    }
 }
 
 #[test]

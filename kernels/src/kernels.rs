@@ -12,6 +12,7 @@
 //!     batch in one piece or in several gives the same bits
 //!   * no method shows a host slice of device memory
 
+use crate::activity::Activity;
 use crate::arena::{Arena, OutOfMemory, Owner};
 use crate::buffer::{Buffer, DType};
 use crate::format::{CacheLayout, CacheSpec, WeightFormat};
@@ -104,6 +105,8 @@ pub trait Kernels: Send + Sync {
     fn arena(&self) -> &Arena;
     /// Owner of scratch buffers inside operations (kind `Activations`).
     fn scratch(&self) -> Owner;
+    /// Says what the operations from here on are for. Changes nothing; only a profile listens.
+    fn enter(&self, _activity: Activity) {}
 
     // --- movement -----------------------------------------------------------------------------
     /// Copies host numbers in, converting to the float dtype; `src.len() == dst.len()`.

@@ -13,6 +13,7 @@ pub mod random;
 pub mod slab;
 
 // The trait and its implementations.
+pub mod activity;
 pub mod attention;
 pub mod cpu;
 #[cfg(feature = "cuda")]
@@ -21,12 +22,14 @@ pub mod format;
 pub mod kernels;
 pub mod machine;
 pub mod packed;
+pub mod profiled;
 pub mod reference;
 pub mod routing;
 
 mod ops;
 mod pool;
 
+pub use activity::{Activity, Ongoing};
 pub use arena::{Arena, Kind, OutOfMemory, Owner};
 pub use attention::{AttentionShape, DecodeBatch};
 pub use buffer::{Buffer, DType, View, ViewMut};
@@ -37,6 +40,7 @@ pub use kernels::{
     Store,
 };
 pub use machine::{Machine, Rates};
+pub use profiled::{ActivityProfile, Profile, Profiled};
 pub use reference::ReferenceKernels;
 pub use routing::{BalanceSpec, DROPPED, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
 pub use slab::{Slab, Spilled};

@@ -64,6 +64,14 @@ pub struct Packed {
     pub(crate) rows: (usize, usize),
 }
 
+impl Packed {
+    /// Bytes that it is kept in, scales and padding included.
+    pub fn bytes(&self) -> usize {
+        let bytes = |buffer: &Buffer| buffer.len() * buffer.dtype().size();
+        bytes(&self.data) + self.scales.as_ref().map_or(0, bytes)
+    }
+}
+
 /// Column blocks of x and y for a product per head: head h reads `x[:, input_first + h * input_stride ..][..inputs]`
 /// and writes `y[:, output_first + h * output_stride ..][..outputs]`.
 #[derive(Clone, Copy, Debug)]

@@ -16,6 +16,7 @@ use crate::config::{
     Stage, TokenizerConfig,
 };
 use crate::data::example::Prompt;
+use crate::engine::Profile;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::phase::{ModelSource, PrepareStage};
 use std::collections::BTreeMap;
@@ -46,6 +47,8 @@ pub struct BenchRequest {
     pub seed: u64,
     /// A folder for offloaded models; removed at the end.
     pub spill: PathBuf,
+    /// Counts what the device does, if that is asked.
+    pub profile: Option<Arc<Profile>>,
 }
 
 /// Times alignment steps on random tokens.
@@ -56,7 +59,9 @@ pub fn bench_grpo(request: BenchRequest) -> anyhow::Result<Vec<BenchStep>> {
         seed: request.seed,
         spill: request.spill.clone(),
     };
-    let device: DeviceMaker = Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?)));
+    let profile = request.profile.clone();
+    let device: DeviceMaker =
+        Arc::new(move || Ok(Box::new(HybridEngine::profiled(setup.clone(), profile.clone())?)));
     match run(self::setup(request, device), |_| {})? {
         Outcome::Timed(steps) => Ok(steps),
         Outcome::Failed(failure) => Err(failure.into_error()),

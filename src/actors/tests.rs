@@ -397,6 +397,7 @@ fn a_bench_times_its_steps_and_writes_nothing() {
         steps: 2,
         seed: 1,
         spill,
+        profile: None,
     };
     let outcome = run(bench::setup(request, fake.maker()), |_| {}).unwrap();
     let Outcome::Timed(steps) = outcome else { panic!("{outcome:?}") };

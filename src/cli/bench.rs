@@ -8,19 +8,22 @@ use super::generate::{at_least_one, at_least_two, at_least_zero};
 use super::machine::{free_memory, measured, share_for_arenas};
 use super::open_model::{engine, spill_folder};
 use super::output::{say, say_json};
+use super::profile::ProfileReport;
 use super::stopwatch::{Spent, Stopwatch};
 use crate::actors::{BenchRequest, bench_grpo};
 use crate::checkpoint::read_model_config;
 use crate::config::stage::{Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel};
 use crate::config::{Bytes, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
+use crate::engine::Profile;
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use rehearsal_kernels::machine::Effort;
+use rehearsal_kernels::machine::{Effort, Machine};
 use rehearsal_kernels::random::{Stream, below};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Times a hot path.
 #[derive(Debug, Args)]
@@ -80,6 +83,9 @@ pub struct BenchTrainArgs {
     /// Timed steps; one more is made before them
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
     pub steps: usize,
+    /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
+    #[arg(long)]
+    pub profile: bool,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -109,6 +115,9 @@ pub struct BenchGenerateArgs {
     /// Types of weights and cache
     #[command(flatten)]
     pub formats: FormatArgs,
+    /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
+    #[arg(long)]
+    pub profile: bool,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -150,6 +159,9 @@ pub struct BenchGrpoArgs {
     /// Whether the sampler's log-probabilities are the trainer's to the bit
     #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set)]
     pub exact: bool,
+    /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
+    #[arg(long)]
+    pub profile: bool,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -167,11 +179,42 @@ pub fn run(args: BenchArgs) -> Result<()> {
         BenchWhat::Generate(args) => (args.json, generate(args)?),
         BenchWhat::Grpo(args) => (args.json, grpo(args)?),
     };
-    if json {
-        return say_json(&result);
+    result.say(json)
+}
+
+/// What a benchmark found.
+struct Outcome {
+    /// Figures by name.
+    figures: Value,
+    /// What the machine does in a second.
+    machine: Machine,
+    /// Where the time went, if that was asked.
+    profile: Option<ProfileReport>,
+}
+
+impl Outcome {
+    fn say(&self, json: bool) -> Result<()> {
+        if json {
+            let mut all = self.figures.clone();
+            all["machine"] = json!(self.machine);
+            if let Some(profile) = &self.profile {
+                all["profile"] = json!(profile);
+            }
+            return say_json(&all);
+        }
+        let Value::Object(figures) = &self.figures else { unreachable!("figures have names") };
+        figures.iter().try_for_each(|(name, value)| say(&format!("{name:30} {value}")))?;
+        say("")?;
+        bench_machine::lines(&self.machine).iter().try_for_each(|line| say(line))?;
+        let Some(profile) = &self.profile else { return Ok(()) };
+        say("")?;
+        profile.lines().iter().try_for_each(|line| say(line))
     }
-    let Value::Object(figures) = &result else { unreachable!("figures have names") };
-    figures.iter().try_for_each(|(name, value)| say(&format!("{name:30} {value}")))
+}
+
+/// Counts, if that is asked.
+fn counting(asked: bool, threads: Threads) -> Option<Arc<Profile>> {
+    asked.then(|| Arc::new(Profile::new(threads.count())))
 }
 
 /// The config of a folder of weights, or a config.json.
@@ -220,30 +263,44 @@ fn require_room(sequences: usize, tokens: usize) -> Result<()> {
 }
 
 /// Figures of every benchmark beside its own.
-fn with_spent(mut figures: Value, spent: &Spent, path: &Path, threads: Threads) -> Value {
+fn with_spent(
+    mut figures: Value,
+    spent: &Spent,
+    path: &Path,
+    threads: Threads,
+    profile: Option<&Profile>,
+) -> Outcome {
     figures["wall_seconds"] = json!(spent.wall_seconds);
     figures["cpu_seconds"] = json!(spent.cpu_seconds);
     figures["peak_rss_bytes"] = json!(spent.peak_rss_bytes);
     figures["model"] = json!(path);
     figures["threads"] = json!(threads.count());
     // After the work, so that it disturbs neither its time nor its memory.
-    figures["machine"] = json!(measured(threads.count(), Effort::brief));
-    figures
+    let machine = measured(threads.count(), Effort::brief);
+    let profile = profile.map(|profile| ProfileReport::new(profile, &machine));
+    Outcome { figures, machine, profile }
 }
 
-fn train(args: &BenchTrainArgs) -> Result<Value> {
+/// Starts to time, and to count anew.
+fn start(profile: Option<&Profile>) -> Stopwatch {
+    profile.inspect(|profile| profile.clear());
+    Stopwatch::start()
+}
+
+fn train(args: &BenchTrainArgs) -> Result<Outcome> {
     let (config, source) = model(&args.model)?;
     require_context(&config, args.sequence)?;
     require_room(args.batch, args.sequence)?;
-    let mut engine =
-        engine(&config, source, args.threads.count(), 1, Some(OptimizerConfig::default()))?;
+    let profile = counting(args.profile, args.threads);
+    let (threads, optimizer) = (args.threads.count(), Some(OptimizerConfig::default()));
+    let mut engine = engine(&config, source, threads, 1, optimizer, profile.clone())?;
     engine.enter_phase(Phase::Train)?;
     let documents =
         (0..args.batch).map(|i| Sequence::all_targets(tokens(&config, i, args.sequence)));
     let batch = Batch::Documents(documents.collect());
     let job = TrainJob::Batch { batch, share: 0.0, micro_batch: 0, dropping: None };
     engine.train(&job)?;
-    let stopwatch = Stopwatch::start();
+    let stopwatch = start(profile.as_deref());
     for _ in 0..args.steps {
         engine.train(&job)?;
     }
@@ -254,10 +311,10 @@ fn train(args: &BenchTrainArgs) -> Result<Value> {
         "tokens_per_second": trained / spent.wall_seconds,
         "seconds_per_step": spent.wall_seconds / args.steps as f64,
     });
-    Ok(with_spent(figures, &spent, &args.model, args.threads))
+    Ok(with_spent(figures, &spent, &args.model, args.threads, profile.as_deref()))
 }
 
-fn generate(args: &BenchGenerateArgs) -> Result<Value> {
+fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
     let (batch, samples) = (args.batch, args.samples_per_prompt);
     if !batch.is_multiple_of(samples) {
         return Err(Fault::user(format!(
@@ -268,7 +325,8 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
     let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
     require_context(&config, tokens_each)?;
     require_room(batch, tokens_each)?;
-    let mut engine = engine(&config, source, args.threads.count(), 1, None)?;
+    let profile = counting(args.profile, args.threads);
+    let mut engine = engine(&config, source, args.threads.count(), 1, None, profile.clone())?;
     let request = |slot: usize| GenerateRequest {
         slot: slot as u32,
         tokens: tokens(&config, slot, args.prompt_tokens),
@@ -290,7 +348,7 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
     engine.enter_phase(Phase::Generate)?;
     let warm_up = GenerateJob { max_new_tokens: args.new_tokens.min(2), ..job.clone() };
     engine.generate(&warm_up, &mut |_| {})?;
-    let stopwatch = Stopwatch::start();
+    let stopwatch = start(profile.as_deref());
     let report = engine.generate(&job, &mut |_| {})?;
     let spent = stopwatch.spent();
     let decoded = report.new_tokens.saturating_sub(batch as u64) as f64;
@@ -302,10 +360,10 @@ fn generate(args: &BenchGenerateArgs) -> Result<Value> {
         "prefill_tokens_per_second": report.prompt_tokens as f64 / report.prefill_seconds.max(1e-9),
         "decode_tokens_per_second": decoded / (report.seconds - report.prefill_seconds).max(1e-9),
     });
-    Ok(with_spent(figures, &spent, &args.model, args.threads))
+    Ok(with_spent(figures, &spent, &args.model, args.threads, profile.as_deref()))
 }
 
-fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
+fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     let (config, source) = model(&args.model)?;
     let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
     require_context(&config, tokens_each)?;
@@ -315,6 +373,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         ModelSource::Fresh => None,
     };
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
+    let profile = counting(args.profile, args.threads);
     let (threads, exact) = (args.threads.count(), args.exact);
     let engine = EngineConfig { threads, budget, exact, ..EngineConfig::default() };
     let spill = spill_folder();
@@ -329,6 +388,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         steps: args.steps as u64,
         seed: 1,
         spill: spill.clone(),
+        profile: profile.clone(),
     });
     // The device removes its own folder, unless the process does not wait for its end.
     let _ = std::fs::remove_dir(&spill);
@@ -349,7 +409,7 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Value> {
         "train_seconds": mean(|s| s.train_seconds),
         "tokens_per_second": mean(|s| s.new_tokens as f64) / mean(|s| s.seconds),
     });
-    Ok(with_spent(figures, &spent, &args.model, args.threads))
+    Ok(with_spent(figures, &spent, &args.model, args.threads, profile.as_deref()))
 }
 
 /// One update per batch, with a KL term, as the quickstart's stages have it.

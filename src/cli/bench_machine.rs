@@ -29,7 +29,7 @@ pub fn run(args: &BenchMachineArgs) -> Result<()> {
 }
 
 /// The figures as a table of 80 columns.
-fn lines(machine: &Machine) -> Vec<String> {
+pub fn lines(machine: &Machine) -> Vec<String> {
     let both = [&machine.one_thread, &machine.all_threads];
     let row = |name: &str, unit: &str, scale: f64, figure: &dyn Fn(&Rates) -> Option<f64>| {
         let cell = |rates: &&Rates| {

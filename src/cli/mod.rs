@@ -31,6 +31,7 @@ pub mod score;
 pub mod bench;
 pub mod bench_cache;
 pub mod bench_machine;
+mod profile;
 mod stopwatch;
 
 pub use command::Cli;

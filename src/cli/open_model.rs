@@ -14,6 +14,7 @@ use crate::data::chat::ChatTemplate;
 use crate::data::loader::Loader;
 use crate::data::sources::Sources;
 use crate::data::tokenizer::Tokenizer;
+use crate::engine::Profile;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::phase::{
     GenerateJob, GenerateReport, GenerateRequest, ModelSource, Phase, PrepareStage, TokenGroup,
@@ -38,16 +39,17 @@ pub struct OpenModel {
     pub chat: Arc<ChatTemplate>,
 }
 
-/// An engine with a model that nothing trains, or that `optimizer` trains.
+/// An engine with a model that nothing trains, or that `optimizer` trains; counted if a profile is given.
 pub fn engine(
     config: &ModelConfig,
     source: ModelSource,
     threads: usize,
     seed: u64,
     optimizer: Option<OptimizerConfig>,
+    profile: Option<Arc<Profile>>,
 ) -> Result<HybridEngine> {
     let plan = plan(config, source, optimizer);
-    prepared(config, threads, seed, &plan)
+    prepared(config, threads, seed, &plan, profile)
 }
 
 /// What readies an engine for one model.
@@ -75,12 +77,13 @@ fn prepared(
     threads: usize,
     seed: u64,
     plan: &PrepareStage,
+    profile: Option<Arc<Profile>>,
 ) -> Result<HybridEngine> {
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
     let settings = EngineConfig { threads, budget, offload: Vec::new(), ..EngineConfig::default() };
     let setup =
         EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
-    let mut engine = HybridEngine::new(setup)?;
+    let mut engine = HybridEngine::profiled(setup, profile)?;
     engine.prepare(plan)?;
     Ok(engine)
 }
@@ -120,7 +123,7 @@ impl OpenModel {
             plan.yarn = Some((extended.rope_scaling.clone(), extended.max_position_embeddings));
             config = extended;
         }
-        let engine = prepared(&config, threads, 0, &plan)?;
+        let engine = prepared(&config, threads, 0, &plan, None)?;
         Ok(OpenModel { engine, config, tokenizer: Arc::new(tokenizer), chat: Arc::new(chat) })
     }
 

@@ -28,10 +28,11 @@ use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
 use crate::train::{Items, Optimizer, Rollouts};
 use anyhow::{Context, Result, bail, ensure};
-use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
+use rehearsal_kernels::{Activity, Arena, CpuKernels, Kernels, Kind, Profile, Profiled};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What an engine is made with.
@@ -58,7 +59,7 @@ pub struct SavedState {
 
 /// One device and everything on it.
 pub struct HybridEngine {
-    pub(super) kernels: Box<dyn Kernels>,
+    pub(super) kernels: Arc<dyn Kernels>,
     pub(super) setup: EngineSetup,
     pub(super) phase: Phase,
     pub(super) policy: Option<Resident>,
@@ -87,10 +88,19 @@ pub(super) struct Working {
 impl HybridEngine {
     /// An engine on the CPU with nothing loaded.
     pub fn new(setup: EngineSetup) -> Result<HybridEngine> {
+        HybridEngine::profiled(setup, None)
+    }
+
+    /// The same; what it does is counted if a profile is given.
+    pub fn profiled(setup: EngineSetup, profile: Option<Arc<Profile>>) -> Result<HybridEngine> {
         std::fs::create_dir_all(&setup.spill)
             .with_context(|| format!("failed to create {}", setup.spill.display()))?;
         let arena = Arena::new(setup.engine.budget.map(|b| b.0));
-        let kernels: Box<dyn Kernels> = Box::new(CpuKernels::new(setup.engine.threads, arena));
+        let plain = CpuKernels::new(setup.engine.threads, arena);
+        let kernels: Arc<dyn Kernels> = match profile {
+            Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),
+            None => Arc::new(plain),
+        };
         Ok(HybridEngine {
             kernels,
             setup,
@@ -111,6 +121,7 @@ impl HybridEngine {
     /// Loads the models of a stage and starts its optimizer anew. Ends in Idle, at policy version 0.
     pub fn prepare(&mut self, stage: &PrepareStage) -> Result<()> {
         self.enter_phase(Phase::Idle)?;
+        let _during = Activity::Load.begin(&self.kernels);
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
         self.others.clear();
         (self.balance, self.fitting) = (stage.balance, 0);
@@ -170,6 +181,7 @@ impl HybridEngine {
     /// Leaves the current phase's memory and readies the next one's. Does nothing if already there.
     pub fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
         let began = Instant::now();
+        let _during = Activity::Switch.begin(&self.kernels);
         let (mut bytes_out, mut bytes_in) = (0, 0);
         if phase != self.phase {
             bytes_out += self.leave()?;
@@ -193,6 +205,7 @@ impl HybridEngine {
 
     /// Runs one model over whole sequences.
     pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+        let _during = Activity::Score.begin(&self.kernels);
         self.scorer(&job.role)?.score(job)
     }
 
@@ -201,6 +214,7 @@ impl HybridEngine {
         self.expect_phase(Phase::Score, "score")?;
         let (form, format) = (self.form, self.formats.weights);
         if self.working.scored.as_ref().is_none_or(|(scored, ..)| scored != role) {
+            self.kernels.enter(Activity::Switch);
             self.unload_scored()?;
             let kernels = self.kernels.as_ref();
             let resident = match role {
@@ -215,6 +229,7 @@ impl HybridEngine {
             let packed =
                 resident.model.pack(kernels, &params, &role.name(), self.policy_version, pack);
             self.working.scored = Some((role.clone(), params, packed.map_err(out_of_memory)?));
+            kernels.enter(Activity::Score);
         }
         let (role, params, packed) = self.working.scored.as_ref().expect("just loaded");
         let resident =
@@ -228,6 +243,7 @@ impl HybridEngine {
     /// One optimizer step of the policy (or of the reward model that is being fitted).
     pub fn train(&mut self, job: &TrainJob) -> Result<StepReport> {
         self.expect_phase(Phase::Train, "train")?;
+        let _during = Activity::Forward.begin(&self.kernels);
         let Some(state) = self.optimizer.as_mut() else {
             bail!("the stage was prepared without an optimizer")
         };
@@ -294,6 +310,7 @@ impl HybridEngine {
 
     /// Writes the policy (and its moments) into an existing folder.
     pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
+        let _during = Activity::Load.begin(&self.kernels);
         // A scored policy lends its weights to the scoring.
         self.unload_scored()?;
         let kernels = self.kernels.as_ref();
@@ -323,6 +340,7 @@ impl HybridEngine {
     /// Brings policy and optimizer back from a committed checkpoint, after `prepare`.
     pub fn restore(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
         self.enter_phase(Phase::Idle)?;
+        let _during = Activity::Load.begin(&self.kernels);
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_mut().context("restore comes after prepare")?;
         let tensors = TensorFolder::open(folder)?;

@@ -17,5 +17,6 @@ mod scoring;
 pub use formats::Formats;
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
+pub use rehearsal_kernels::Profile;
 pub use resident::check_weights;
 pub use scoring::ROWS_AT_ONCE;

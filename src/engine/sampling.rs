@@ -9,7 +9,7 @@ use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
 use crate::inference::{Forward, ForwardRows, Limits, generate, read_decoded, score_decoded};
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
-use rehearsal_kernels::{Buffer, Kernels, SampleRow, Sampled};
+use rehearsal_kernels::{Activity, Buffer, Kernels, SampleRow, Sampled};
 
 /// The policy as the sampler sees it.
 pub(super) struct Decoder<'a> {
@@ -40,6 +40,10 @@ impl Forward for Decoder<'_> {
 
     fn version(&self) -> u64 {
         self.packed.version
+    }
+
+    fn enter(&mut self, activity: Activity) {
+        self.kernels.enter(activity);
     }
 }
 
@@ -118,6 +122,7 @@ impl HybridEngine {
         each: &mut dyn FnMut(usize, usize, &[f64]),
     ) -> Result<()> {
         if self.phase == Phase::Score {
+            let _during = Activity::Score.begin(&self.kernels);
             return self.scorer(&Role::Policy)?.each_distribution(sequences, each);
         }
         self.with_pages_of(sequences, |decoder, limits| {
@@ -145,6 +150,7 @@ impl HybridEngine {
         pages: impl FnOnce(&HybridEngine, u64, usize) -> usize,
         work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
     ) -> Result<T> {
+        let _during = Activity::Decode.begin(&self.kernels);
         let (page_tokens, decode_batch) =
             (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
         let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();

@@ -11,13 +11,15 @@ use super::job::{GenerateJob, GenerateReport, TokenGroup};
 use super::scheduler::{Plan, Scheduler};
 use crate::model::cache::DecodeRows;
 use anyhow::{Result, ensure};
-use rehearsal_kernels::{SampleRow, Sampled};
+use rehearsal_kernels::{Activity, SampleRow, Sampled};
 use std::time::Instant;
 
 /// A model with its cache, as the sampler sees it.
 pub trait Forward {
     /// Policy version of the packed weights.
     fn version(&self) -> u64;
+    /// Says what the next passes are for, to who counts time.
+    fn enter(&mut self, _activity: Activity) {}
     /// Copies the first `tokens` entries of cache page `from` to page `to`.
     fn copy_page(&mut self, from: u32, to: u32, tokens: usize);
     /// Writes the rows' cache entries, then samples one token per wanted row, in order. May want
@@ -58,12 +60,14 @@ pub fn generate(
         let (plan, sampled) = match scheduler.prefill() {
             Some(plan) => {
                 let prefill_began = Instant::now();
+                forward.enter(Activity::Prefill);
                 let sampled = execute(forward, &plan)?;
                 report.prefill_seconds += prefill_began.elapsed().as_secs_f64();
                 report.prompt_tokens += plan.rows.len() as u64;
                 (plan, sampled)
             }
             None => {
+                forward.enter(Activity::Decode);
                 let plan = scheduler.decode();
                 let sampled = execute(forward, &plan)?;
                 (plan, sampled)

@@ -9,7 +9,7 @@ use crate::data::example::{Batch, Pair, Sequence};
 use crate::model::heads::{Heads, VocabularyOutput};
 use crate::model::{Documents, Family, Gradients, Params, Pass};
 use crate::rl::grpo::TokenLoss;
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory};
+use rehearsal_kernels::{Activity, Buffer, Kernels, OutOfMemory};
 use std::ops::Range;
 
 /// The examples of one optimizer step.
@@ -231,6 +231,7 @@ fn preference(
         tally.ordered += usize::from(scores[0] > scores[1]);
         coefficients.extend([scale * slope, -scale * slope]);
     }
+    micro.pass.kernels.enter(Activity::Backward);
     micro.heads.backward_scores(
         micro.pass,
         micro.params,
@@ -268,6 +269,7 @@ impl Micro<'_> {
         output: &VocabularyOutput,
         coefficients: &[f64],
     ) -> Result<(), OutOfMemory> {
+        self.pass.kernels.enter(Activity::Backward);
         self.heads.backward_logprobs(
             self.pass,
             self.params,

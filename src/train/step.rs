@@ -18,7 +18,7 @@ use crate::config::stage::OptimizerConfig;
 use crate::model::moe::Routing;
 use crate::model::pass::indices;
 use crate::model::{Capacity, Gradients, PackedModel, Params, Transformer};
-use rehearsal_kernels::{Kernels, OutOfMemory};
+use rehearsal_kernels::{Activity, Kernels, OutOfMemory};
 use std::ops::Range;
 use std::time::Instant;
 
@@ -84,6 +84,7 @@ pub fn train_step(
     let missing = trainee.gradients.missing(&trainee.model.layout, scalar_head);
     assert!(missing.is_empty() || items.is_empty(), "no gradient was written for {missing:?}");
 
+    trainee.kernels.enter(Activity::Update);
     let gradient_norm = trainee.kernels.squared_sum(&trainee.gradients.slab.whole()).sqrt();
     let rate = learning_rate(settings.optimizer, settings.step, settings.steps, settings.share);
     let balance_loss = balance_loss(&routings);
@@ -177,6 +178,7 @@ fn backpropagate(
     summed: &mut Summed,
 ) -> Result<(), OutOfMemory> {
     let (kernels, model, packed) = (trainee.kernels, trainee.model, trainee.packed);
+    kernels.enter(Activity::Forward);
     let documents = items.pack(kernels, range.clone())?;
     let mut pass = model.pass(kernels, &documents, packed);
     pass.balance = settings.balance;
@@ -194,6 +196,7 @@ fn backpropagate(
         gradients: trainee.gradients,
     };
     items.evaluate(range, &mut micro, &mut summed.tally)?;
+    kernels.enter(Activity::Backward);
     let routing =
         model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)?;
     summed.routings.push(routing);

@@ -23,6 +23,7 @@ mod model;
 mod needle;
 mod oracle;
 mod prefill;
+mod profile;
 mod requirements;
 mod rollouts;
 mod routing;

@@ -1,7 +1,13 @@
 //! Proof: what the suite tries in thousands, in millions. Behind the feature `proof`, outside CI:
 //! `cargo test --release --features proof --test proof -- --nocapture --test-threads 1`.
 
+#[path = "../exact/mod.rs"]
+mod exact;
 #[path = "../hostile/mod.rs"]
 mod hostile;
+#[allow(dead_code, reason = "the suite's; of its runs only the finished one is wanted")]
+#[path = "../suite/runs.rs"]
+mod runs;
 
+mod exact_steps;
 mod hostile_files;

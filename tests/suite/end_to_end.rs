@@ -1,8 +1,8 @@
 //! Whole runs through the binary: every stage kind, equal bytes, and kills that change none.
 
 use crate::runs::{
-    check_each_step_once, check_refused, check_says, done, events, finished, smoke, smoke_with,
-    steps, weights,
+    check_each_step_once, check_refused, check_says, done, events, finished, instruction_sets,
+    smoke, smoke_with, steps, weights,
 };
 use rehearsal_kernels::random::{self, Stream};
 use serde_json::Value;
@@ -81,11 +81,13 @@ fn the_instruction_set_changes_no_byte() {
     let mut unknown = smoke(&folder.path().join("unknown"), &[]);
     unknown.env("REHEARSAL_ISA", "sse9");
     check_refused(unknown, 2, &["REHEARSAL_ISA = \"sse9\"", "portable", "leave the variable out"]);
-    let out = folder.path().join("portable");
-    let mut command = smoke(&out, &["--threads", "5"]);
-    command.env("REHEARSAL_ISA", "portable");
-    check_says(&done(command), &["5 threads on", "no more than"]);
-    assert!(weights(&out) == weights(finished()), "plain code gives other weights");
+    for isa in instruction_sets() {
+        let out = folder.path().join(isa);
+        let mut command = smoke(&out, &["--threads", "5"]);
+        command.env("REHEARSAL_ISA", isa);
+        check_says(&done(command), &["5 threads on", "no more than"]);
+        assert!(weights(&out) == weights(finished()), "{isa} gives other weights");
+    }
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! The suite: one binary, one module per capability.
 
+#[path = "../exact/mod.rs"]
+mod exact;
 #[path = "../hostile/mod.rs"]
 mod hostile;
 mod runs;
@@ -13,6 +15,7 @@ mod budget;
 mod edges;
 mod end_to_end;
 mod engine;
+mod exactness;
 mod experts;
 mod faults;
 mod formats;

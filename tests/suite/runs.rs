@@ -64,6 +64,16 @@ pub fn said(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
+/// The instruction sets of this processor, best first, as the program tells them.
+pub fn instruction_sets() -> Vec<&'static str> {
+    let mut unknown = rehearsal(&["check", "configs/smoke.toml", "--plan-only"]);
+    let refusal = said(&unknown.env("REHEARSAL_ISA", "sse9").output().unwrap());
+    let known = ["avx512", "avx2", "portable"].into_iter().filter(|name| refusal.contains(name));
+    let known: Vec<&str> = known.collect();
+    assert!(known.contains(&"portable"), "{refusal}");
+    known
+}
+
 /// A finished smoke run that all tests share and none changes.
 pub fn finished() -> &'static Path {
     static RUN: OnceLock<(TempDir, PathBuf)> = OnceLock::new();

@@ -116,6 +116,15 @@ pub fn measure(threads: usize, effort: &Effort) -> Machine {
     }
 }
 
+/// f32 operations a second that `threads` threads do together, alone of all rates: some thousandths of a second.
+pub fn measure_products(threads: usize, effort: &Effort) -> f64 {
+    products(&Pool::new(threads), loops::f32(Isa::detect()), effort)
+}
+
+fn products(pool: &Pool, product: Product, effort: &Effort) -> f64 {
+    together(pool, &|_| product_rate(&product, effort))
+}
+
 fn rates(
     isa: Isa,
     threads: usize,
@@ -124,7 +133,7 @@ fn rates(
     effort: &Effort,
 ) -> Rates {
     let pool = Pool::new(threads);
-    let product = |product: Product| together(&pool, &|_| product_rate(&product, effort));
+    let product = |product: Product| products(&pool, product, effort);
     // Half of a level is surely held by it, and four times the level below surely not by that.
     let l2_bytes = (caches.l2 / 2).max(1 << 16);
     let l3_bytes = (caches.l3 / 4 / threads as u64).clamp(2 * caches.l2, 16 * caches.l2);

@@ -18,9 +18,13 @@ use crate::config::Stage;
 use crate::config::stage::GrpoStage;
 use crate::console::Event;
 use crate::data::example::Prompt;
+use crate::engine::Machine;
 use crate::engine::phase::GenerateReport;
 use crate::engine::phase::StepReport;
 use crate::engine::phase::{Phase, PhaseReport};
+use crate::engine::utilisation::{
+    Chores, padding_share, rollout_bandwidth, tail_factor, useful_share,
+};
 use serde_json::json;
 use std::time::Instant;
 
@@ -37,6 +41,8 @@ pub(super) struct Aligned {
     score_seconds: f64,
     entered: PhaseReport,
     enter_seconds: f64,
+    /// Of the changes of phase, and of scoring.
+    chores: [Chores; 4],
 }
 
 impl Direction {
@@ -53,7 +59,7 @@ impl Direction {
         let ports = &self.ports;
 
         let entered = self.enter(Phase::Generate).await?;
-        let mut enter_seconds = entered.seconds;
+        let (mut enter_seconds, for_sampling) = (entered.seconds, entered.chores);
         let settings = settings.clone();
         let request = GenerateGroups {
             id: self.id(),
@@ -65,7 +71,9 @@ impl Direction {
         };
         let generated = self.ask(&ports.generate, request).await?;
 
-        enter_seconds += self.enter(Phase::Score).await?.seconds;
+        let entered = self.enter(Phase::Score).await?;
+        enter_seconds += entered.seconds;
+        let for_scoring = entered.chores;
         let scoring = Instant::now();
         let request =
             ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
@@ -87,6 +95,8 @@ impl Direction {
             sampled: generated.report,
             intervals: [since(generated.generate), since(generated.judge)],
             score_seconds,
+            // What scoring did beside rewards is told when its phase is left.
+            chores: [for_sampling, for_scoring, entered.left, entered.chores],
             entered,
             enter_seconds,
         })
@@ -135,11 +145,32 @@ impl Aligned {
             trained_tokens: self.report.tokens,
             trained_share: grpo.trained_share,
             logprob_gap_max: grpo.logprob_gap_max,
+            useful_flops: self.useful_flops(),
         }
     }
 
+    /// FLOPs that the step was for: prompts and replies once in sampling, and thrice where they are trained on.
+    fn useful_flops(&self) -> f64 {
+        self.sampled.useful_flops + self.report.useful_flops
+    }
+
+    /// Seconds of the step in which the device did nothing but what each name says. Rewards are judged while others are
+    /// sampled: what is exposed of them begins when sampling has ended.
+    fn exposed(&self) -> serde_json::Value {
+        let sum = |figure: fn(&Chores) -> f64| self.chores.iter().map(figure).sum::<f64>();
+        let [[_, sampled], [_, judged]] = self.intervals;
+        let [_, _, scoring, _] = &self.chores;
+        let beside = scoring.pack_seconds + scoring.offload_seconds + scoring.reference_seconds;
+        json!({
+            "reward": (judged - sampled).max(0.0) + (self.score_seconds - beside).max(0.0),
+            "reference": sum(|chores| chores.reference_seconds),
+            "sync": sum(|chores| chores.pack_seconds) + self.report.pack_seconds,
+            "offload": sum(|chores| chores.offload_seconds),
+        })
+    }
+
     /// The step's line for the journal.
-    pub(super) fn event(&self, stage: &Stage, step: u64) -> Event {
+    pub(super) fn event(&self, stage: &Stage, step: u64, machine: &Machine) -> Event {
         let statistics = &self.scored.statistics;
         let rewards: serde_json::Map<_, _> = statistics
             .components
@@ -165,6 +196,11 @@ impl Aligned {
             .with("logprob_gap_max", grpo.logprob_gap_max)
             .with("logprob_gap_mean", grpo.logprob_gap_mean)
             .with("new_tokens", self.sampled.new_tokens)
+            .with("rfu", useful_share(self.useful_flops(), self.seconds, machine))
+            .with("rollout_bandwidth", rollout_bandwidth(&self.sampled, machine))
+            .with("tail_factor", tail_factor(&self.sampled))
+            .with("padding_share", padding_share(&self.report))
+            .with("exposed_seconds", self.exposed())
             .with("intervals", json!({"generate": generate, "judge": judge}))
             .with(
                 "phase_seconds",

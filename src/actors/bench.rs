@@ -16,9 +16,9 @@ use crate::config::{
     Stage, TokenizerConfig,
 };
 use crate::data::example::Prompt;
-use crate::engine::Profile;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::phase::{ModelSource, PrepareStage};
+use crate::engine::{Machine, Profile};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -89,6 +89,7 @@ pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
         config: Arc::new(run_config(model, engine, settings, seed)),
         folders: Folders { run: spill.clone(), config: spill },
         console: None,
+        machine: Machine::default(),
         device,
         injection: Arc::default(),
         bench: Some(bench),

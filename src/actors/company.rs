@@ -22,6 +22,7 @@ use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
 use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
+use crate::engine::Machine;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use actix::{Actor, Arbiter, ArbiterHandle};
 use anyhow::Result;
@@ -41,13 +42,15 @@ pub struct RunRequest {
     pub config_dir: PathBuf,
     /// Bytes that the arenas may hold if the config has no budget; `None` for no limit.
     pub memory: Option<u64>,
+    /// What the machine does in a second on the run's threads.
+    pub machine: Machine,
     /// How progress is shown.
     pub console: ConsoleMode,
 }
 
 /// Makes a run, from its newest commit if there is one, to its end.
 pub fn start(request: RunRequest) -> Result<()> {
-    let RunRequest { config, folder, config_dir, memory, console } = request;
+    let RunRequest { config, folder, config_dir, memory, machine, console } = request;
     let mut engine = config.engine.clone();
     engine.budget = engine.budget.or(memory.map(Bytes));
     let setup = EngineSetup {
@@ -62,6 +65,7 @@ pub fn start(request: RunRequest) -> Result<()> {
             config: Arc::new(config),
             folders: Folders { run: folder, config: config_dir },
             console: Some(console),
+            machine,
             device: Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?))),
             injection: Arc::new(Injection::from_environment()?),
             bench: None,
@@ -90,6 +94,8 @@ pub struct Setup {
     pub limits: Limits,
     /// How progress is shown; `None` for a run without a journal.
     pub console: Option<ConsoleMode>,
+    /// What the machine does in a second.
+    pub machine: Machine,
     /// Makes the device.
     pub device: DeviceMaker,
     /// A fault that a test has planted.
@@ -329,9 +335,10 @@ impl Seats {
     fn lead(&self, hiring: &Hiring, setup: &Setup) -> Box<dyn Staff> {
         let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
         let (ports, stop) = (self.director_ports(), Arc::clone(&setup.stop));
+        let machine = setup.machine.clone();
         hiring.member(&self.director, move |post| {
             let (config, stop) = (Arc::clone(&config), Arc::clone(&stop));
-            Director::new(post, config, folders.clone(), ports.clone(), stop)
+            Director::new(post, config, folders.clone(), ports.clone(), machine.clone(), stop)
         })
     }
 

@@ -151,6 +151,8 @@ pub struct BenchStep {
     pub trained_share: f64,
     /// Largest gap between sampler and trainer.
     pub logprob_gap_max: f64,
+    /// FLOPs that the step was for, as its RFU counts them.
+    pub useful_flops: f64,
 }
 
 /// How a run ended.

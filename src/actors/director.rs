@@ -26,8 +26,10 @@ use crate::config::failpoint::failpoint;
 use crate::config::fault::signal_name;
 use crate::config::stage::StageKind;
 use crate::console::Event;
+use crate::engine::Machine;
 use crate::engine::phase::StepReport;
 use crate::engine::phase::{ModelSource, Phase, PhaseReport};
+use crate::engine::utilisation::useful_share;
 use actix::fut::ActorFutureExt;
 use actix::{AsyncContext, Handler};
 use std::cell::{Cell, RefCell};
@@ -55,6 +57,8 @@ pub struct Direction {
     pub(super) config: Arc<RunConfig>,
     pub(super) folders: Folders,
     pub(super) ports: DirectorPorts,
+    /// What it does in a second.
+    pub(super) machine: Machine,
     stop: StopSignal,
     /// Where the phase is shown.
     desk: Arc<Desk>,
@@ -76,12 +80,14 @@ impl Director {
         config: Arc<RunConfig>,
         folders: Folders,
         ports: DirectorPorts,
+        machine: Machine,
         stop: StopSignal,
     ) -> Director {
         let direction = Direction {
             config,
             folders,
             ports,
+            machine,
             stop,
             desk: Arc::clone(post.desk()),
             hazard: post.hazard().clone(),
@@ -179,6 +185,7 @@ impl Direction {
         let event = Event::new("run")
             .with("resumed", resumed)
             .with("seed", self.config.seed)
+            .with("machine", &self.machine)
             .with("stages", stages);
         self.record(event).await?;
         let data = self.ask(&self.ports.prepare_data, PrepareData {}).await?;
@@ -339,7 +346,7 @@ impl Direction {
         if let StageKind::Grpo(settings) = &stage.kind {
             let aligned = self.align(at.index, at.step, settings, at.version, None).await?;
             self.require_exact(stage, at.step + 1, &aligned).await?;
-            let event = aligned.event(stage, at.step + 1);
+            let event = aligned.event(stage, at.step + 1, &self.machine);
             let groups = aligned.scored.groups;
             let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };
             self.ask(&self.ports.record_rollouts, rollouts).await?;
@@ -353,9 +360,10 @@ impl Direction {
         let entered = self.enter(Phase::Train).await?;
         let report =
             self.ask(trainer, TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
-        let event =
-            step_event(stage, at.step + 1, &report, began.elapsed().as_secs_f64(), &entered);
-        let event = event.with("phase_seconds", serde_json::json!({"train": report.seconds}));
+        let seconds = began.elapsed().as_secs_f64();
+        let event = step_event(stage, at.step + 1, &report, seconds, &entered)
+            .with("useful_share", useful_share(report.useful_flops, seconds, &self.machine))
+            .with("phase_seconds", serde_json::json!({"train": report.seconds}));
         Ok((report, event))
     }
 
@@ -401,8 +409,8 @@ impl Direction {
         if let Some((current, report)) = &*self.phase.borrow()
             && *current == phase
         {
-            let report = report.clone();
-            return Ok(PhaseReport { seconds: 0.0, bytes_in: 0, bytes_out: 0, ..report });
+            let (held, high_water) = (report.held.clone(), report.high_water);
+            return Ok(PhaseReport { held, high_water, ..PhaseReport::default() });
         }
         self.desk.say(&format!("{phase:?}").to_lowercase());
         let report = self.ask(&self.ports.enter_phase, EnterPhase { id: self.id(), phase }).await?;

@@ -74,6 +74,11 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
         before.report.rows + last.report.rows,
         before.report.seconds + last.report.seconds,
     );
+    let (unique_rows, useful_flops, pack_seconds) = (
+        before.report.unique_rows + last.report.unique_rows,
+        before.report.useful_flops + last.report.useful_flops,
+        before.report.pack_seconds + last.report.pack_seconds,
+    );
     let gap = before.report.grpo.as_ref().map(|grpo| (grpo.logprob_gap_max, grpo.logprob_gap_mean));
     let shown = if last.report.skipped { before.report } else { last.report };
     let grpo = shown.grpo.map(|mut grpo| {
@@ -83,7 +88,17 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
         grpo
     });
     PolicyUpdate {
-        report: StepReport { tokens, rows, seconds, policy_version, grpo, ..shown },
+        report: StepReport {
+            tokens,
+            rows,
+            unique_rows,
+            useful_flops,
+            seconds,
+            pack_seconds,
+            policy_version,
+            grpo,
+            ..shown
+        },
         updates: before.updates + last.updates,
         skipped_updates: before.skipped_updates + last.skipped_updates,
     }
@@ -98,6 +113,8 @@ mod tests {
         let grpo = GrpoReport { logprob_gap_max: gap, kl: gap, ..GrpoReport::default() };
         let report = StepReport {
             tokens: 10,
+            useful_flops: if skipped { 0.0 } else { 6.0 },
+            pack_seconds: if skipped { 0.0 } else { 0.5 },
             loss: if skipped { f64::NAN } else { gap },
             policy_version,
             skipped,
@@ -113,6 +130,7 @@ mod tests {
         let grpo = joined.report.grpo.unwrap();
         assert_eq!((grpo.logprob_gap_max, grpo.kl), (0.25, 0.5));
         assert_eq!((joined.report.tokens, joined.updates, joined.skipped_updates), (20, 2, 0));
+        assert_eq!((joined.report.useful_flops, joined.report.pack_seconds), (12.0, 1.0));
     }
 
     #[test]
@@ -122,6 +140,7 @@ mod tests {
         for (joined, loss) in [(&changed_last, 0.5), (&changed_first, 0.25)] {
             assert_eq!((joined.report.skipped, joined.report.policy_version), (false, 1));
             assert_eq!((joined.report.loss, joined.skipped_updates), (loss, 1));
+            assert_eq!(joined.report.useful_flops, 6.0, "what was discarded is of no use");
         }
         let never = join(update(0.25, 0, true), update(0.5, 0, true));
         assert_eq!((never.report.skipped, never.updates, never.skipped_updates), (true, 2, 2));

@@ -8,6 +8,7 @@ mod fake_device;
 mod faults;
 mod plans;
 mod ports;
+mod utilisation;
 
 use super::bench::{self, BenchRequest};
 use super::company::{Seats, Setup, run};
@@ -187,6 +188,7 @@ impl Place {
             config: Arc::new(config),
             folders: Folders { run: self.run_folder(), config: self.folder.path().to_path_buf() },
             console: Some(ConsoleMode::Off),
+            machine: utilisation::machine(),
             device: fake.maker(),
             injection: Arc::new(Injection::parse(disturbance.inject).unwrap()),
             bench: None,
@@ -403,7 +405,9 @@ fn a_bench_times_its_steps_and_writes_nothing() {
     let Outcome::Timed(steps) = outcome else { panic!("{outcome:?}") };
     assert_eq!(steps.len(), 2);
     assert!(
-        steps.iter().all(|step| step.new_tokens == 4 && step.trained_tokens == 10),
+        steps.iter().all(|step| step.new_tokens == 4
+            && step.trained_tokens == 10
+            && step.useful_flops == utilisation::FLOPS),
         "{steps:?}"
     );
     assert!(!place.run_folder().exists());

@@ -3,7 +3,7 @@
 use super::bench_cache::{self, BenchCacheArgs};
 use super::bench_machine::{self, BenchMachineArgs};
 use super::command::Threads;
-use super::formats::FormatArgs;
+use super::formats::{Dtype, FormatArgs};
 use super::generate::{at_least_one, at_least_two, at_least_zero};
 use super::machine::{free_memory, measured, share_for_arenas};
 use super::open_model::{engine, spill_folder};
@@ -17,8 +17,12 @@ use crate::config::{Bytes, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
 use crate::engine::Profile;
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
+use crate::engine::utilisation::useful_share;
+use crate::plan::cache_bytes_per_token;
+use crate::plan::limit::{self, Sampling};
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use rehearsal_kernels::WeightFormat;
 use rehearsal_kernels::machine::{Effort, Machine};
 use rehearsal_kernels::random::{Stream, below};
 use serde_json::{Value, json};
@@ -31,7 +35,8 @@ use std::sync::Arc;
     long_about = "Time training, generation or alignment steps on random tokens, or count a cache's bytes. --model is a \
                   checkpoint folder, or a config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
                   decode_tokens_per_second (new tokens but each sequence's first, which the prefill draws), \
-                  seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, what was run, and what the machine does \
+                  limit_tokens_per_second (the most that the machine's measured rates allow), of grpo the rfu that a run's \
+                  journal has, seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, what was run, and what the machine does \
                   in a second (`bench machine` alone tells that), measured after the work.",
     after_help = EXAMPLES
 )]
@@ -47,6 +52,9 @@ const EXAMPLES: &str = "Example:\n  \
     rehearsal bench machine --json\n  \
     rehearsal bench cache --json\n  \
     rehearsal bench grpo --model config.json --prompts 16 --group 8 --new-tokens 32 --steps 3";
+
+/// The most tokens a second that the machine's measured rates allow, beside `tokens_per_second`.
+const LIMIT: &str = "limit_tokens_per_second";
 
 /// What to time.
 #[derive(Debug, Subcommand)]
@@ -311,7 +319,9 @@ fn train(args: &BenchTrainArgs) -> Result<Outcome> {
         "tokens_per_second": trained / spent.wall_seconds,
         "seconds_per_step": spent.wall_seconds / args.steps as f64,
     });
-    Ok(with_spent(figures, &spent, &args.model, args.threads, profile.as_deref()))
+    let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
+    outcome.figures[LIMIT] = json!(limit::training(&config, args.sequence, &outcome.machine));
+    Ok(outcome)
 }
 
 fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
@@ -360,7 +370,20 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
         "prefill_tokens_per_second": report.prompt_tokens as f64 / report.prefill_seconds.max(1e-9),
         "decode_tokens_per_second": decoded / (report.seconds - report.prefill_seconds).max(1e-9),
     });
-    Ok(with_spent(figures, &spent, &args.model, args.threads, profile.as_deref()))
+    let sampling = Sampling {
+        prompts: batch / samples,
+        samples,
+        prompt_tokens: args.prompt_tokens,
+        new_tokens: args.new_tokens,
+        decode_batch: EngineConfig::default().decode_batch,
+        weight_bytes: WeightFormat::from(args.formats.dtype).code_bytes() as f64,
+        cache_bytes: engine.cache_bytes_per_token().unwrap_or_default(),
+        integers: args.formats.dtype == Dtype::Int8,
+    };
+    let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
+    let seconds = sampling.seconds(&config, &outcome.machine);
+    outcome.figures[LIMIT] = json!(sampling.new_tokens() / seconds);
+    Ok(outcome)
 }
 
 fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
@@ -374,12 +397,22 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     };
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
     let profile = counting(args.profile, args.threads);
+    let sampling = Sampling {
+        prompts: args.prompts,
+        samples: args.group,
+        prompt_tokens: args.prompt_tokens,
+        new_tokens: args.new_tokens,
+        decode_batch: EngineConfig::default().decode_batch,
+        weight_bytes: 4.0,
+        cache_bytes: cache_bytes_per_token(&config) as f64,
+        integers: false,
+    };
     let (threads, exact) = (args.threads.count(), args.exact);
     let engine = EngineConfig { threads, budget, exact, ..EngineConfig::default() };
     let spill = spill_folder();
     let stopwatch = Stopwatch::start();
     let steps = bench_grpo(BenchRequest {
-        model: config,
+        model: config.clone(),
         weights,
         engine,
         settings: settings(args),
@@ -409,7 +442,13 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         "train_seconds": mean(|s| s.train_seconds),
         "tokens_per_second": mean(|s| s.new_tokens as f64) / mean(|s| s.seconds),
     });
-    Ok(with_spent(figures, &spent, &args.model, args.threads, profile.as_deref()))
+    let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
+    let (trained, references) = (mean(|s| s.trained_share), usize::from(args.kl_weight > 0.0));
+    let seconds = limit::alignment(&config, &sampling, trained, references, &outcome.machine);
+    outcome.figures[LIMIT] = json!(sampling.new_tokens() / seconds);
+    let useful = (mean(|s| s.useful_flops), mean(|s| s.seconds));
+    outcome.figures["rfu"] = json!(useful_share(useful.0, useful.1, &outcome.machine));
+    Ok(outcome)
 }
 
 /// One update per batch, with a KL term, as the quickstart's stages have it.

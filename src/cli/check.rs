@@ -2,7 +2,7 @@
 
 use super::check_report::CheckReport;
 use super::command::{Threads, cores, warned};
-use super::machine::free_memory;
+use super::machine::{free_memory, measured_products};
 use super::output::{say, say_json};
 use crate::actors::check_stage_data;
 use crate::checkpoint::{TensorFolder, read_model_config};
@@ -113,7 +113,8 @@ fn report_alone(args: &CheckArgs) -> Result<(CheckReport, ModelConfig)> {
     let lines = if args.plan_only { BTreeMap::new() } else { check_files(&loaded)? };
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = warned(args.threads.given().or(configured).unwrap_or_else(cores));
-    Ok((CheckReport::of_run(&loaded, lines, threads)?, loaded.config.model))
+    let products = measured_products(threads);
+    Ok((CheckReport::of_run(&loaded, lines, threads, products)?, loaded.config.model))
 }
 
 /// True for JSON: by its extension, or by its first character if it has another.

@@ -3,14 +3,14 @@
 use super::machine::share_for_arenas;
 use super::output::{duration, grouped};
 use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig, StageKind};
+use crate::model::{Parameters, flops_per_token, parameters};
 use crate::plan::comparison::PAPER;
 use crate::plan::cost::{CACHE_DTYPE, PEAK_FLOPS};
-use crate::plan::estimate::{FLOPS_PER_THREAD, generated_lines, sequence};
+use crate::plan::estimate::{TRAINED_SHARE, generated_lines, sequence};
 use crate::plan::memory::{Owners, total};
 use crate::plan::{
-    Comparison, Estimate, Memory, Parameters, Utilisation, cache_bytes_per_token,
-    cache_elements_per_token, compare, estimate, flops_per_token, host_bytes, memory, model_memory,
-    parameters, utilisation,
+    Comparison, Estimate, Memory, Utilisation, cache_bytes_per_token, cache_elements_per_token,
+    compare, estimate, host_bytes, memory, model_memory, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -90,11 +90,13 @@ impl CheckReport {
         }
     }
 
-    /// The report of a run on `threads` threads, with the examples that were counted.
+    /// The report of a run on `threads` threads that do `products` f32 operations a second together, with the examples
+    /// that were counted.
     pub fn of_run(
         loaded: &Loaded,
         lines: BTreeMap<String, u64>,
         threads: usize,
+        products: f64,
     ) -> Result<CheckReport, ConfigError> {
         let config = &loaded.config;
         let models: Result<Vec<ModelConfig>, ConfigError> = (0..config.stages.len())
@@ -109,7 +111,7 @@ impl CheckReport {
             memory: plan.by_phase(),
             budget_bytes: config.engine.budget.map(|budget| budget.0),
             exact: has_rollouts.then_some(config.engine.exact),
-            estimate: Some(estimate(config, &models, &lines, threads)),
+            estimate: Some(estimate(config, &models, &lines, threads, products)),
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
             plan: Some(plan),
@@ -223,6 +225,11 @@ impl CheckReport {
             )?;
         }
         self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
+    }
+
+    /// Most bytes that a run is planned to hold at once.
+    pub fn peak_bytes(&self) -> u64 {
+        self.plan.as_ref().and_then(Memory::peak).map_or(0, |(_, _, bytes)| bytes)
     }
 
     /// Most bytes that the run folder takes.
@@ -347,9 +354,10 @@ fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Res
     writeln!(out, "tokens    {} trained", grouped(estimate.tokens))?;
     writeln!(out, "disk      {} at most", Bytes(estimate.disk_bytes))?;
     let rate = format!(
-        "{} thread(s), at {} a second and thread",
+        "{} thread(s), at {:.0} % of the {:.1} GFLOP/s that each was measured at",
         estimate.threads,
-        flops(FLOPS_PER_THREAD)
+        100.0 * TRAINED_SHARE,
+        estimate.products / estimate.threads.max(1) as f64 / 1e9
     );
     match estimate.seconds {
         Some(seconds) => {
@@ -379,7 +387,7 @@ mod tests {
     fn run(assignments: &[&str]) -> CheckReport {
         let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
         let loaded = RunConfig::load(&configs().join("quickstart.toml"), &assignments).unwrap();
-        CheckReport::of_run(&loaded, BTreeMap::new(), 2).unwrap()
+        CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap()
     }
 
     #[test]
@@ -456,7 +464,7 @@ mod tests {
         let batch = over(&["stage.base.batch=1000000000"], 64 << 30).unwrap();
         assert!(batch.contains("stage base holds") && batch.contains("lower its batch"), "{batch}");
         let loaded = RunConfig::load(&configs().join("smoke.toml"), &[]).unwrap();
-        let free = CheckReport::of_run(&loaded, BTreeMap::new(), 2).unwrap();
+        let free = CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap();
         let text = free.on_machine(Some(10 << 30)).to_string();
         assert!(text.contains("budget    none; here the arenas take at most 9.00 GiB"), "{text}");
         let text = run(&["engine.budget=\"1 GiB\""]).on_machine(Some(10 << 30)).to_string();
@@ -471,7 +479,7 @@ mod tests {
             assert!(report.to_string().contains(word), "{report}");
         }
         let loaded = RunConfig::load(&configs().join("small/needle.toml"), &[]).unwrap();
-        let without = CheckReport::of_run(&loaded, BTreeMap::new(), 2).unwrap();
+        let without = CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap();
         assert!(without.exact.is_none() && !without.to_string().contains("rollouts  "));
     }
 

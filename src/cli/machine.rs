@@ -3,9 +3,10 @@
 //!
 //! Knows no run. A source that is not there (another system, no container) sets no limit.
 
+use super::command::cores;
 use crate::checkpoint::disk_fault;
 use anyhow::{Context, Result};
-use rehearsal_kernels::machine::{Effort, Machine, measure};
+use rehearsal_kernels::machine::{Effort, Machine, measure, measure_products};
 use rustix::process::{Resource, getrlimit};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -37,6 +38,18 @@ pub fn share_for_arenas(free: u64) -> u64 {
 /// What this machine does in a second on so many threads; memory is measured if a quarter of what is free suffices.
 pub fn measured(threads: usize, effort: fn(u64) -> Effort) -> Machine {
     measure(threads, &effort(free_memory().map_or(0, |free| free / 4)))
+}
+
+/// The same for a run that will hold so many bytes itself: measuring memory takes no more, so that a small run stays small.
+pub fn measured_for_run(threads: usize, run_bytes: u64) -> Machine {
+    let room = free_memory().map_or(0, |free| free / 4).min(run_bytes);
+    measure(threads, &Effort::brief(room))
+}
+
+/// f32 operations of products that so many threads do in a second; of more threads than cores those of the cores, which is
+/// what they share.
+pub fn measured_products(threads: usize) -> f64 {
+    measure_products(threads.min(cores()), &Effort::brief(0))
 }
 
 /// A line `NAME   NUMBER kB`, in bytes.

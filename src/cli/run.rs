@@ -7,7 +7,9 @@ use super::check::check_files;
 use super::check_report::CheckReport;
 use super::command::{Threads, cores, warned};
 use super::generate::seed;
-use super::machine::{free_disk, free_memory, held_disk, share_for_arenas};
+use super::machine::{
+    free_disk, free_memory, held_disk, measured_for_run, measured_products, share_for_arenas,
+};
 use super::output::say;
 use super::run_folder::{Opened, RunFolder, Wish, is_finished, is_resumed, open};
 use crate::actors::{RunRequest, start};
@@ -94,11 +96,11 @@ pub fn run(args: RunArgs) -> Result<()> {
     if is_finished(&out, &loaded, wish)? {
         return say_finished(&out);
     }
-    let memory = require_resources(&out, &loaded, wish)?;
+    let room = require_resources(&out, &loaded, wish)?;
     let resume = resume_command(&args, &out);
     match open(&out, &loaded, wish, resume.clone())? {
         Opened::Finished => say_finished(&out),
-        Opened::Ready(folder) => drive(folder, loaded, memory, &resume),
+        Opened::Ready(folder) => drive(folder, loaded, &room, &resume),
     }
 }
 
@@ -136,13 +138,24 @@ fn out_folder(args: &RunArgs) -> PathBuf {
     args.out.clone().unwrap_or_else(|| Path::new("runs").join(stem))
 }
 
-/// Refuses a run that its budget or the machine cannot hold, whose data is wrong, or that the disk cannot hold. Gives
-/// what the arenas may take if the config has no budget.
-fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Option<u64>> {
+/// What a run was found to have.
+struct Room {
+    /// Bytes that the arenas may take if the config has no budget; `None` for no limit.
+    arenas: Option<u64>,
+    /// Bytes that the run is planned to hold at most.
+    planned: u64,
+    /// Threads that it computes on.
+    threads: usize,
+}
+
+/// Refuses a run that its budget or the machine cannot hold, whose data is wrong, or that the disk cannot hold.
+fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Room> {
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = warned(configured.unwrap_or_else(cores));
     let free = free_memory();
-    let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads)?.on_machine(free);
+    let products = measured_products(threads);
+    let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads, products)?;
+    let plan = plan.on_machine(free);
     if let Some(refusal) = plan.over_budget().or_else(|| plan.over_memory()) {
         return Err(Fault::resources(refusal));
     }
@@ -158,16 +171,14 @@ fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Option<u
             if held > 0 { " beside what it holds" } else { "" },
             Bytes(free_disk)
         ))),
-        false => Ok(free.map(share_for_arenas)),
+        false => {
+            let (arenas, planned) = (free.map(share_for_arenas), plan.peak_bytes());
+            Ok(Room { arenas, planned, threads })
+        }
     }
 }
 
-fn drive(
-    mut folder: RunFolder,
-    loaded: Loaded,
-    memory: Option<u64>,
-    resume: &TypedCommand,
-) -> Result<()> {
+fn drive(mut folder: RunFolder, loaded: Loaded, room: &Room, resume: &TypedCommand) -> Result<()> {
     let console = loaded.config.console.mode;
     if console != ConsoleMode::Off {
         if let Some(aside) = &folder.moved {
@@ -181,7 +192,8 @@ fn drive(
         config: loaded.config,
         folder: folder.path.clone(),
         config_dir: loaded.folder,
-        memory,
+        memory: room.arenas,
+        machine: measured_for_run(room.threads, room.planned),
         console,
     };
     match start(request) {
@@ -258,7 +270,7 @@ mod tests {
         let out = place.path().join("run");
         let line = format!("{} --set engine.budget=100000 --out {}", smoke(), out.display());
         let loaded = load(&args(&line)).unwrap();
-        let report = CheckReport::of_run(&loaded, Default::default(), 1).unwrap();
+        let report = CheckReport::of_run(&loaded, Default::default(), 1, 1e11).unwrap();
         assert!(report.over_budget().is_some());
         let failure = run(args(&line)).unwrap_err();
         assert!(

@@ -35,7 +35,7 @@ const NOTES: usize = 16;
 /// Time between two writes of the file at least.
 const WRITE_INTERVAL: Duration = Duration::from_millis(250);
 /// Keys of a step that become curves.
-const CURVES: [&str; 8] = [
+const CURVES: [&str; 10] = [
     "loss",
     "reward_mean",
     "accuracy",
@@ -44,6 +44,8 @@ const CURVES: [&str; 8] = [
     "length_mean",
     "gradient_norm",
     "tokens_per_second",
+    "rfu",
+    "useful_share",
 ];
 
 /// The picture.

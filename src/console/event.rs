@@ -4,12 +4,16 @@
 //! stage, from 1) are in every line, null where they do not apply. The other keys depend on the
 //! event; the ones that board, console and plots read are:
 //!   * `run`: `resumed` (bool), `seed`, `stages` (list of `{name, kind, steps}`; steps null if not
-//!     known yet)
+//!     known yet), `machine` (what it does in a second, measured when this process began, with the
+//!     keys of `bench machine --json`: every share of a step is of these rates)
 //!   * `stage-start`: `steps`; `stage-end`: `seconds`
 //!   * `step`: `loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`, `seconds`;
 //!     `dropped` (share of the pairs of token and expert) in a stage that lets full devices drop;
-//!     for `grpo` also `reward_mean`, `kl`, `entropy`, `clip_share`, `length_mean`,
-//!     `zero_variance_groups`, `logprob_gap_max`
+//!     `useful_share` (of the measured f32 products) but in `grpo`, which has `reward_mean`, `kl`,
+//!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max`, and of
+//!     the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
+//!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`);
+//!     docs/performance.md defines them
 //!   * `eval`: `name`, one of `pass_at_1`, `perplexity`, `accuracy`, `rate`, and `samples`;
 //!     optionally `replies` (list of `{prompt, text, answer, score}`)
 //!   * `commit`: `folder`; `note`: `text`

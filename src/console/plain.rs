@@ -81,8 +81,10 @@ impl Plain {
             }
             "stage-start" => self.stage_heading(&stage, event),
             "step" => {
-                let number = self.step_number(&stage);
-                self.line(&format!("{} {number}  {}", fitted(&stage, 20), step_figures(event)));
+                let (number, figures) = (self.step_number(&stage), step_figures(event));
+                // A long name gives way to the figures.
+                let room = WIDTH.saturating_sub(number.len() + figures.len() + 3);
+                self.line(&format!("{} {number}  {figures}", fitted(&stage, room.clamp(8, 20))));
             }
             "eval" => self.eval_line(event),
             "stage-end" => self.before_and_after(&stage),
@@ -311,10 +313,11 @@ fn step_figures(event: &Event) -> String {
     let aligned = event.number("reward_mean").is_some();
     let dropped = event.number("dropped");
     // An alignment step's loss says little (its mean is near 0), and its line is full. A line that tells what was dropped
-    // has no room for the learning rate, which the config tells.
+    // or how accurate it was has no room for the learning rate, which the config tells.
+    let is_full = dropped.is_some() || event.number("accuracy").is_some();
     let left_out = |key: &str| {
         aligned && ["loss", "learning_rate", "gradient_norm"].contains(&key)
-            || dropped.is_some() && key == "learning_rate"
+            || is_full && key == "learning_rate"
     };
     let mut parts: Vec<String> = named
         .iter()
@@ -322,7 +325,12 @@ fn step_figures(event: &Event) -> String {
         .filter_map(|(key, name)| Some(format!("{name} {}", short(event.number(key)?))))
         .collect();
     parts.extend(dropped.map(|share| format!("drop {:.1} %", 100.0 * share)));
-    parts.extend(event.number("tokens_per_second").map(|rate| format!("{rate:.0} tok/s")));
+    let rfu = event.number("rfu").map(|share| format!("rfu {:.1} %", 100.0 * share));
+    // The tokens that an alignment step trains on say less of its speed than its useful FLOPs do.
+    let rate = event.number("tokens_per_second").filter(|_| rfu.is_none());
+    parts.extend(rate.map(|rate| format!("{rate:.0} tok/s")));
+    parts.extend(rfu);
+    parts.extend(event.number("useful_share").map(|share| format!("use {:.1} %", 100.0 * share)));
     if event.get("skipped").and_then(|v| v.as_bool()) == Some(true) {
         parts.push("SKIPPED: not finite".to_string());
     } else if let Some(skipped) = event.whole("skipped_updates").filter(|skipped| *skipped > 0) {

@@ -17,12 +17,13 @@ use super::resident::{
     Calibration, Resident, config_of, out_of_memory, require_policy, save_model, write_slabs,
 };
 use super::scoring::Scorer;
+use super::utilisation::Chores;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
-use crate::config::{EngineConfig, ModelConfig, Offload};
+use crate::config::{EngineConfig, ModelConfig};
 use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
@@ -63,15 +64,17 @@ pub struct HybridEngine {
     pub(super) setup: EngineSetup,
     pub(super) phase: Phase,
     pub(super) policy: Option<Resident>,
-    policy_version: u64,
-    others: BTreeMap<Role, Resident>,
-    optimizer: Option<ParkedOptimizer>,
+    pub(super) policy_version: u64,
+    pub(super) others: BTreeMap<Role, Resident>,
+    pub(super) optimizer: Option<ParkedOptimizer>,
     balance: Balance,
-    form: AttentionForm,
-    prefill: Prefill,
+    pub(super) form: AttentionForm,
+    pub(super) prefill: Prefill,
     pub(super) formats: Formats,
     /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
     fitting: usize,
+    /// What was done beside sampling, rewards and training since the last change of phase.
+    pub(super) chores: Chores,
     /// What the phase made; dropped when it ends.
     pub(super) working: Working,
 }
@@ -80,9 +83,9 @@ pub struct HybridEngine {
 #[derive(Default)]
 pub(super) struct Working {
     pub packed: Option<PackedModel>,
-    gradients: Option<Gradients>,
+    pub gradients: Option<Gradients>,
     pub cache: Option<LatentCache>,
-    scored: Option<(Role, Params, PackedModel)>,
+    pub scored: Option<(Role, Params, PackedModel)>,
 }
 
 impl HybridEngine {
@@ -114,6 +117,7 @@ impl HybridEngine {
             prefill: Prefill::ByCost,
             formats: Formats::default(),
             fitting: 0,
+            chores: Chores::default(),
             working: Working::default(),
         })
     }
@@ -183,7 +187,9 @@ impl HybridEngine {
         let began = Instant::now();
         let _during = Activity::Switch.begin(&self.kernels);
         let (mut bytes_out, mut bytes_in) = (0, 0);
+        let (mut chores, mut left) = (Chores::default(), Chores::default());
         if phase != self.phase {
+            left = std::mem::take(&mut self.chores);
             bytes_out += self.leave()?;
             self.phase = phase;
             bytes_out += self.park()?;
@@ -198,15 +204,22 @@ impl HybridEngine {
                     Phase::Score | Phase::Idle => {}
                 }
             }
+            chores = std::mem::take(&mut self.chores);
         }
         let seconds = began.elapsed().as_secs_f64();
-        Ok(PhaseReport { seconds, bytes_out, bytes_in, ..self.holdings() })
+        Ok(PhaseReport { seconds, bytes_out, bytes_in, chores, left, ..self.holdings() })
     }
 
     /// Runs one model over whole sequences.
     pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
         let _during = Activity::Score.begin(&self.kernels);
-        self.scorer(&job.role)?.score(job)
+        let scorer = self.scorer(&job.role)?;
+        let began = Instant::now();
+        let scores = scorer.score(job);
+        if job.role == Role::Reference {
+            self.chores.reference_seconds += began.elapsed().as_secs_f64();
+        }
+        scores
     }
 
     /// A model of the Score phase, packed.
@@ -224,10 +237,14 @@ impl HybridEngine {
             let Some(resident) = resident else {
                 bail!("the engine holds no model {}", role.name())
             };
+            let began = Instant::now();
             let (params, _) = resident.take(kernels)?;
+            self.chores.moved_since(began);
             let pack = PackFor { format, ..PackFor::documents(form, false) };
+            let began = Instant::now();
             let packed =
                 resident.model.pack(kernels, &params, &role.name(), self.policy_version, pack);
+            self.chores.packed_since(began);
             self.working.scored = Some((role.clone(), params, packed.map_err(out_of_memory)?));
             kernels.enter(Activity::Score);
         }
@@ -302,7 +319,9 @@ impl HybridEngine {
         }
         if !report.skipped {
             self.policy_version += 1;
+            let before = self.chores.pack_seconds;
             self.pack_policy(PackFor::documents(self.form, true))?;
+            report.pack_seconds = self.chores.pack_seconds - before;
         }
         report.policy_version = self.policy_version;
         Ok(report)
@@ -387,74 +406,6 @@ impl HybridEngine {
     /// The config of the loaded policy (YaRN and length of a long-context stage included).
     pub fn model_config(&self) -> Option<&ModelConfig> {
         self.policy.as_ref().map(|p| &p.model.config)
-    }
-
-    /// Drops the phase's memory. Returns the bytes moved off the device.
-    fn leave(&mut self) -> Result<u64> {
-        let bytes = self.unload_scored()?;
-        self.working = Working::default();
-        Ok(bytes)
-    }
-
-    /// Moves off the device what `engine.offload` names and no phase is using. Returns the bytes moved.
-    fn park(&mut self) -> Result<u64> {
-        let offload = &self.setup.engine.offload;
-        let mut bytes = 0;
-        for (role, model) in &mut self.others {
-            let kind =
-                if *role == Role::Reference { Offload::Reference } else { Offload::RewardModels };
-            if offload.contains(&kind) {
-                bytes += model.weights.release()?;
-            }
-        }
-        if self.phase != Phase::Train
-            && offload.contains(&Offload::Optimizer)
-            && let Some(state) = &mut self.optimizer
-        {
-            bytes += state.first.release()? + state.second.release()?;
-        }
-        Ok(bytes)
-    }
-
-    /// Puts back the model that was scored last. Returns the bytes moved off the device.
-    fn unload_scored(&mut self) -> Result<u64> {
-        let Some((role, params, packed)) = self.working.scored.take() else { return Ok(0) };
-        drop(packed);
-        let resident =
-            if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
-        resident.expect("a scored model is held").weights.put(params.slab);
-        // A reward model or reference makes room for the next one at once.
-        self.park()
-    }
-
-    fn pack_policy(&mut self, pack: PackFor) -> Result<()> {
-        self.working.packed = None;
-        let kernels = self.kernels.as_ref();
-        let policy = self.policy.as_mut().expect("only called with a policy");
-        let (params, _) = policy.take(kernels)?;
-        let packed = policy.model.pack(kernels, &params, "policy", self.policy_version, pack);
-        policy.weights.put(params.slab);
-        self.working.packed = Some(packed.map_err(out_of_memory)?);
-        Ok(())
-    }
-
-    fn ready_training(&mut self) -> Result<u64> {
-        let form: AttentionForm = self.form;
-        self.pack_policy(PackFor::documents(form, true))?;
-        let kernels = self.kernels.as_ref();
-        let policy = self.policy.as_ref().expect("only called with a policy");
-        let gradients =
-            Gradients::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
-        self.working.gradients = Some(gradients);
-        let mut bytes = 0;
-        if let Some(state) = &mut self.optimizer {
-            for parked in [&mut state.first, &mut state.second] {
-                let (slab, read) = parked.take(kernels.arena())?;
-                parked.put(slab);
-                bytes += read;
-            }
-        }
-        Ok(bytes)
     }
 
     pub(super) fn expect_phase(&self, phase: Phase, verb: &str) -> Result<()> {

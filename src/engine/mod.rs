@@ -11,12 +11,16 @@ pub mod resident;
 
 pub mod formats;
 pub mod hybrid;
+mod readying;
 mod sampling;
 mod scoring;
+
+pub mod utilisation;
 
 pub use formats::Formats;
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 pub use rehearsal_kernels::Profile;
+pub use rehearsal_kernels::machine::Machine;
 pub use resident::check_weights;
 pub use scoring::ROWS_AT_ONCE;

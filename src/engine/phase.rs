@@ -4,6 +4,7 @@
 //! Score: one model at a time, forward only. Train: weights, gradients, moments, activations; no cache.
 //! Idle: only what the last phase left resident and nothing else needs.
 
+use super::utilisation::Chores;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
@@ -11,7 +12,9 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-pub use crate::inference::job::{GenerateJob, GenerateReport, GenerateRequest, TokenGroup};
+pub use crate::inference::job::{
+    DecodePasses, GenerateJob, GenerateReport, GenerateRequest, TokenGroup,
+};
 pub use crate::rl::grpo::GrpoSettings;
 pub use crate::train::job::{Dropping, GrpoReport, StepReport, TrainJob};
 pub use crate::train::routing::LayerRouting;
@@ -118,6 +121,10 @@ pub struct PhaseReport {
     pub bytes_out: u64,
     /// See `bytes_out`.
     pub bytes_in: u64,
+    /// What of the seconds went into packing and moving.
+    pub chores: Chores,
+    /// What the jobs of the phase before spent on the like.
+    pub left: Chores,
     /// Bytes held afterwards, by "role/kind".
     pub held: BTreeMap<String, u64>,
     /// Most bytes ever held.

@@ -3,13 +3,17 @@
 use super::hybrid::HybridEngine;
 use super::phase::{Phase, Role};
 use super::resident::out_of_memory;
-use crate::config::EngineConfig;
+use crate::config::engine::Prefill;
 use crate::config::fault::Fault;
-use crate::inference::job::{GenerateJob, GenerateReport, TokenGroup};
+use crate::config::{EngineConfig, ModelConfig};
+use crate::inference::job::{DecodePasses, GenerateJob, GenerateReport, TokenGroup};
 use crate::inference::{Forward, ForwardRows, Limits, generate, read_decoded, score_decoded};
+use crate::model::cost::{forward_flops, weights_read};
+use crate::model::parameters::{keys_and_values, multiplied};
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
 use rehearsal_kernels::{Activity, Buffer, Kernels, SampleRow, Sampled};
+use std::collections::HashMap;
 
 /// The policy as the sampler sees it.
 pub(super) struct Decoder<'a> {
@@ -106,7 +110,42 @@ impl HybridEngine {
         };
         let tokens = job.requests.iter().map(|request| request.tokens.as_slice());
         self.check_tokens(tokens)?;
-        self.with_cache(pages, |decoder, limits| generate(decoder, job, limits, on_group))
+        let config = self.model_config().expect("checked by expect_phase").clone();
+        let mut useful_flops: f64 =
+            job.requests.iter().map(|r| forward_flops(&config, 0, r.tokens.len())).sum();
+        let prompts: HashMap<u32, usize> =
+            job.requests.iter().map(|r| (r.slot, r.tokens.len())).collect();
+        let mut count = |group: TokenGroup| {
+            let replies = group.rollouts.iter().map(|rollout| rollout.tokens.len());
+            let flops = |reply| forward_flops(&config, prompts[&group.slot], reply);
+            useful_flops += replies.map(flops).sum::<f64>();
+            on_group(group);
+        };
+        let mut report =
+            self.with_cache(pages, |decoder, limits| generate(decoder, job, limits, &mut count))?;
+        report.useful_flops = useful_flops;
+        (report.least_bytes, report.working_bytes) = self.bytes_of(&report.decode, &config);
+        Ok(report)
+    }
+
+    /// What passes that decoded had to read, and the weights with the cached tokens of the pass that saw most.
+    fn bytes_of(&self, decode: &[DecodePasses], config: &ModelConfig) -> (f64, f64) {
+        let kernels = self.kernels.as_ref();
+        let token = LatentCache::page_bytes(kernels, config, self.formats.cache, 1) as f64;
+        // Where prompts may be expanded kv_b is packed once more, which decoding does not read.
+        let beside = match self.prefill {
+            Prefill::Absorbed => 0,
+            Prefill::ByCost => keys_and_values(config),
+        };
+        let (all, held) = ((multiplied(config) + beside) as f64, self.packed_bytes() as f64);
+        let (mut read, mut most) = (0.0, 0.0_f64);
+        for passes in decode {
+            let weights = weights_read(config, passes.rows as usize) / all * held;
+            let cached = passes.cached_tokens as f64 * token;
+            read += passes.passes as f64 * weights + cached;
+            most = most.max(cached / passes.passes as f64);
+        }
+        (read, held + most)
     }
 
     /// Log-probabilities of each sequence's tokens from the second on, token by token through the sampler's cache.

@@ -69,7 +69,10 @@ pub fn generate(
             None => {
                 forward.enter(Activity::Decode);
                 let plan = scheduler.decode();
+                let pass_began = Instant::now();
                 let sampled = execute(forward, &plan)?;
+                let seconds = pass_began.elapsed().as_secs_f64();
+                report.count(plan.rows.len() as u64, seconds, plan.cached_tokens);
                 (plan, sampled)
             }
         };
@@ -201,6 +204,11 @@ mod tests {
         assert_eq!(groups, naive(&job, 64));
         // The last of the nine tokens never enters the cache.
         assert_eq!((report.prompt_tokens, report.new_tokens, machine.rows), (35, 72, 35 + 8 * 8));
+        // Eight passes of eight rows. Of the prompt 32 tokens fill pages, which are seen once a pass; each rollout sees
+        // the other 3 and from 1 to 8 of its own.
+        let [passes] = report.decode[..] else { panic!("{:?}", report.decode) };
+        assert_eq!((passes.rows, passes.passes), (8, 8));
+        assert_eq!(passes.cached_tokens, 8 * (32 + 8 * 3) + 8 * (1..=8).sum::<u64>());
         // 8 whole pages of the prompt, and for each rollout the pages of positions 32 to 42.
         assert_eq!(report.pages_high_water, 8 + 8 * 3);
         job.requests[0].samples = 1;

@@ -61,6 +61,45 @@ pub struct GenerateReport {
     pub prefill_seconds: f64,
     /// Seconds in all.
     pub seconds: f64,
+    /// The passes that decoded, by their number of rows, fewest first.
+    pub decode: Vec<DecodePasses>,
+    /// FLOPs of one forward pass with attention expanded: each prompt once, each sampled token once.
+    pub useful_flops: f64,
+    /// Bytes that the passes that decoded had to read at least: weights that their rows touch, and each cached token that
+    /// some row sees, a shared prompt's once.
+    pub least_bytes: f64,
+    /// Bytes of the weights and of the cached tokens that a pass sees at most, which decide what memory they are read from.
+    pub working_bytes: f64,
     /// Most cache pages in use at once.
     pub pages_high_water: usize,
+}
+
+/// Passes that decoded equally many rows, one token each.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DecodePasses {
+    /// Rows of a pass.
+    pub rows: u64,
+    /// Passes.
+    pub passes: u64,
+    /// Seconds of all of them.
+    pub seconds: f64,
+    /// Cached tokens that each pass saw, added up: a prompt's whole pages once for all rollouts that share them.
+    pub cached_tokens: u64,
+}
+
+impl GenerateReport {
+    /// Counts one pass that decoded.
+    pub fn count(&mut self, rows: u64, seconds: f64, cached_tokens: u64) {
+        let place = match self.decode.binary_search_by_key(&rows, |passes| passes.rows) {
+            Ok(place) => place,
+            Err(place) => {
+                self.decode.insert(place, DecodePasses { rows, ..DecodePasses::default() });
+                place
+            }
+        };
+        let passes = &mut self.decode[place];
+        passes.passes += 1;
+        passes.seconds += seconds;
+        passes.cached_tokens += cached_tokens;
+    }
 }

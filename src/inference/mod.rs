@@ -21,5 +21,5 @@ pub mod score;
 mod oracle;
 
 pub use generate::{Forward, Limits, generate};
-pub use job::{GenerateJob, GenerateReport, GenerateRequest, TokenGroup};
+pub use job::{DecodePasses, GenerateJob, GenerateReport, GenerateRequest, TokenGroup};
 pub use score::{ForwardRows, read_decoded, score_decoded};

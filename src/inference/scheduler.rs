@@ -22,7 +22,7 @@ use crate::model::cache::DecodeRows;
 use crate::rl::rollout::Stop;
 use anyhow::Result;
 use rehearsal_kernels::{SampleRow, Sampled};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Prompt rows that go through the model at once, and tokens from one cut of a prompt to the next.
 const PREFILL_ROWS: usize = 512;
@@ -47,6 +47,8 @@ pub struct Plan {
     pub rows: DecodeRows,
     /// How each wanted row is sampled.
     pub sampling: Vec<SampleRow>,
+    /// Cached tokens that the rows of rollouts see, their own included and what is shared counted once.
+    pub cached_tokens: u64,
     drawn: Vec<Drawn>,
 }
 
@@ -167,6 +169,7 @@ impl<'a> Scheduler<'a> {
             self.start(sequence);
         }
         let mut plan = Plan::default();
+        let mut seen = BTreeSet::new();
         for place in 0..self.running.len() {
             if !self.make_room(place, &mut plan.copies) {
                 continue;
@@ -175,6 +178,10 @@ impl<'a> Scheduler<'a> {
             plan.rows.begin(&sequence.pages);
             plan.rows.push(sequence.last(), sequence.cached, self.limits.page_tokens);
             plan.rows.want_last();
+            let shared = sequence.shared * self.limits.page_tokens;
+            let is_first = seen.insert(sequence.request);
+            let unseen = sequence.cached + 1 - if is_first { 0 } else { shared };
+            plan.cached_tokens += unseen as u64;
             let prompt = self.job.requests[sequence.request].prompt;
             plan.sampling.push(draw(self.job, prompt, sequence.sample, sequence.tokens.len()));
             plan.drawn.push(Drawn::Next { place });

@@ -5,6 +5,10 @@
 //! `backward_weight` (W: may run later), over [`Kernels`](rehearsal_kernels::Kernels). There is no autograd.
 //! Knows nothing of losses, optimizers or phases.
 
+// What a model counts and costs, from its config alone.
+pub mod cost;
+pub mod parameters;
+
 // What a model is made of.
 pub mod documents;
 pub mod params;
@@ -31,7 +35,9 @@ pub mod transformer;
 pub mod cache;
 
 pub use cache::{DecodeRows, LatentCache, cache_layout};
+pub use cost::{flops_per_token, forward_flops_per_token};
 pub use documents::{Documents, Family, places};
+pub use parameters::{Parameters, parameters};
 pub use params::{Gradients, Layout, Params};
 pub use pass::{Capacity, Pass};
 pub use transformer::{PackFor, PackedModel, Transformer};

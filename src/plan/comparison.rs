@@ -2,9 +2,9 @@
 //!
 //! Arithmetic on two configs, so that it says what an architecture saves and nothing about how fast it runs.
 
-use super::cost::{cache_elements_per_token, flops_per_token};
-use super::parameters::parameters;
+use super::cost::cache_elements_per_token;
 use crate::config::{Attention, ModelConfig};
+use crate::model::{flops_per_token, parameters};
 use serde::Serialize;
 
 /// Ratios of a model to another.
@@ -51,8 +51,8 @@ pub fn compare(model: &ModelConfig, other: &ModelConfig, sequence: usize) -> Com
 
 #[cfg(test)]
 mod tests {
-    use super::super::parameters::tests::preset;
     use super::*;
+    use crate::model::parameters::tests::preset;
 
     fn pair(name: &str, other: &str, sequence: usize) -> Comparison {
         compare(&preset(name), &preset(other), sequence)

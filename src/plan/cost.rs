@@ -1,6 +1,5 @@
-//! Cost of one token: FLOPs and cache bytes.
+//! Cost of one token beside its FLOPs (`model::cost`): cache bytes, and what a training run made of its GPUs.
 
-use super::parameters::parameters;
 use crate::config::ModelConfig;
 use serde::Serialize;
 
@@ -15,20 +14,6 @@ pub fn cache_elements_per_token(model: &ModelConfig) -> u64 {
 /// Bytes of the cache that one token takes over all layers.
 pub fn cache_bytes_per_token(model: &ModelConfig) -> u64 {
     cache_elements_per_token(model) * size_of::<f32>() as u64
-}
-
-/// FLOPs of a token's forward pass in the middle of a causal sequence: 2 for each active parameter that it passes,
-/// and 2 for each element of query, key and value over the half of the sequence that it sees on average.
-pub fn forward_flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
-    let weights = 2.0 * parameters(model).active_without_input_embedding as f64;
-    let widths = model.num_attention_heads * (model.query_width() + model.value_width());
-    let seen = (sequence as f64 + 1.0) / 2.0;
-    weights + model.num_hidden_layers as f64 * 2.0 * widths as f64 * seen
-}
-
-/// FLOPs of a token in training: one forward pass, and two as long for the gradients of inputs and weights.
-pub fn flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
-    3.0 * forward_flops_per_token(model, sequence)
 }
 
 /// What a training run made of its GPUs, from the hours that a trillion tokens took.
@@ -54,16 +39,9 @@ pub fn utilisation(flops_per_token: f64, gpu_hours: f64) -> Utilisation {
 
 #[cfg(test)]
 mod tests {
-    use super::super::parameters::tests::preset;
     use super::*;
-
-    #[test]
-    fn v2_trains_at_155_gigaflops_a_token_and_67b_at_419() {
-        for (name, gigaflops) in [("deepseek-v2.json", "155.3"), ("deepseek-67b.json", "418.6")] {
-            let found = flops_per_token(&preset(name), 4096) / 1e9;
-            assert_eq!(format!("{found:.1}"), gigaflops, "{name}");
-        }
-    }
+    use crate::model::flops_per_token;
+    use crate::model::parameters::tests::preset;
 
     #[test]
     fn the_papers_gpu_hours_are_25_and_39_percent_of_the_peak() {
@@ -87,11 +65,5 @@ mod tests {
             assert_eq!(cache_elements_per_token(&preset(name)), elements, "{name}");
             assert_eq!(cache_bytes_per_token(&preset(name)), 4 * elements, "{name}");
         }
-    }
-
-    #[test]
-    fn the_quickstart_trains_at_the_megaflops_of_its_recipe() {
-        let megaflops = flops_per_token(&preset("quickstart.json"), 64) / 1e6;
-        assert!((megaflops - 3.39).abs() < 0.05, "{megaflops}");
     }
 }

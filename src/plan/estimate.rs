@@ -3,18 +3,21 @@
 //! What is assumed, and told beside the figures:
 //!   * an example is as long as a pretraining row of the run (256 tokens without one)
 //!   * a rollout uses half of `max_new_tokens`
-//!   * [`FLOPS_PER_THREAD`], and a sampled token at half that rate; evaluations are left out
+//!   * trained and scored tokens take [`TRAINED_SHARE`] of the products that were measured on this machine, sampled ones
+//!     [`SAMPLED_SHARE`]; evaluations are left out
 
-use super::cost::{flops_per_token, forward_flops_per_token};
-use super::parameters::parameters;
 use crate::config::stage::GrpoStage;
 use crate::config::{ModelConfig, Offload, RunConfig, Stage, StageKind};
+use crate::model::{flops_per_token, forward_flops_per_token, parameters};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
-/// FLOPs that a thread is taken to do in a second: an AVX2 core at about 3 GHz trains a model of 12 M parameters at
-/// 40e9 and one of 1 M at 20e9.
-pub const FLOPS_PER_THREAD: f64 = 30e9;
+/// The share of the measured f32 products that training is taken to make use of (docs/performance.md, "What a step made of
+/// the machine").
+pub const TRAINED_SHARE: f64 = 0.4;
+
+/// The same of sampling, many sequences at once.
+pub const SAMPLED_SHARE: f64 = 0.25;
 
 /// Lines of data sets, by name.
 pub type Lines = BTreeMap<String, u64>;
@@ -49,16 +52,21 @@ pub struct Estimate {
     pub seconds: Option<f64>,
     /// Threads that the seconds are for.
     pub threads: usize,
+    /// f32 operations a second that they were measured at together; another machine has others, so that they are told as
+    /// text alone.
+    #[serde(skip)]
+    pub products: f64,
     /// Most bytes that the run folder holds.
     pub disk_bytes: u64,
 }
 
-/// Estimates a run on `threads` threads, with the models of its stages and the lines of the sets that were counted.
+/// Estimates a run on `threads` threads that do `products` f32 operations a second together, with the models of its stages and the lines of the sets that were counted.
 pub fn estimate(
     config: &RunConfig,
     models: &[ModelConfig],
     counted: &Lines,
     threads: usize,
+    products: f64,
 ) -> Estimate {
     let mut lines = generated_lines(config);
     lines.extend(counted.iter().map(|(name, count)| (name.clone(), *count)));
@@ -66,12 +74,13 @@ pub fn estimate(
         .stages
         .iter()
         .zip(models)
-        .map(|(each, model)| stage(config, each, model, &lines, threads))
+        .map(|(each, model)| stage(config, each, model, &lines, products))
         .collect();
     Estimate {
         tokens: stages.iter().filter_map(|stage| stage.trained_tokens).sum(),
         seconds: stages.iter().map(|stage| stage.seconds).sum(),
         threads,
+        products,
         disk_bytes: disk_bytes(config, models, &stages),
         stages,
     }
@@ -124,7 +133,7 @@ fn stage(
     stage: &Stage,
     model: &ModelConfig,
     lines: &Lines,
-    threads: usize,
+    products: f64,
 ) -> StageEstimate {
     let example = example_tokens(config) as u64;
     let passes = |set: &str, epochs: u64, batch: usize, tokens: u64| {
@@ -162,10 +171,10 @@ fn stage(
     let length = sequence(config);
     let forward = forward_flops_per_token(model, length);
     let seconds = trained_tokens.map(|trained| {
-        let flops = trained as f64 * flops_per_token(model, length)
-            + scored_tokens as f64 * forward
-            + sampled_tokens as f64 * forward * 2.0;
-        flops / (FLOPS_PER_THREAD * threads as f64)
+        let trained = trained as f64 * flops_per_token(model, length);
+        let scored = scored_tokens as f64 * forward;
+        let sampled = sampled_tokens as f64 * forward;
+        ((trained + scored) / TRAINED_SHARE + sampled / SAMPLED_SHARE) / products.max(1.0)
     });
     StageEstimate {
         name: stage.name.clone(),
@@ -264,7 +273,7 @@ pub(super) mod tests {
 
     fn planned(assignments: &[&str], counted: &Lines, threads: usize) -> Estimate {
         let config = quickstart(assignments);
-        estimate(&config, &models(&config), counted, threads)
+        estimate(&config, &models(&config), counted, threads, 1e11 * threads as f64)
     }
 
     fn of<'a>(estimate: &'a Estimate, name: &str) -> &'a StageEstimate {
@@ -287,6 +296,16 @@ pub(super) mod tests {
         let run = planned(&["stage.sft.batch=32", "stage.sft.epochs=2"], &counted, 2);
         assert_eq!(of(&run, "sft").steps, Some(7));
         assert_eq!(of(&run, "sft").trained_tokens, Some(200 * 64));
+    }
+
+    #[test]
+    fn a_trained_token_takes_its_flops_at_the_share_of_the_measured_products() {
+        let run = planned(&[], &Lines::new(), 2);
+        let base = of(&run, "base");
+        let flops =
+            base.trained_tokens.unwrap() as f64 * flops_per_token(&quickstart(&[]).model, 64);
+        let seconds = flops / (TRAINED_SHARE * 2e11);
+        assert!((base.seconds.unwrap() / seconds - 1.0).abs() < 1e-12, "{:?}", base.seconds);
     }
 
     #[test]

@@ -15,10 +15,10 @@
 
 use super::cost::cache_bytes_per_token;
 use super::estimate::example_tokens;
-use super::parameters::{multiplied, parameters};
 use crate::config::stage::GrpoStage;
 use crate::config::{Attention, ModelConfig, Offload, RunConfig, Stage, StageKind};
 use crate::engine::ROWS_AT_ONCE;
+use crate::model::parameters::{keys_and_values, multiplied, parameters};
 use crate::train::step::TOKENS_AT_ONCE;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -274,12 +274,7 @@ fn others(stage: &GrpoStage) -> Vec<String> {
 
 /// Bytes of kv_b over all layers, packed once more where prompts may be expanded.
 fn prompt_bytes(model: &ModelConfig) -> u64 {
-    if model.attention() != Attention::Mla {
-        return 0;
-    }
-    let per_head = model.qk_nope_head_dim + model.v_head_dim;
-    let layer = model.kv_lora_rank * model.num_attention_heads * per_head;
-    4 * (model.num_hidden_layers * layer) as u64
+    4 * keys_and_values(model)
 }
 
 /// Bytes of a token that the backward pass needs, over all layers and the head.

@@ -6,18 +6,15 @@
 // Exact.
 pub mod comparison;
 pub mod cost;
-pub mod parameters;
 
 // Estimates.
 pub mod estimate;
 pub mod host;
+pub mod limit;
 pub mod memory;
 
 pub use comparison::{Comparison, compare};
-pub use cost::{
-    Utilisation, cache_bytes_per_token, cache_elements_per_token, flops_per_token, utilisation,
-};
+pub use cost::{Utilisation, cache_bytes_per_token, cache_elements_per_token, utilisation};
 pub use estimate::{Estimate, StageEstimate, estimate};
 pub use host::host_bytes;
 pub use memory::{Memory, StageMemory, memory, model_memory};
-pub use parameters::{Parameters, parameters};

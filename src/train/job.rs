@@ -58,8 +58,15 @@ pub struct StepReport {
     pub tokens: u64,
     /// Token rows that went through the model: fewer than tokens where rollouts share a prompt.
     pub rows: u64,
+    /// Those of them that a step must have: each token of an example once, a prompt once for all its rollouts.
+    pub unique_rows: u64,
+    /// FLOPs of the examples, three forward passes with attention expanded: a prompt once for all its rollouts, each token
+    /// of a trained rollout once. 0 if no weight was changed.
+    pub useful_flops: f64,
     /// Seconds of the step.
     pub seconds: f64,
+    /// Seconds after it in which the changed weights were packed.
+    pub pack_seconds: f64,
     /// Examples that went through the model at once: fewer than asked for if the budget allowed no more.
     pub micro_batch: usize,
     /// Most bytes that the device ever held, this step included.

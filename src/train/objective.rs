@@ -5,7 +5,9 @@
 
 use super::job::GrpoReport;
 use super::rollouts::Rollouts;
+use crate::config::ModelConfig;
 use crate::data::example::{Batch, Pair, Sequence};
+use crate::model::cost::{forward_flops, head_flops};
 use crate::model::heads::{Heads, VocabularyOutput};
 use crate::model::{Documents, Family, Gradients, Params, Pass};
 use crate::rl::grpo::TokenLoss;
@@ -98,6 +100,29 @@ impl<'a> Items<'a> {
             Items::Documents(documents) => documents.iter().map(|d| d.tokens.len()).sum(),
             Items::Pairs(pairs) => pairs.iter().map(|p| p.chosen.len() + p.rejected.len()).sum(),
             Items::Rollouts(rollouts) => rollouts.tokens(),
+        }
+    }
+
+    /// Token rows that the step must have, each token of an example once and a prompt once for all its rollouts.
+    pub fn unique_rows(&self) -> usize {
+        match self {
+            Items::Rollouts(rollouts) => rollouts.unique_rows(),
+            _ => self.tokens(),
+        }
+    }
+
+    /// FLOPs of a forward pass over all examples, attention expanded: a prompt once for all its rollouts, and no
+    /// vocabulary where the scalar head is trained.
+    pub fn forward_flops(&self, model: &ModelConfig) -> f64 {
+        let whole = |tokens: &[u32]| forward_flops(model, 0, tokens.len());
+        match self {
+            Items::Documents(documents) => documents.iter().map(|d| whole(&d.tokens)).sum(),
+            Items::Pairs(pairs) => {
+                let both = |pair: &Pair| whole(&pair.chosen) + whole(&pair.rejected);
+                let vocabulary = self.tokens() as f64 * head_flops(model);
+                pairs.iter().map(both).sum::<f64>() - vocabulary
+            }
+            Items::Rollouts(rollouts) => rollouts.forward_flops(model),
         }
     }
 

@@ -12,7 +12,9 @@
 //!   * the split into micro-batches is one into parts: nothing but `share_prompts` moves the gradient's last bits
 
 use super::objective::{Micro, Tally};
+use crate::config::ModelConfig;
 use crate::config::routing::Balance;
+use crate::model::cost::forward_flops;
 use crate::model::{Family, places};
 use crate::rl::grpo::{GrpoSettings, rollout_loss};
 use crate::rl::rollout::{Rollout, ScoredGroup};
@@ -23,6 +25,10 @@ use std::ops::Range;
 pub struct Rollouts<'a> {
     settings: &'a GrpoSettings,
     parts: Vec<Part<'a>>,
+    /// The groups that the parts are of.
+    taught: Vec<&'a ScoredGroup>,
+    /// Whether the last tokens of replies go through the model too.
+    is_balanced: bool,
     /// Rollouts of the step, those that are left out among them.
     all: usize,
 }
@@ -79,6 +85,8 @@ impl<'a> Rollouts<'a> {
         Rollouts {
             settings,
             parts: groups.iter().filter(teaches).map(part).flat_map(split).collect(),
+            taught: groups.iter().filter(teaches).collect(),
+            is_balanced,
             all: groups.iter().map(|scored| scored.group.rollouts.len()).sum(),
         }
     }
@@ -114,6 +122,30 @@ impl<'a> Rollouts<'a> {
             part.replies.iter().map(|reply| part.prompt.len() + reply.rollout.tokens.len()).sum()
         };
         self.parts.iter().map(whole).sum()
+    }
+
+    /// Rows that cannot be done without: of each group that is trained on its prompt once, and of each reply all tokens
+    /// but the last, which predicts nothing (a balance loss looks at it all the same).
+    pub fn unique_rows(&self) -> usize {
+        let own = |rollout: &Rollout| match self.is_balanced {
+            true => rollout.tokens.len(),
+            false => rollout.tokens.len().saturating_sub(1),
+        };
+        let of_group = |scored: &&ScoredGroup| {
+            let group = &scored.group;
+            group.prompt.tokens.len() + group.rollouts.iter().map(own).sum::<usize>()
+        };
+        self.taught.iter().map(of_group).sum()
+    }
+
+    /// FLOPs of a forward pass over the groups that are trained on: each prompt once, each reply behind it.
+    pub fn forward_flops(&self, model: &ModelConfig) -> f64 {
+        let of_group = |scored: &&ScoredGroup| {
+            let prompt = scored.group.prompt.tokens.len();
+            let reply = |rollout: &Rollout| forward_flops(model, prompt, rollout.tokens.len());
+            forward_flops(model, 0, prompt) + scored.group.rollouts.iter().map(reply).sum::<f64>()
+        };
+        self.taught.iter().map(of_group).sum()
     }
 
     /// Some parts, in the order in which they are packed.

@@ -108,6 +108,12 @@ pub fn train_step(
         gradient_norm,
         tokens: items.tokens() as u64,
         rows,
+        unique_rows: items.unique_rows() as u64,
+        useful_flops: match skipped {
+            true => 0.0,
+            false => 3.0 * items.forward_flops(&trainee.model.config),
+        },
+        pack_seconds: 0.0,
         seconds: began.elapsed().as_secs_f64(),
         micro_batch: examples_of(items, at_once),
         memory_high_water: trainee.kernels.arena().high_water(),

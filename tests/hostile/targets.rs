@@ -13,7 +13,7 @@ use rehearsal::config::{Fault, Loaded, RunConfig};
 use rehearsal::console::{Board, Journal};
 use rehearsal::data::{ChatTemplate, Message, Role, Tokenizer, check_set};
 use rehearsal::engine::resident::read_calibration;
-use rehearsal::model::Layout;
+use rehearsal::model::{Layout, flops_per_token, parameters};
 use rehearsal::plan;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -183,13 +183,13 @@ fn config(maker: &mut Maker) {
     maker.add("config", folder.join("config.json"), corpus, 320 * MIB, move |_| {
         let model = read_model_config(&folder)?;
         let layout = Layout::new(&model, true);
-        let counted = plan::parameters(&model);
+        let counted = parameters(&model);
         assert_eq!(counted.tensors as usize, layout.specs.len() - 1, "without the scalar head");
         assert_eq!(counted.total as usize, layout.elements() - model.hidden_size);
         assert!(counted.active <= counted.total || model.n_routed_experts == 0);
         plan::model_memory(&model);
         plan::cache_bytes_per_token(&model);
-        plan::flops_per_token(&model, model.max_position_embeddings);
+        flops_per_token(&model, model.max_position_embeddings);
         Ok(())
     });
 }

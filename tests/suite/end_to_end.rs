@@ -37,6 +37,36 @@ fn a_run_goes_through_every_kind_of_stage_and_exports() {
 }
 
 #[test]
+fn every_step_tells_what_it_made_of_the_machine_whose_rates_stand_in_the_first_line() {
+    let run = finished();
+    let machine = &events(run, "run")[0]["machine"];
+    let rates = &machine["all_threads"];
+    assert_eq!(rates["threads"], 2);
+    for rate in ["f32_flops_per_second", "l2_bytes_per_second", "l3_bytes_per_second"] {
+        assert!(rates[rate].as_f64().unwrap() > 1e6, "{rate}: {rates}");
+    }
+    assert!(rates["dram_bytes_per_second"].is_null(), "a small run is not to grow by measuring");
+    assert!(machine["seconds"].as_f64().unwrap() < 2.0, "{machine}");
+    for step in steps(run) {
+        let number = |key: &str| step[key].as_f64().unwrap_or_else(|| panic!("{key}: {step}"));
+        let share = if step["kind"] == "grpo" { "rfu" } else { "useful_share" };
+        assert!(number(share) > 0.0 && number(share) <= 1.0, "{share}: {step}");
+        if step["kind"] != "grpo" {
+            continue;
+        }
+        assert!(number("rollout_bandwidth") > 0.0 && number("rollout_bandwidth") <= 1.0, "{step}");
+        assert!(number("tail_factor") > 0.1 && number("tail_factor") < 100.0, "{step}");
+        assert_eq!(number("padding_share"), 0.0, "prompts are shared and nothing is padded");
+        let exposed = step["exposed_seconds"].as_object().unwrap();
+        let names: Vec<&str> = exposed.keys().map(String::as_str).collect();
+        assert_eq!(names, ["reward", "reference", "sync", "offload"]);
+        let seconds: Vec<f64> = exposed.values().map(|value| value.as_f64().unwrap()).collect();
+        assert!(seconds.iter().all(|seconds| *seconds > 0.0), "{step}");
+        assert!(seconds.iter().sum::<f64>() < number("seconds"), "{step}");
+    }
+}
+
+#[test]
 fn a_finished_group_is_scored_while_others_are_generated() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");

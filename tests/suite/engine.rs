@@ -124,6 +124,39 @@ fn each_phase_holds_what_it_needs_and_nothing_else() {
 }
 
 #[test]
+fn a_change_of_phase_tells_what_of_it_was_packing_and_moving() {
+    for offload in [vec![], vec![Offload::Optimizer, Offload::Reference]] {
+        let folder = TempDir::new().unwrap();
+        let moves = !offload.is_empty();
+        let mut engine = engine(&folder, |engine| engine.offload = offload.into_iter().collect());
+        engine.prepare(&stage(Some(ModelSource::Fresh))).unwrap();
+        let check = |report: &PhaseReport, packs: bool, moves: bool| {
+            let chores = report.chores;
+            assert_eq!(
+                (chores.pack_seconds > 0.0, report.bytes_in + report.bytes_out > 0),
+                (packs, moves)
+            );
+            assert!(chores.pack_seconds + chores.offload_seconds <= report.seconds, "{report:?}");
+            assert_eq!(chores.reference_seconds, 0.0);
+        };
+        check(&engine.enter_phase(Phase::Train).unwrap(), true, moves);
+        engine.train(&batch()).unwrap();
+        let generate = engine.enter_phase(Phase::Generate).unwrap();
+        check(&generate, true, moves);
+        assert!(generate.left.pack_seconds > 0.0, "the update packed the new weights");
+        check(&engine.enter_phase(Phase::Score).unwrap(), false, false);
+        let sequences = vec![vec![1, 2, 3, 4, 5]];
+        let job = ScoreJob { role: Role::Reference, sequences, temperature: 1.0, first: vec![2] };
+        engine.score(&job).unwrap();
+        let train = engine.enter_phase(Phase::Train).unwrap();
+        check(&train, true, moves);
+        assert!(train.left.pack_seconds > 0.0 && train.left.reference_seconds > 0.0);
+        let again = engine.enter_phase(Phase::Train).unwrap();
+        assert_eq!((again.chores, again.left), Default::default(), "nothing was changed");
+    }
+}
+
+#[test]
 fn jobs_are_refused_in_the_wrong_phase_and_with_a_wrong_stamp() {
     let folder = TempDir::new().unwrap();
     let mut engine = engine(&folder, |_| {});

@@ -6,7 +6,7 @@ use rehearsal::config::{EngineConfig, ModelConfig, load_model};
 use rehearsal::data::example::{Batch, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
-use rehearsal::plan::flops_per_token;
+use rehearsal::model::flops_per_token;
 use rehearsal_kernels::profiled::Count;
 use rehearsal_kernels::{Activity, Profile};
 use serde_json::Value;

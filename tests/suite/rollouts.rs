@@ -9,6 +9,7 @@ use rehearsal::config::routing::Balance;
 use rehearsal::data::example::Prompt;
 use rehearsal::engine::hybrid::HybridEngine;
 use rehearsal::engine::phase::*;
+use rehearsal::engine::utilisation::padding_share;
 use rehearsal::rl::rollout::{Group, Rollout, ScoredGroup, Stop};
 use rehearsal::train::{Items, Rollouts};
 use rehearsal_kernels::Kernels;
@@ -23,6 +24,11 @@ fn prompt(slot: u32) -> Vec<u32> {
 
 /// Samples three rollouts of each prompt; some end at once, some at the limit.
 fn sampled(engine: &mut HybridEngine, version: u64) -> Vec<TokenGroup> {
+    generated(engine, version).0
+}
+
+/// The same with what it took.
+fn generated(engine: &mut HybridEngine, version: u64) -> (Vec<TokenGroup>, GenerateReport) {
     let request =
         |slot: u32| GenerateRequest { slot, tokens: prompt(slot), prompt: slot.into(), samples: 3 };
     let job = GenerateJob {
@@ -38,9 +44,9 @@ fn sampled(engine: &mut HybridEngine, version: u64) -> Vec<TokenGroup> {
     };
     engine.enter_phase(Phase::Generate).unwrap();
     let mut groups = Vec::new();
-    engine.generate(&job, &mut |group| groups.push(group)).unwrap();
+    let report = engine.generate(&job, &mut |group| groups.push(group)).unwrap();
     groups.sort_by_key(|g| g.slot);
-    groups
+    (groups, report)
 }
 
 /// The groups as the update wants them; `advantage` of slot and sample.
@@ -139,6 +145,81 @@ fn a_shared_prompt_leaves_the_gap_at_zero_and_takes_its_rows_once() {
         assert_eq!((grpo.logprob_gap_max, report.rows), (0.0, rows as u64), "{share_prompts}");
         assert_eq!(report.tokens as usize, 3 * prompts + own + lengths.len());
     }
+}
+
+/// FLOPs of a forward pass over `count` tokens behind `first` others, term by term: two for each weight that a token
+/// passes, and for each token that it sees two for each of the 2 heads' 8 + 5 elements, in each of 3 layers.
+fn flops(first: usize, count: usize) -> f64 {
+    // Compressed queries and latents with their norms and products, output; two norms a layer.
+    let attention = 12 * 8 + 8 + 8 * 16 + 12 * 10 + 6 + 6 * 18 + 10 * 12 + 24;
+    // One dense layer, two with a router, two of four experts and two shared ones; the last norm and the head.
+    let weights = 3 * attention + 3 * 12 * 10 + 2 * (4 * 12 + 4 * 3 * 12 * 6) + 12 + 29 * 12;
+    (first..first + count).map(|at| (2 * weights + 3 * 2 * 2 * 13 * (at + 1)) as f64).sum()
+}
+
+#[test]
+fn useful_flops_take_each_prompt_once_and_each_reply_once_or_thrice() {
+    let of_group = |group: &TokenGroup| {
+        let prompt = PROMPTS[group.slot as usize];
+        let replies = group.rollouts.iter().map(|rollout| flops(prompt, rollout.tokens.len()));
+        flops(0, prompt) + replies.sum::<f64>()
+    };
+    // Groups of slots 1 and 3 teach nothing: they were sampled, and are not trained on.
+    let teaches = |slot: u32| slot != 1 && slot != 3;
+    for share_prompts in [true, false] {
+        let folder = TempDir::new().unwrap();
+        let mut engine = ready(&folder);
+        let (groups, report) = generated(&mut engine, 0);
+        assert_eq!(report.useful_flops, groups.iter().map(of_group).sum::<f64>());
+        let trained = groups.iter().filter(|group| teaches(group.slot));
+        let wanted: f64 = trained.clone().map(|group| 3.0 * of_group(group)).sum();
+        let prompts: usize = trained.clone().map(|group| PROMPTS[group.slot as usize]).sum();
+        let own: usize = trained.flat_map(|g| g.rollouts.iter().map(|r| r.tokens.len() - 1)).sum();
+        let advantage = |slot, sample| if teaches(slot) { usual(slot, sample) } else { 0.0 };
+        let report = update(&mut engine, scored(groups.clone(), advantage), share_prompts);
+        assert_eq!(report.useful_flops, wanted, "prompts shared: {share_prompts}");
+        assert_eq!(report.unique_rows as usize, prompts + own);
+        let padding = padding_share(&report).unwrap();
+        let repeated = 2.0 * prompts as f64 / (3 * prompts + own) as f64;
+        let expected = if share_prompts { 0.0 } else { repeated };
+        assert!((padding - expected).abs() < 1e-12, "{padding} and not {expected}");
+        assert!(report.pack_seconds > 0.0);
+        let lost = scored(groups, |_, _| f64::NAN);
+        let report = update(&mut engine, lost, share_prompts);
+        assert!(report.skipped && report.useful_flops == 0.0, "nothing was learned: {report:?}");
+    }
+}
+
+#[test]
+fn a_rollout_reads_at_least_its_weights_and_what_it_sees_of_the_cache() {
+    let folder = TempDir::new().unwrap();
+    let mut engine = ready(&folder);
+    let (groups, report) = generated(&mut engine, 0);
+    let drawn: u64 = report.decode.iter().map(|passes| passes.rows * passes.passes).sum();
+    assert_eq!(
+        drawn + 3 * PROMPTS.len() as u64,
+        report.new_tokens,
+        "prompts draw the first tokens"
+    );
+    let seconds: f64 = report.decode.iter().map(|passes| passes.seconds).sum();
+    assert!(seconds > 0.0 && seconds + report.prefill_seconds <= report.seconds, "{report:?}");
+    // A cached token has 6 + 4 floats in each of 3 layers. Whole pages of four tokens of a prompt are seen once a pass by
+    // its group, everything else by each rollout.
+    let longest = |group: &TokenGroup| group.rollouts.iter().map(|r| r.tokens.len()).max().unwrap();
+    let seen = |group: &TokenGroup| {
+        let prompt = PROMPTS[group.slot as usize];
+        let own = |length: usize| (1..length).map(|t| prompt % 4 + t).sum::<usize>();
+        let own: usize = group.rollouts.iter().map(|rollout| own(rollout.tokens.len())).sum();
+        own + (longest(group) - 1) * (prompt - prompt % 4)
+    };
+    let cached: u64 = report.decode.iter().map(|passes| passes.cached_tokens).sum();
+    assert_eq!(cached as usize, groups.iter().map(seen).sum::<usize>());
+    let cache_bytes = (cached * 4 * 3 * 10) as f64;
+    let passes: u64 = report.decode.iter().map(|passes| passes.passes).sum();
+    let weights = engine.packed_bytes() as f64;
+    let read = report.least_bytes - cache_bytes;
+    assert!(read > 0.5 * weights * passes as f64 && read < weights * passes as f64, "{report:?}");
+    assert!(report.working_bytes > weights && report.working_bytes < 2.0 * weights);
 }
 
 /// Rollouts of a made-up sampler.

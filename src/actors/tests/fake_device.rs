@@ -3,6 +3,7 @@
 //!
 //! It writes down every call in words that do not depend on the place of the run.
 
+use super::utilisation;
 use crate::actors::port::Desk;
 use crate::actors::worker::{Device, DeviceMaker};
 use crate::checkpoint::tensors::TensorEntry;
@@ -198,7 +199,7 @@ impl Device for FakeDevice {
     fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
         self.call(format!("phase {phase:?}"));
         let held = BTreeMap::from([("policy/weights".to_string(), 8)]);
-        Ok(PhaseReport { held, high_water: 8, ..PhaseReport::default() })
+        Ok(PhaseReport { held, high_water: 8, ..utilisation::entered(phase) })
     }
 
     fn generate(
@@ -239,7 +240,7 @@ impl Device for FakeDevice {
             }
         }
         let seconds = began.elapsed().as_secs_f64();
-        Ok(GenerateReport { new_tokens, seconds, ..GenerateReport::default() })
+        Ok(GenerateReport { new_tokens, ..utilisation::sampled(seconds) })
     }
 
     fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
@@ -301,7 +302,7 @@ impl Device for FakeDevice {
             tokens: 10,
             policy_version: self.state.policy_version,
             grpo,
-            ..StepReport::default()
+            ..utilisation::updated()
         })
     }
 

@@ -102,6 +102,38 @@ fn a_step_that_drops_tells_its_share_within_the_width() {
 }
 
 #[test]
+fn a_step_tells_what_it_made_of_the_machine_within_the_width() {
+    let line = |step: Event| {
+        let (stage, kind) = (step.text("stage").unwrap(), step.text("kind").unwrap());
+        let start = Event::new("stage-start").of_stage(stage, kind).with("steps", 1000);
+        let text = shown(false, &[start, step]);
+        let line = text.lines().last().expect("the step's line").to_string();
+        assert!(line.len() <= WIDTH, "{line:?}");
+        line
+    };
+    let figures = |step: Event| {
+        step.with("learning_rate", 1.5e-4)
+            .with("gradient_norm", 12.25)
+            .with("tokens_per_second", 123_456.0)
+    };
+    let long = "reward-model-of-helpfulness";
+    let trained = Event::step(long, "reward-model", 1000).with("loss", 0.693);
+    let trained = figures(trained).with("accuracy", 0.5).with("useful_share", 0.347);
+    let trained = line(trained);
+    assert!(
+        trained.ends_with("1000/1000  loss 0.693  acc 0.500  norm 12.2  123456 tok/s  use 34.7 %"),
+        "{trained:?}"
+    );
+    let dropping = Event::step(long, "pretrain", 1000).with("loss", 123.456);
+    let dropping = line(figures(dropping).with("dropped", 0.0314).with("useful_share", 0.25));
+    assert!(dropping.ends_with("  drop 3.1 %  123456 tok/s  use 25.0 %"), "{dropping:?}");
+    let aligned = Event::step("align", "grpo", 1000).with("reward_mean", 0.5).with("kl", 1e-3);
+    let aligned = figures(aligned.with("entropy", 0.25).with("length_mean", 12.3));
+    let aligned = line(aligned.with("rfu", 0.0432));
+    assert_eq!(aligned, "align 1000/1000  reward 0.500  kl 1.0e-3  ent 0.250  len 12.3  rfu 4.3 %");
+}
+
+#[test]
 fn replies_before_and_after_stand_side_by_side() {
     let text = shown(false, &events());
     let row = text

@@ -94,11 +94,20 @@ pub fn multiplied(model: &ModelConfig) -> u64 {
     parameters(model).total - (norms + model.hidden_size + embedding) as u64
 }
 
+/// Parameters of kv_b over all layers, which expand latents into keys and values.
+pub fn keys_and_values(model: &ModelConfig) -> u64 {
+    if model.attention() != Attention::Mla {
+        return 0;
+    }
+    let per_head = model.qk_nope_head_dim + model.v_head_dim;
+    (model.num_hidden_layers * model.kv_lora_rank * model.num_attention_heads * per_head) as u64
+}
+
 #[cfg(test)]
-pub(super) mod tests {
+pub(crate) mod tests {
+    use super::super::{Layout, Params};
     use super::*;
     use crate::config::load_model;
-    use crate::model::{Layout, Params};
     use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
     use std::collections::BTreeSet;
     use std::path::Path;

@@ -1,0 +1,109 @@
+//! What the journal tells of the machine, of a device whose reports are known.
+
+use super::{Disturbance, Place};
+use crate::engine::Machine;
+use crate::engine::phase::{DecodePasses, GenerateReport, Phase, PhaseReport, StepReport};
+use crate::engine::utilisation::Chores;
+use rehearsal_kernels::machine::Rates;
+
+/// f32 operations a second of the invented machine.
+const PRODUCTS: f64 = 1e9;
+/// Useful FLOPs of an alignment step on the fake device.
+pub const FLOPS: f64 = 8e6;
+
+pub fn machine() -> Machine {
+    let all_threads = Rates {
+        threads: 2,
+        f32_flops_per_second: PRODUCTS,
+        l2_bytes_per_second: 400.0,
+        ..Rates::default()
+    };
+    Machine { l2_cache_bytes: 1 << 20, all_threads, ..Machine::default() }
+}
+
+fn chores(pack_seconds: f64, offload_seconds: f64, reference_seconds: f64) -> Chores {
+    Chores { pack_seconds, offload_seconds, reference_seconds }
+}
+
+/// What a change of phase reports; each part is a power of two, so that a sum tells what is in it.
+pub fn entered(phase: Phase) -> PhaseReport {
+    let (chores, left) = match phase {
+        Phase::Generate => (chores(1.0, 2.0, 0.0), chores(1e3, 1e3, 1e3)),
+        Phase::Score => (chores(0.0, 4.0, 0.0), Chores::default()),
+        Phase::Train => (chores(8.0, 16.0, 0.0), chores(32.0, 64.0, 128.0)),
+        Phase::Idle => (Chores::default(), Chores::default()),
+    };
+    PhaseReport { chores, left, ..PhaseReport::default() }
+}
+
+/// What sampling reports beside tokens.
+pub fn sampled(seconds: f64) -> GenerateReport {
+    let full = DecodePasses { rows: 4, passes: 3, seconds: 3.0, cached_tokens: 0 };
+    let tail = DecodePasses { rows: 1, passes: 4, seconds: 1.0, cached_tokens: 0 };
+    GenerateReport {
+        seconds,
+        useful_flops: 3e6,
+        // A tenth of what the second-level caches give in that time.
+        least_bytes: 40.0 * seconds,
+        decode: vec![tail, full],
+        ..GenerateReport::default()
+    }
+}
+
+/// What an update reports beside its loss.
+pub fn updated() -> StepReport {
+    StepReport {
+        useful_flops: 5e6,
+        rows: 10,
+        unique_rows: 8,
+        pack_seconds: 256.0,
+        ..StepReport::default()
+    }
+}
+
+fn close(found: f64, wanted: f64) {
+    assert!((found - wanted).abs() <= 1e-9 * wanted.abs(), "{found} is not {wanted}");
+}
+
+#[test]
+fn every_step_tells_its_share_of_the_rates_that_stand_in_the_first_line() {
+    let done = Place::new().run(&Disturbance::default());
+    let rates = &done.named("run")[0].get("machine").unwrap()["all_threads"];
+    assert_eq!(rates["f32_flops_per_second"].as_f64(), Some(PRODUCTS));
+    for step in done.named("step") {
+        let aligned = step.text("kind") == Some("grpo");
+        let (key, flops) = if aligned { ("rfu", FLOPS) } else { ("useful_share", 5e6) };
+        let number = |key: &str| step.number(key).unwrap_or_else(|| panic!("{key} in {step:?}"));
+        close(number(key) * number("seconds") * PRODUCTS, flops);
+        assert!(step.get(if aligned { "useful_share" } else { "rfu" }).is_none(), "{step:?}");
+        if !aligned {
+            continue;
+        }
+        close(number("rollout_bandwidth"), 0.1);
+        close(number("padding_share"), 0.2);
+        // Sixteen tokens at the quarter of a second that each of twelve took.
+        close(number("tail_factor"), 1.0);
+        let exposed = step.get("exposed_seconds").unwrap();
+        let seconds = |name: &str| exposed[name].as_f64().unwrap();
+        // Steps 1 and 3 come after an eval of replies, which readied the sampler for them.
+        let readied = if step.whole("step") == Some(2) { [1.0, 2.0] } else { [0.0; 2] };
+        assert_eq!(seconds("sync"), readied[0] + 8.0 + 32.0 + 256.0);
+        assert_eq!(seconds("offload"), readied[1] + 4.0 + 16.0 + 64.0);
+        assert_eq!(seconds("reference"), 128.0);
+        assert!((0.0..number("seconds")).contains(&seconds("reward")), "{exposed}");
+    }
+}
+
+#[test]
+fn a_step_that_changed_no_weight_was_of_no_use_but_for_what_it_sampled() {
+    let script = super::Script { not_finite: vec![11], ..super::Script::default() };
+    let done = Place::new().run(&Disturbance { script, ..Disturbance::default() });
+    let aligned = |event: &&&crate::console::Event| event.text("kind") == Some("grpo");
+    let steps = done.named("step");
+    let flops: Vec<f64> = steps
+        .iter()
+        .filter(aligned)
+        .map(|step| step.number("rfu").unwrap() * step.number("seconds").unwrap() * PRODUCTS)
+        .collect();
+    [FLOPS, 3e6, FLOPS].iter().zip(flops).for_each(|(wanted, found)| close(found, *wanted));
+}

@@ -53,6 +53,9 @@ impl Kernels for CpuKernels {
     fn float(&self) -> DType {
         DType::F32
     }
+    fn multiplies_integers(&self) -> bool {
+        ops::int8::Level::of(self.cx.isa) != ops::int8::Level::Plain
+    }
     fn arena(&self) -> &Arena {
         &self.cx.arena
     }

@@ -101,6 +101,9 @@ pub trait Kernels: Send + Sync {
     fn name(&self) -> String;
     /// Float dtype of every float buffer.
     fn float(&self) -> DType;
+    /// Whether it has instructions for the products of integers of [`WeightFormat::Int8`]. Without them those have the same
+    /// bits and take longer than products of floats.
+    fn multiplies_integers(&self) -> bool;
     /// The arena that makes this device's buffers.
     fn arena(&self) -> &Arena;
     /// Owner of scratch buffers inside operations (kind `Activations`).

@@ -62,6 +62,9 @@ macro_rules! timed {
             fn float(&self) -> DType {
                 self.inner.float()
             }
+            fn multiplies_integers(&self) -> bool {
+                self.inner.multiplies_integers()
+            }
             fn arena(&self) -> &Arena {
                 self.inner.arena()
             }

@@ -14,8 +14,8 @@ use super::director::Direction;
 use super::journal_lines::step_event;
 use super::messages::*;
 use super::post::seconds_now;
-use crate::config::Stage;
 use crate::config::stage::GrpoStage;
+use crate::config::{Dtype, Stage};
 use crate::console::Event;
 use crate::data::example::Prompt;
 use crate::engine::Machine;
@@ -35,6 +35,8 @@ pub(super) struct Aligned {
     updates: u64,
     skipped_updates: u64,
     pub(super) seconds: f64,
+    /// What the sampler's weights were.
+    sampled_as: Dtype,
     sampled: GenerateReport,
     /// Start and end of sampling and judging, in seconds since the step began.
     intervals: [[f64; 2]; 2],
@@ -58,7 +60,8 @@ impl Direction {
         let (began, began_at) = (Instant::now(), seconds_now());
         let ports = &self.ports;
 
-        let entered = self.enter(Phase::Generate).await?;
+        let entered = self.enter_as(Phase::Generate, settings.rollout_dtype).await?;
+        let sampled_as = entered.sampled_as.unwrap_or_default();
         let (mut enter_seconds, for_sampling) = (entered.seconds, entered.chores);
         let settings = settings.clone();
         let request = GenerateGroups {
@@ -92,6 +95,7 @@ impl Direction {
             updates: update.updates,
             skipped_updates: update.skipped_updates,
             seconds: began.elapsed().as_secs_f64(),
+            sampled_as,
             sampled: generated.report,
             intervals: [since(generated.generate), since(generated.judge)],
             score_seconds,
@@ -146,6 +150,9 @@ impl Aligned {
             trained_share: grpo.trained_share,
             logprob_gap_max: grpo.logprob_gap_max,
             useful_flops: self.useful_flops(),
+            rollout_dtype: self.sampled_as,
+            sampler_kl: grpo.sampler_kl,
+            importance: grpo.importance,
         }
     }
 
@@ -195,6 +202,10 @@ impl Aligned {
             .with("trained_rows", self.report.rows)
             .with("logprob_gap_max", grpo.logprob_gap_max)
             .with("logprob_gap_mean", grpo.logprob_gap_mean)
+            .with("rollout_dtype", self.sampled_as)
+            .with("sampler_kl", grpo.sampler_kl)
+            .with("importance_weight_mean", grpo.importance.map(|weights| weights.weight_mean))
+            .with("truncated_share", grpo.importance.map(|weights| weights.truncated_share))
             .with("new_tokens", self.sampled.new_tokens)
             .with("rfu", useful_share(self.useful_flops(), self.seconds, machine))
             .with("rollout_bandwidth", rollout_bandwidth(&self.sampled, machine))

@@ -3,8 +3,8 @@
 //! Beside `messages`, which lists who says what to whom. Knows no actor; a failure's kind decides
 //! how the run goes on and with which exit code it ends.
 
-use crate::config::{ConfigError, Fault};
-use crate::engine::phase::{GenerateReport, StepReport};
+use crate::config::{ConfigError, Dtype, Fault};
+use crate::engine::phase::{GenerateReport, Importance, StepReport};
 use crate::rl::rollout::{JudgedGroup, ScoredGroup};
 use crate::rl::stats::StepStatistics;
 use serde::{Deserialize, Serialize};
@@ -153,6 +153,12 @@ pub struct BenchStep {
     pub logprob_gap_max: f64,
     /// FLOPs that the step was for, as its RFU counts them.
     pub useful_flops: f64,
+    /// What the sampler's weights were.
+    pub rollout_dtype: Dtype,
+    /// KL(sampler || trainer), nats a token.
+    pub sampler_kl: f64,
+    /// Importance weights, where rollouts have them.
+    pub importance: Option<Importance>,
 }
 
 /// How a run ended.

@@ -17,14 +17,15 @@ use super::journal_lines::{describe, step_event};
 use super::messages::*;
 use super::port::{Desk, Port};
 use super::post::{Hazard, Post, answers_for_itself};
+use super::rollout_watch::RolloutWatch;
 use super::stage_plan::{
     Folders, INITIAL, artefact_name, prepare_stage, require_artefacts, source,
 };
 use crate::checkpoint::Commit;
-use crate::config::RunConfig;
 use crate::config::failpoint::failpoint;
 use crate::config::fault::signal_name;
 use crate::config::stage::StageKind;
+use crate::config::{Dtype, RunConfig};
 use crate::console::Event;
 use crate::engine::Machine;
 use crate::engine::phase::StepReport;
@@ -69,8 +70,8 @@ pub struct Direction {
     numbers: Cell<u64>,
     /// Steps computed so far, those that the journal had already included.
     computed_steps: Cell<u64>,
-    /// Phase of the device, and what it held when it got there.
-    phase: RefCell<Option<(Phase, PhaseReport)>>,
+    /// Phase of the device, what it was to sample from, and what it held when it got there.
+    phase: RefCell<Option<(Phase, Dtype, PhaseReport)>>,
 }
 
 impl Director {
@@ -312,12 +313,17 @@ impl Direction {
             (self.config.checkpoint.every_steps, self.config.checkpoint.every_seconds);
         let mut committed = Instant::now();
         let (mut not_finite, mut is_due) = (0, false);
+        let mut watch = RolloutWatch::new(&self.config.stages[at.index]);
         while at.step < at.steps {
             let (report, event) = self.step(at).await?;
             self.computed_steps.set(self.computed_steps.get() + 1);
             at.step += 1;
             at.version = report.policy_version;
+            let remarks = watch.remarks(&event);
             self.record(event).await?;
+            for remark in remarks {
+                self.record(remark).await?;
+            }
             not_finite = if report.skipped { not_finite + 1 } else { 0 };
             if report.skipped {
                 self.note_skipped(at, not_finite).await?;
@@ -406,15 +412,25 @@ impl Direction {
 
     /// Has the device change its phase, unless it is there.
     pub(super) async fn enter(&self, phase: Phase) -> Result<PhaseReport, Failure> {
-        if let Some((current, report)) = &*self.phase.borrow()
-            && *current == phase
+        self.enter_as(phase, Dtype::F32).await
+    }
+
+    /// The same; in Generate the policy is packed as `sample_as`.
+    pub(super) async fn enter_as(
+        &self,
+        phase: Phase,
+        sample_as: Dtype,
+    ) -> Result<PhaseReport, Failure> {
+        if let Some((current, kept, report)) = &*self.phase.borrow()
+            && (*current, *kept) == (phase, sample_as)
         {
             let (held, high_water) = (report.held.clone(), report.high_water);
             return Ok(PhaseReport { held, high_water, ..PhaseReport::default() });
         }
         self.desk.say(&format!("{phase:?}").to_lowercase());
-        let report = self.ask(&self.ports.enter_phase, EnterPhase { id: self.id(), phase }).await?;
-        self.phase.replace(Some((phase, report.clone())));
+        let request = EnterPhase { id: self.id(), phase, sample_as };
+        let report = self.ask(&self.ports.enter_phase, request).await?;
+        self.phase.replace(Some((phase, sample_as, report.clone())));
         Ok(report)
     }
 

@@ -12,6 +12,7 @@
 
 pub use super::contents::*;
 use crate::checkpoint::Commit;
+use crate::config::Dtype;
 use crate::config::stage::{GrpoStage, RewardEntry};
 use crate::console::Event;
 use crate::data::example::Prompt;
@@ -95,6 +96,8 @@ messages! {
         id: WorkId,
         /// The phase.
         phase: Phase,
+        /// What the policy is packed as where the phase is Generate.
+        sample_as: Dtype,
     } -> PhaseReport;
 
     // A step of pretraining, SFT or reward-model fitting.

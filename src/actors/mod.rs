@@ -30,6 +30,7 @@ mod reward_scorer;
 mod roll_call;
 mod rollout_file;
 mod rollout_generator;
+mod rollout_watch;
 mod staff;
 pub mod stage_data;
 pub mod supervisor;

@@ -6,7 +6,7 @@ use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself};
 use crate::config::stage::GrpoStage;
-use crate::engine::phase::{StepReport, TrainJob};
+use crate::engine::phase::{GrpoReport, StepReport, TrainJob};
 use crate::rl::grpo::GrpoSettings;
 use actix::{Handler, ResponseActFuture};
 
@@ -62,6 +62,7 @@ fn loss_settings(stage: &GrpoStage) -> GrpoSettings {
         ratio_level: stage.ratio_level,
         length_norm: stage.length_norm,
         max_new_tokens: stage.max_new_tokens,
+        importance_limit: stage.importance_weights(),
     }
 }
 
@@ -79,11 +80,12 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
         before.report.useful_flops + last.report.useful_flops,
         before.report.pack_seconds + last.report.pack_seconds,
     );
-    let gap = before.report.grpo.as_ref().map(|grpo| (grpo.logprob_gap_max, grpo.logprob_gap_mean));
+    let gap = |grpo: &GrpoReport| (grpo.logprob_gap_max, grpo.logprob_gap_mean, grpo.sampler_kl);
+    let gap = before.report.grpo.as_ref().map(gap);
     let shown = if last.report.skipped { before.report } else { last.report };
     let grpo = shown.grpo.map(|mut grpo| {
         if let Some(gap) = gap {
-            (grpo.logprob_gap_max, grpo.logprob_gap_mean) = gap;
+            (grpo.logprob_gap_max, grpo.logprob_gap_mean, grpo.sampler_kl) = gap;
         }
         grpo
     });
@@ -107,10 +109,10 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::phase::GrpoReport;
 
     fn update(gap: f64, policy_version: u64, skipped: bool) -> PolicyUpdate {
-        let grpo = GrpoReport { logprob_gap_max: gap, kl: gap, ..GrpoReport::default() };
+        let grpo =
+            GrpoReport { logprob_gap_max: gap, sampler_kl: gap, kl: gap, ..GrpoReport::default() };
         let report = StepReport {
             tokens: 10,
             useful_flops: if skipped { 0.0 } else { 6.0 },
@@ -128,7 +130,7 @@ mod tests {
     fn the_sampler_gap_of_several_updates_is_that_of_the_first() {
         let joined = join(update(0.25, 1, false), update(0.5, 2, false));
         let grpo = joined.report.grpo.unwrap();
-        assert_eq!((grpo.logprob_gap_max, grpo.kl), (0.25, 0.5));
+        assert_eq!((grpo.logprob_gap_max, grpo.sampler_kl, grpo.kl), (0.25, 0.25, 0.5));
         assert_eq!((joined.report.tokens, joined.updates, joined.skipped_updates), (20, 2, 0));
         assert_eq!((joined.report.useful_flops, joined.report.pack_seconds), (12.0, 1.0));
     }

@@ -301,6 +301,27 @@ fn a_run_goes_through_every_stage_and_exports() {
 }
 
 #[test]
+fn rollouts_are_sampled_as_the_stage_says_and_evals_from_f32() {
+    let set = &["engine.exact=false", "stage.align.rollout_dtype=bf16"];
+    let done = Place::new().run(&Disturbance { set, ..Disturbance::default() });
+    assert_eq!(done.outcome, Outcome::Done);
+    let (mut phase, mut sampled) = ("", Vec::new());
+    for call in &done.calls {
+        match call.strip_prefix("phase ") {
+            Some(entered) => phase = entered,
+            None if call.starts_with("generate 2 ") => sampled.push(("step", phase)),
+            None if call.starts_with("generate ") => sampled.push(("eval", phase)),
+            None => {}
+        }
+    }
+    let [step, eval] = [("step", "Generate bf16"), ("eval", "Generate")];
+    assert_eq!(sampled, [eval, step, step, eval, step, eval]);
+    let steps = done.named("step");
+    assert_eq!(steps.last().unwrap().text("rollout_dtype"), Some("bf16"));
+    assert!(done.named("fallback").is_empty());
+}
+
+#[test]
 fn a_group_is_judged_while_others_are_sampled() {
     let place = Place::new();
     // The stand-in does not end its second group before the first was judged: without overlap it

@@ -16,6 +16,7 @@
 use super::messages::*;
 use super::port::{Limits, Port};
 use super::post::{Post, answers_for_itself, panic_text, seconds_now};
+use crate::config::Dtype;
 use crate::console::Event;
 use crate::engine::hybrid::{HybridEngine, SavedState};
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
@@ -38,7 +39,7 @@ pub trait Device {
     /// Loads the models of a stage.
     fn prepare(&mut self, stage: &PrepareStage) -> anyhow::Result<()>;
     /// Changes what is resident.
-    fn enter_phase(&mut self, phase: Phase) -> anyhow::Result<PhaseReport>;
+    fn enter_phase(&mut self, phase: Phase, sample_as: Dtype) -> anyhow::Result<PhaseReport>;
     /// Samples; each group is handed out when its last rollout ends.
     fn generate(
         &mut self,
@@ -61,8 +62,11 @@ impl Device for HybridEngine {
     fn prepare(&mut self, stage: &PrepareStage) -> anyhow::Result<()> {
         HybridEngine::prepare(self, stage)
     }
-    fn enter_phase(&mut self, phase: Phase) -> anyhow::Result<PhaseReport> {
-        HybridEngine::enter_phase(self, phase)
+    fn enter_phase(&mut self, phase: Phase, sample_as: Dtype) -> anyhow::Result<PhaseReport> {
+        match phase {
+            Phase::Generate => self.enter_generate(sample_as),
+            _ => HybridEngine::enter_phase(self, phase),
+        }
     }
     fn generate(
         &mut self,
@@ -95,7 +99,7 @@ pub type DeviceMaker = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + 
 #[derive(Clone, Debug)]
 enum Job {
     Prepare(Box<PrepareStage>),
-    EnterPhase(Phase),
+    EnterPhase(Phase, Dtype),
     Generate(GenerateJob),
     Score(ScoreJob),
     Train(TrainJob),
@@ -266,7 +270,7 @@ fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
             device.prepare(stage)?;
             Yield::Nothing
         }
-        Job::EnterPhase(phase) => Yield::Phase(device.enter_phase(*phase)?),
+        Job::EnterPhase(phase, sample_as) => Yield::Phase(device.enter_phase(*phase, *sample_as)?),
         Job::Generate(job) => {
             let began = seconds_now();
             let report = device
@@ -291,7 +295,7 @@ impl Job {
     fn name(&self) -> &'static str {
         match self {
             Job::Prepare(_) => PrepareDevice::NAME,
-            Job::EnterPhase(_) => EnterPhase::NAME,
+            Job::EnterPhase(..) => EnterPhase::NAME,
             Job::Generate(_) => Generate::NAME,
             Job::Score(_) => Score::NAME,
             Job::Train(_) => Train::NAME,
@@ -376,7 +380,8 @@ macro_rules! follows {
 
 follows! {
     PrepareDevice { stage } -> (): Job::Prepare(Box::new(stage)), Yield::Nothing => ();
-    EnterPhase { phase } -> PhaseReport: Job::EnterPhase(phase), Yield::Phase(report) => report;
+    EnterPhase { phase, sample_as } -> PhaseReport:
+        Job::EnterPhase(phase, sample_as), Yield::Phase(report) => report;
     Generate { job } -> Generated: Job::Generate(job), Yield::Generated(generated) => generated;
     Score { job } -> Vec<SequenceScore>: Job::Score(job), Yield::Scores(scores) => scores;
     Train { job } -> StepReport: Job::Train(job), Yield::Stepped(report) => report;

@@ -3,26 +3,26 @@
 use super::bench_cache::{self, BenchCacheArgs};
 use super::bench_machine::{self, BenchMachineArgs};
 use super::command::Threads;
-use super::formats::{Dtype, FormatArgs};
+use super::formats::{FormatArgs, sampled_as};
 use super::generate::{at_least_one, at_least_two, at_least_zero};
 use super::machine::{free_memory, measured, share_for_arenas};
 use super::open_model::{engine, spill_folder};
 use super::output::{say, say_json};
 use super::profile::ProfileReport;
 use super::stopwatch::{Spent, Stopwatch};
+use crate::actors::messages::BenchStep;
 use crate::actors::{BenchRequest, bench_grpo};
 use crate::checkpoint::read_model_config;
 use crate::config::stage::{Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel};
-use crate::config::{Bytes, EngineConfig, Fault, ModelConfig, load_model};
+use crate::config::{Bytes, Dtype, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
-use crate::engine::Profile;
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
 use crate::engine::utilisation::useful_share;
+use crate::engine::{Profile, weight_format};
 use crate::plan::cache_bytes_per_token;
 use crate::plan::limit::{self, Sampling};
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use rehearsal_kernels::WeightFormat;
 use rehearsal_kernels::machine::{Effort, Machine};
 use rehearsal_kernels::random::{Stream, below};
 use serde_json::{Value, json};
@@ -170,6 +170,9 @@ pub struct BenchGrpoArgs {
     /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
     #[arg(long)]
     pub profile: bool,
+    /// Type of the policy's weights while rollouts are sampled; other than f32 they have importance weights
+    #[arg(long, value_enum, value_name = "TYPE", default_value = "f32")]
+    pub rollout_dtype: Dtype,
     /// One JSON object instead of text
     #[arg(long)]
     pub json: bool,
@@ -376,7 +379,7 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
         prompt_tokens: args.prompt_tokens,
         new_tokens: args.new_tokens,
         decode_batch: EngineConfig::default().decode_batch,
-        weight_bytes: WeightFormat::from(args.formats.dtype).code_bytes() as f64,
+        weight_bytes: weight_format(args.formats.dtype).code_bytes() as f64,
         cache_bytes: engine.cache_bytes_per_token().unwrap_or_default(),
         integers: args.formats.dtype == Dtype::Int8,
     };
@@ -391,6 +394,13 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
     require_context(&config, tokens_each)?;
     require_room(args.prompts.saturating_mul(args.group), tokens_each)?;
+    if args.exact && args.rollout_dtype != Dtype::F32 {
+        return Err(Fault::user(format!(
+            "--rollout-dtype {} samples from other numbers than the trainer's, and --exact promises the same; add --exact \
+             false, or sample in f32",
+            args.rollout_dtype.name()
+        )));
+    }
     let weights = match source {
         ModelSource::Folder(folder) => Some(folder),
         ModelSource::Fresh => None,
@@ -428,14 +438,15 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     let steps = steps?;
     let spent = stopwatch.spent();
     let count = steps.len().max(1) as f64;
-    let mean = |figure: fn(&crate::actors::messages::BenchStep) -> f64| {
-        steps.iter().map(figure).sum::<f64>() / count
-    };
+    let mean = |figure: fn(&BenchStep) -> f64| steps.iter().map(figure).sum::<f64>() / count;
     let figures = json!({
         "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",
         "kl_weight": args.kl_weight, "equal_rewards": args.equal_rewards, "share_prompts": args.share_prompts,
-        "exact": exact, "trained_share": mean(|s| s.trained_share), "logprob_gap_max": steps.iter().map(|s| s.logprob_gap_max).fold(0.0, f64::max),
+        "exact": exact, "rollout_dtype": sampled_as(args.rollout_dtype, steps.last().map(|s| s.rollout_dtype)), "sampler_kl": mean(|s| s.sampler_kl),
+        "importance_weight_mean": mean(|s| s.importance.map_or(1.0, |weights| weights.weight_mean)),
+        "truncated_share": mean(|s| s.importance.map_or(0.0, |weights| weights.truncated_share)),
+        "trained_share": mean(|s| s.trained_share), "logprob_gap_max": steps.iter().map(|s| s.logprob_gap_max).fold(0.0, f64::max),
         "seconds_per_step": mean(|s| s.seconds),
         "generate_seconds": mean(|s| s.generate_seconds),
         "score_seconds": mean(|s| s.score_seconds),
@@ -473,6 +484,8 @@ fn settings(args: &BenchGrpoArgs) -> GrpoStage {
         after: None,
         micro_batch: 0,
         share_prompts: args.share_prompts,
+        rollout_dtype: args.rollout_dtype,
+        importance_limit: None,
         optimizer: OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() },
     }
 }

@@ -1,9 +1,11 @@
 //! `--dtype` and `--cache-dtype`: what a command that only reads a model keeps its numbers as.
 
-use crate::engine::{Formats, HybridEngine};
+use crate::config::Dtype;
+use crate::engine::{Formats, HybridEngine, weight_format};
 use anyhow::Result;
+use clap::builder::PossibleValue;
 use clap::{Args, ValueEnum};
-use rehearsal_kernels::{CacheFormat, WeightFormat};
+use rehearsal_kernels::CacheFormat;
 use serde::Serialize;
 
 /// Formats of weights and cache.
@@ -20,36 +22,39 @@ pub struct FormatArgs {
 impl FormatArgs {
     /// Makes the engine keep its numbers so.
     pub fn apply(self, engine: &mut HybridEngine) -> Result<()> {
-        engine.set_formats(Formats { weights: self.dtype.into(), cache: self.cache_dtype.into() })
+        engine.set_formats(Formats {
+            weights: weight_format(self.dtype),
+            cache: self.cache_dtype.into(),
+        })
     }
 }
 
-/// `--dtype`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Dtype {
-    /// 32-bit floats
-    #[default]
-    F32,
-    /// 16-bit brain floats
-    Bf16,
-    /// FP8 E4M3, a scale per output channel
-    Fp8,
-    /// FP8 E4M3, a scale per 128 x 128 block
-    Fp8Block,
-    /// 8-bit integers, a scale per output channel
-    Int8,
+/// What rollouts were sampled from, with a warning if that is not what was asked for.
+pub fn sampled_as(asked: Dtype, found: Option<Dtype>) -> Dtype {
+    let found = found.unwrap_or(asked);
+    if found != asked {
+        let (asked, found) = (asked.name(), found.name());
+        tracing::warn!(
+            "this processor has no instructions for {asked}: rollouts are sampled in {found}"
+        );
+    }
+    found
 }
 
-impl From<Dtype> for WeightFormat {
-    fn from(dtype: Dtype) -> WeightFormat {
-        match dtype {
-            Dtype::F32 => WeightFormat::F32,
-            Dtype::Bf16 => WeightFormat::Bf16,
-            Dtype::Fp8 => WeightFormat::Fp8Channel,
-            Dtype::Fp8Block => WeightFormat::Fp8Block,
-            Dtype::Int8 => WeightFormat::Int8,
-        }
+impl ValueEnum for Dtype {
+    fn value_variants<'a>() -> &'a [Dtype] {
+        &Dtype::ALL
+    }
+
+    fn to_possible_value(&self) -> Option<PossibleValue> {
+        let help = match self {
+            Dtype::F32 => "32-bit floats",
+            Dtype::Bf16 => "16-bit brain floats",
+            Dtype::Fp8 => "FP8 E4M3, a scale per output channel",
+            Dtype::Fp8Block => "FP8 E4M3, a scale per 128 x 128 block",
+            Dtype::Int8 => "8-bit integers, a scale per output channel",
+        };
+        Some(PossibleValue::new(self.name()).help(help))
     }
 }
 
@@ -96,12 +101,17 @@ impl From<CacheDtype> for CacheFormat {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rehearsal_kernels::WeightFormat;
 
     #[test]
     fn every_format_has_a_name_on_the_command_line() {
         let weights: Vec<WeightFormat> =
-            Dtype::value_variants().iter().map(|dtype| (*dtype).into()).collect();
+            Dtype::value_variants().iter().map(|dtype| weight_format(*dtype)).collect();
         assert_eq!(weights, WeightFormat::ALL);
+        for dtype in Dtype::ALL {
+            let name = serde_json::to_string(&dtype).unwrap();
+            assert_eq!(name, format!("\"{}\"", dtype.name()));
+        }
         let caches: Vec<CacheFormat> =
             CacheDtype::value_variants().iter().map(|dtype| (*dtype).into()).collect();
         assert_eq!(caches, CacheFormat::ALL);

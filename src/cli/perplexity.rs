@@ -4,11 +4,11 @@
 //! through the sampler. With `--against-f32` the same texts go through a second engine in f32, chunk by chunk.
 
 use super::eval::EvalArgs;
-use super::formats::{CacheDtype, Dtype};
+use super::formats::CacheDtype;
 use super::open_model::{FILE, OpenModel};
 use super::output::{say, say_json};
-use crate::config::Fault;
 use crate::config::data::Schema;
+use crate::config::{Dtype, Fault};
 use crate::data::jsonl::Records;
 use crate::engine::phase::Phase;
 use anyhow::Result;

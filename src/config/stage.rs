@@ -1,7 +1,10 @@
 //! `[[stage]]`: one entry of a run, in order.
 
+use super::dtype::Dtype;
 use super::routing::BalanceConfig;
 use serde::{Deserialize, Serialize};
+
+pub use super::eval::{EvalConfig, Gate, Metric};
 
 /// A stage: its name, where it starts, what it must reach, and the settings of its kind.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -306,10 +309,28 @@ pub struct GrpoStage {
     /// memory for a whole group at once; the gradient differs in its last bits only.
     #[serde(default = "yes")]
     pub share_prompts: bool,
+    /// What the policy's weights are kept as while rollouts are sampled; evals take f32. Other than f32 the sampler is not
+    /// the trainer, and each token's loss is weighted by min(trainer's probability / sampler's, `importance_limit`).
+    #[serde(default)]
+    pub rollout_dtype: Dtype,
+    /// Most that a token (a rollout, for the ratio per sequence) may weigh; 2 if absent. Only beside a `rollout_dtype`.
+    #[serde(default)]
+    pub importance_limit: Option<f64>,
     /// Optimizer.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
 }
+
+impl GrpoStage {
+    /// The limit of importance weights; `None` if rollouts come from the trainer's own numbers and have none.
+    pub fn importance_weights(&self) -> Option<f64> {
+        (self.rollout_dtype != Dtype::F32)
+            .then(|| self.importance_limit.unwrap_or(USUAL_IMPORTANCE_LIMIT))
+    }
+}
+
+/// `importance_limit` where none is given.
+const USUAL_IMPORTANCE_LIMIT: f64 = 2.0;
 
 /// One component of a reward: exactly one of `verifier` and `model`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -404,64 +425,6 @@ pub enum Deviation {
     Sample,
 }
 
-/// Something measured on a stage's model: `verifier` on prompts, or `metric`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct EvalConfig {
-    /// Name in the journal.
-    pub name: String,
-    /// A data set.
-    pub data: String,
-    /// Checks greedy replies to prompts; the journal gets `pass_at_1`, or `rate` with `as_rate`.
-    #[serde(default)]
-    pub verifier: Option<VerifierKind>,
-    /// Report the share as `rate` (how often the model refuses) and not as `pass_at_1`.
-    #[serde(default)]
-    pub as_rate: bool,
-    /// `perplexity` of texts, or `accuracy` of a reward model on pairs.
-    #[serde(default)]
-    pub metric: Option<Metric>,
-    /// Most new tokens of a reply.
-    #[serde(default = "eval_tokens")]
-    pub max_new_tokens: usize,
-    /// Also measure before the stage's first step.
-    #[serde(default)]
-    pub before: bool,
-    /// Also measure every so many steps; 0 for the end only.
-    #[serde(default)]
-    pub every: u64,
-    /// Sample replies shown on the console and kept in the journal.
-    #[serde(default)]
-    pub show: usize,
-    /// Only the first so many examples; 0 for all.
-    #[serde(default)]
-    pub limit: usize,
-}
-
-/// `metric`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Metric {
-    /// exp of the mean negative log-probability per token.
-    Perplexity,
-    /// Share of pairs whose chosen reply scores higher.
-    Accuracy,
-}
-
-/// A measurement that must be reached.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Gate {
-    /// Name of one of the stage's evals.
-    pub eval: String,
-    /// Least value that passes.
-    #[serde(default)]
-    pub minimum: Option<f64>,
-    /// Greatest value that passes.
-    #[serde(default)]
-    pub maximum: Option<f64>,
-}
-
 fn one() -> f64 {
     1.0
 }
@@ -488,7 +451,4 @@ fn kl() -> f64 {
 }
 fn deviation_epsilon() -> f64 {
     1e-4
-}
-fn eval_tokens() -> usize {
-    64
 }

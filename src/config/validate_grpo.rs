@@ -2,6 +2,7 @@
 
 use super::data::Schema;
 use super::document::ConfigError;
+use super::dtype::Dtype;
 use super::nearest::hint;
 use super::stage::GrpoStage;
 use super::validate_stage::StageRules;
@@ -68,8 +69,39 @@ impl StageRules<'_> {
                 format!("{key} = {after:?} is no policy stage that runs before this one; put it first or leave `after` out")
             })?;
         }
+        self.rollouts(stage)?;
         self.rewards(stage)?;
         self.optimizer(&stage.optimizer, Some(stage.steps.saturating_mul(stage.updates)))
+    }
+
+    /// Rollouts from other numbers than the trainer's.
+    fn rollouts(&self, stage: &GrpoStage) -> Result<(), ConfigError> {
+        let dtype = stage.rollout_dtype.name();
+        if stage.rollout_dtype == Dtype::F32 {
+            return self.require(stage.importance_limit.is_none(), &["importance_limit"], |key| {
+                format!(
+                    "{key} changes nothing: rollouts in f32 have no importance weights; leave it out, or name another \
+                     rollout_dtype"
+                )
+            });
+        }
+        self.require(!self.rules.config.engine.exact, &["rollout_dtype"], |key| {
+            format!(
+                "{key} = \"{dtype}\" samples from other numbers than the trainer's, and engine.exact promises the same; set \
+                 exact = false in [engine], or sample in f32"
+            )
+        })?;
+        self.require(stage.updates == 1, &["updates"], |key| {
+            format!(
+                "{key} = {} does not go with rollout_dtype = \"{dtype}\": a second update needs the trainer's own \
+                 log-probabilities of before the first, which nothing computes; use 1, or sample in f32",
+                stage.updates
+            )
+        })?;
+        let limit = stage.importance_limit.unwrap_or(1.0);
+        self.require(limit >= 1.0, &["importance_limit"], |key| {
+            format!("{key} = {limit} must be at least 1, the weight of a token on which sampler and trainer agree; 2 is usual")
+        })
     }
 
     fn rewards(&self, stage: &GrpoStage) -> Result<(), ConfigError> {

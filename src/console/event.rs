@@ -10,16 +10,17 @@
 //!   * `step`: `loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`, `seconds`;
 //!     `dropped` (share of the pairs of token and expert) in a stage that lets full devices drop;
 //!     `useful_share` (of the measured f32 products) but in `grpo`, which has `reward_mean`, `kl`,
-//!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max`, and of
-//!     the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
+//!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max`,
+//!     `rollout_dtype`, `sampler_kl`, with importance weights `importance_weight_mean` and
+//!     `truncated_share`, and of the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
 //!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`);
 //!     docs/performance.md defines them
 //!   * `eval`: `name`, one of `pass_at_1`, `perplexity`, `accuracy`, `rate`, and `samples`;
 //!     optionally `replies` (list of `{prompt, text, answer, score}`)
 //!   * `commit`: `folder`; `note`: `text`
 //!   * remarks, which are shown as one sentence: `rejected`: `folder`, `reason`; `restart`, `silent`:
-//!     `actor`, `reason`; `refused`, `inject`: `actor`, `message`; `skipped`: `in_a_row`; `rollback`:
-//!     `reason`; `alarm`: `reason`, `logprob_gap_max`
+//!     `actor`, `reason`; `refused`, `inject`: `actor`, `message`; `skipped`: `in_a_row`; `rollback`,
+//!     `fallback`: `reason`; `alarm`: `reason`, and `logprob_gap_max` or `sampler_kl`
 //!   * `end`: `state` (`finished`, `stopped`, `failed`), `reason`, `export`, `computed_steps` (steps
 //!     computed since the start or resume, those that the journal had already included)
 
@@ -65,6 +66,7 @@ impl Event {
                 whole("in_a_row")
             ),
             "alarm" => format!("ALARM: {reason}"),
+            "fallback" => format!("WARNING: {reason}"),
             "rollback" => format!("going back to the last commit: {reason}"),
             _ => return None,
         })

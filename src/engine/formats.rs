@@ -1,10 +1,11 @@
 //! What an engine keeps a model's numbers as while nothing trains it: packed weights and cache rows.
 //!
-//! Training packs f32 whatever is chosen here, and no stage of a run chooses: rollouts from other numbers than the
-//! trainer's would need importance weights.
+//! Training packs f32 whatever is chosen here. A command that only reads a model chooses for every phase; a run chooses for
+//! one stay in Generate, because rollouts from other numbers than the trainer's need importance weights.
 
 use super::hybrid::HybridEngine;
-use super::phase::Phase;
+use super::phase::{Phase, PhaseReport};
+use crate::config::Dtype;
 use anyhow::Result;
 use rehearsal_kernels::{CacheFormat, Kind, WeightFormat};
 
@@ -17,7 +18,27 @@ pub struct Formats {
     pub cache: CacheFormat,
 }
 
+/// The format that a type of weights is.
+pub fn weight_format(dtype: Dtype) -> WeightFormat {
+    match dtype {
+        Dtype::F32 => WeightFormat::F32,
+        Dtype::Bf16 => WeightFormat::Bf16,
+        Dtype::Fp8 => WeightFormat::Fp8Channel,
+        Dtype::Fp8Block => WeightFormat::Fp8Block,
+        Dtype::Int8 => WeightFormat::Int8,
+    }
+}
+
 impl HybridEngine {
+    /// Enters Generate with the policy packed as `dtype`; the report says as what it was. Integers are wanted for their
+    /// speed: a processor without instructions for their products samples from f32.
+    pub fn enter_generate(&mut self, dtype: Dtype) -> Result<PhaseReport> {
+        let is_slow = dtype == Dtype::Int8 && !self.kernels.multiplies_integers();
+        let dtype = if is_slow { Dtype::F32 } else { dtype };
+        let report = self.enter(Phase::Generate, weight_format(dtype))?;
+        Ok(PhaseReport { sampled_as: Some(dtype), ..report })
+    }
+
     /// Chooses the formats of the next phases. Ends in Idle.
     pub fn set_formats(&mut self, formats: Formats) -> Result<()> {
         self.enter_phase(Phase::Idle)?;

@@ -29,6 +29,7 @@ use crate::train::job::{StepReport, TrainJob};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
 use crate::train::{Items, Optimizer, Rollouts};
 use anyhow::{Context, Result, bail, ensure};
+use rehearsal_kernels::WeightFormat;
 use rehearsal_kernels::{Activity, Arena, CpuKernels, Kernels, Kind, Profile, Profiled};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -83,6 +84,8 @@ pub struct HybridEngine {
 #[derive(Default)]
 pub(super) struct Working {
     pub packed: Option<PackedModel>,
+    /// What the weights are packed as for sampling.
+    sampling: WeightFormat,
     pub gradients: Option<Gradients>,
     pub cache: Option<LatentCache>,
     pub scored: Option<(Role, Params, PackedModel)>,
@@ -184,11 +187,17 @@ impl HybridEngine {
 
     /// Leaves the current phase's memory and readies the next one's. Does nothing if already there.
     pub fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
+        self.enter(phase, self.formats.weights)
+    }
+
+    /// The same; `sampling` is the format of the weights in Generate.
+    pub(super) fn enter(&mut self, phase: Phase, sampling: WeightFormat) -> Result<PhaseReport> {
         let began = Instant::now();
         let _during = Activity::Switch.begin(&self.kernels);
         let (mut bytes_out, mut bytes_in) = (0, 0);
         let (mut chores, mut left) = (Chores::default(), Chores::default());
-        if phase != self.phase {
+        let is_other = phase == Phase::Generate && self.working.sampling != sampling;
+        if phase != self.phase || is_other {
             left = std::mem::take(&mut self.chores);
             bytes_out += self.leave()?;
             self.phase = phase;
@@ -197,8 +206,9 @@ impl HybridEngine {
             if self.policy.is_some() {
                 match phase {
                     Phase::Generate => {
-                        let (format, prefill) = (self.formats.weights, self.prefill);
-                        self.pack_policy(PackFor { format, prefill, ..PackFor::SAMPLING })?
+                        let (format, prefill) = (sampling, self.prefill);
+                        self.pack_policy(PackFor { format, prefill, ..PackFor::SAMPLING })?;
+                        self.working.sampling = sampling;
                     }
                     Phase::Train => bytes_in += self.ready_training()?,
                     Phase::Score | Phase::Idle => {}

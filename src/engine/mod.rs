@@ -17,7 +17,7 @@ mod scoring;
 
 pub mod utilisation;
 
-pub use formats::Formats;
+pub use formats::{Formats, weight_format};
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 pub use rehearsal_kernels::Profile;

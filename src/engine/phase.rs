@@ -5,6 +5,7 @@
 //! Idle: only what the last phase left resident and nothing else needs.
 
 use super::utilisation::Chores;
+use crate::config::Dtype;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
@@ -16,7 +17,7 @@ pub use crate::inference::job::{
     DecodePasses, GenerateJob, GenerateReport, GenerateRequest, TokenGroup,
 };
 pub use crate::rl::grpo::GrpoSettings;
-pub use crate::train::job::{Dropping, GrpoReport, StepReport, TrainJob};
+pub use crate::train::job::{Dropping, GrpoReport, Importance, StepReport, TrainJob};
 pub use crate::train::routing::LayerRouting;
 
 /// What a device is doing.
@@ -129,4 +130,6 @@ pub struct PhaseReport {
     pub held: BTreeMap<String, u64>,
     /// Most bytes ever held.
     pub high_water: u64,
+    /// In Generate: what the policy's weights are packed as.
+    pub sampled_as: Option<Dtype>,
 }

@@ -6,12 +6,18 @@
 //!   * ratio per sequence (DeepSeek-V2 as printed, with `length_norm = "none"`): one k3(Σ d) and one
 //!     ρ = exp(Σ (new - old)) for the whole output
 //!
+//! Rollouts of a sampler that is not the trainer (`importance_limit` C) are weighted: the policy term of a token, or of the
+//! whole output at the level of sequences, is multiplied by w = min(exp(new - old), C), a constant of the loss. Its ratio ρ
+//! is then to the trainer's own log-probabilities before the update, which are `new` itself: there is one update a batch.
+//! The KL term, which is of the trainer and the reference, has no weight.
+//!
 //! k3(d) = e^d - d - 1 with d = reference - new, clamped to ±20 against overflow. Deviation from
 //! the plain derivative: beyond the clamp the slope keeps its value at the boundary, so that the
 //! pull towards the reference does not vanish where it is needed most.
 //!
 //! Invariants:
 //!   * an advantage of zero contributes the KL term only
+//!   * a weight is within 0 and its limit, and has no slope
 //!   * where the clip is the smaller term the policy's slope is exactly zero
 //!   * a log-probability that is not a number makes loss and slope NaN: nothing here hides it
 
@@ -36,6 +42,8 @@ pub struct GrpoSettings {
     pub length_norm: LengthNorm,
     /// Used by `LengthNorm::Constant`.
     pub max_new_tokens: usize,
+    /// Limit C of importance weights; `None` where sampler and trainer compute with the same numbers.
+    pub importance_limit: Option<f64>,
 }
 
 /// One rollout's part of the loss.
@@ -49,6 +57,10 @@ pub struct TokenLoss {
     pub kl_sum: f64,
     /// Tokens whose policy slope the clip removed.
     pub clipped: u64,
+    /// Importance weight of each token; 1 without a limit.
+    pub weights: Vec<f64>,
+    /// Tokens whose weight is the limit.
+    pub truncated: u64,
 }
 
 /// The loss of one rollout. `new` are the trainer's log-probabilities of its tokens, `old` the
@@ -72,28 +84,49 @@ pub fn rollout_loss(
         Some(reference) => new.iter().zip(reference).map(|(new, r)| f64::from(*r) - new).collect(),
         None => Vec::new(),
     };
-    let log_ratios: Vec<f64> =
-        new.iter().zip(old).map(|(new, old)| new - f64::from(*old)).collect();
+    let apart: Vec<f64> = new.iter().zip(old).map(|(new, old)| new - f64::from(*old)).collect();
+    let weights = match (settings.importance_limit, settings.ratio_level) {
+        (None, _) => vec![1.0; new.len()],
+        (Some(limit), RatioLevel::Token) => apart.iter().map(|d| weight(*d, limit)).collect(),
+        (Some(limit), RatioLevel::Sequence) => vec![weight(apart.iter().sum(), limit); new.len()],
+    };
+    let log_ratios = match settings.importance_limit {
+        None => apart,
+        // One update a batch: the policy before it is the trainer that speaks. What is no number stays none.
+        Some(_) => new.iter().map(|new| 0.0 * new).collect(),
+    };
+    let parts = Parts { log_ratios, weights, gaps };
     let factor = scale * length_weight(settings, new.len());
     let mut total = match settings.ratio_level {
-        RatioLevel::Token => per_token(settings, advantage, factor, &log_ratios, &gaps),
-        RatioLevel::Sequence => per_sequence(settings, advantage, factor, &log_ratios, &gaps),
+        RatioLevel::Token => per_token(settings, advantage, factor, &parts),
+        RatioLevel::Sequence => per_sequence(settings, advantage, factor, &parts),
     };
-    total.kl_sum = gaps.iter().map(|gap| k3(*gap).value).sum();
+    total.kl_sum = parts.gaps.iter().map(|gap| k3(*gap).value).sum();
+    let is_cut = |weight: &&f64| settings.importance_limit.is_some_and(|limit| **weight >= limit);
+    total.truncated = parts.weights.iter().filter(is_cut).count() as u64;
+    total.weights = parts.weights;
     total
 }
 
-fn per_token(
-    settings: &GrpoSettings,
-    advantage: f64,
-    factor: f64,
-    log_ratios: &[f64],
-    gaps: &[f64],
-) -> TokenLoss {
+/// What the terms of a rollout are made of, a number per token.
+struct Parts {
+    log_ratios: Vec<f64>,
+    weights: Vec<f64>,
+    /// reference - new; empty without a reference.
+    gaps: Vec<f64>,
+}
+
+/// min(e^apart, limit), and NaN of NaN.
+fn weight(apart: f64, limit: f64) -> f64 {
+    let ratio = apart.exp();
+    if ratio > limit { limit } else { ratio }
+}
+
+fn per_token(settings: &GrpoSettings, advantage: f64, factor: f64, parts: &Parts) -> TokenLoss {
     let mut total = TokenLoss::default();
-    for (index, log_ratio) in log_ratios.iter().enumerate() {
-        let policy = surrogate(advantage, *log_ratio, settings.clip);
-        let kl = gaps.get(index).map_or(Term::default(), |gap| k3(*gap));
+    for (index, (log_ratio, weight)) in parts.log_ratios.iter().zip(&parts.weights).enumerate() {
+        let policy = surrogate(advantage, *log_ratio, settings.clip).times(*weight);
+        let kl = parts.gaps.get(index).map_or(Term::default(), |gap| k3(*gap));
         total.loss -= factor * (policy.value - settings.kl_weight * kl.value);
         total.coefficients.push(-factor * (policy.slope - settings.kl_weight * kl.slope));
         total.clipped += u64::from(policy.clipped);
@@ -101,22 +134,18 @@ fn per_token(
     total
 }
 
-fn per_sequence(
-    settings: &GrpoSettings,
-    advantage: f64,
-    factor: f64,
-    log_ratios: &[f64],
-    gaps: &[f64],
-) -> TokenLoss {
-    let policy = surrogate(advantage, log_ratios.iter().sum(), settings.clip);
-    let kl = k3(gaps.iter().sum());
+fn per_sequence(settings: &GrpoSettings, advantage: f64, factor: f64, parts: &Parts) -> TokenLoss {
+    let tokens = parts.log_ratios.len();
+    let weight = parts.weights.first().copied().unwrap_or(1.0);
+    let policy = surrogate(advantage, parts.log_ratios.iter().sum(), settings.clip).times(weight);
+    let kl = k3(parts.gaps.iter().sum());
     // Each token's log-probability is one summand of the sequence's: they share one slope.
     let coefficient = -factor * (policy.slope - settings.kl_weight * kl.slope);
     TokenLoss {
         loss: -factor * (policy.value - settings.kl_weight * kl.value),
-        coefficients: vec![coefficient; log_ratios.len()],
-        kl_sum: 0.0,
-        clipped: if policy.clipped { log_ratios.len() as u64 } else { 0 },
+        coefficients: vec![coefficient; tokens],
+        clipped: if policy.clipped { tokens as u64 } else { 0 },
+        ..TokenLoss::default()
     }
 }
 
@@ -136,6 +165,13 @@ struct Term {
     clipped: bool,
 }
 
+impl Term {
+    /// The term with a constant factor.
+    fn times(self, factor: f64) -> Term {
+        Term { value: factor * self.value, slope: factor * self.slope, ..self }
+    }
+}
+
 /// min(ρ A, clip(ρ, 1 - ε, 1 + ε) A).
 fn surrogate(advantage: f64, log_ratio: f64, clip: f64) -> Term {
     let ratio = log_ratio.exp();
@@ -152,6 +188,12 @@ fn surrogate(advantage: f64, log_ratio: f64, clip: f64) -> Term {
     Term { value: ratio * advantage, slope: ratio * advantage, clipped: false }
 }
 
+/// e^d - d - 1, the k3 estimate of how far two policies are apart on a token of the first: d is the second's
+/// log-probability less the first's.
+pub fn k3_value(gap: f64) -> f64 {
+    k3(gap).value
+}
+
 /// e^d - d - 1 with d = reference - new; its slope with respect to `new` is 1 - e^d.
 fn k3(gap: f64) -> Term {
     let d = gap.clamp(-KL_CLAMP, KL_CLAMP);
@@ -160,262 +202,4 @@ fn k3(gap: f64) -> Term {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn settings() -> GrpoSettings {
-        GrpoSettings {
-            clip: 0.2,
-            kl_weight: 0.0,
-            temperature: 1.0,
-            ratio_level: RatioLevel::Token,
-            length_norm: LengthNorm::PerOutput,
-            max_new_tokens: 20,
-        }
-    }
-
-    fn narrow(values: &[f64]) -> Vec<f32> {
-        values.iter().map(|value| *value as f32).collect()
-    }
-
-    /// The loss as a plain reading of 4.3, sharing no code with the product.
-    fn naive(
-        settings: &GrpoSettings,
-        advantage: f64,
-        scale: f64,
-        new: &[f64],
-        old: &[f32],
-        reference: &[f32],
-    ) -> f64 {
-        let weight = match settings.length_norm {
-            LengthNorm::PerOutput => 1.0 / new.len() as f64,
-            LengthNorm::None => 1.0,
-            LengthNorm::Constant => 1.0 / settings.max_new_tokens as f64,
-        };
-        let objective = |log_policy: f64, log_old: f64, log_reference: f64| {
-            let ratio = (log_policy - log_old).exp();
-            let held = if ratio > 1.0 + settings.clip {
-                1.0 + settings.clip
-            } else if ratio < 1.0 - settings.clip {
-                1.0 - settings.clip
-            } else {
-                ratio
-            };
-            let (plain, bounded) = (ratio * advantage, held * advantage);
-            let odds = (log_reference - log_policy).exp();
-            let kl = odds - odds.ln() - 1.0;
-            (if plain < bounded { plain } else { bounded }) - settings.kl_weight * kl
-        };
-        let mut sum = 0.0;
-        match settings.ratio_level {
-            RatioLevel::Token => {
-                for t in 0..new.len() {
-                    sum += objective(new[t], f64::from(old[t]), f64::from(reference[t]));
-                }
-            }
-            RatioLevel::Sequence => {
-                let total = |values: &[f32]| values.iter().map(|v| f64::from(*v)).sum::<f64>();
-                sum = objective(new.iter().sum(), total(old), total(reference));
-            }
-        }
-        -scale * weight * sum
-    }
-
-    #[test]
-    fn loss_and_slopes_agree_with_the_formula_and_its_finite_differences() {
-        let mut state = 5u64;
-        let mut uniform = move || {
-            state = state
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
-            (state >> 11) as f64 / (1u64 << 53) as f64
-        };
-        for case in 0..400 {
-            let count = 1 + (6.0 * uniform()) as usize;
-            let mut column = |spread: f64| -> Vec<f64> {
-                (0..count).map(|_| -2.0 + spread * uniform()).collect()
-            };
-            let (new, old, reference) = (column(0.6), narrow(&column(0.6)), narrow(&column(1.5)));
-            let settings = GrpoSettings {
-                kl_weight: 0.3,
-                ratio_level: if case % 2 == 0 { RatioLevel::Token } else { RatioLevel::Sequence },
-                length_norm: [LengthNorm::PerOutput, LengthNorm::None, LengthNorm::Constant]
-                    [case % 3],
-                ..settings()
-            };
-            let advantage = if case % 5 == 0 { 0.0 } else { 3.0 * uniform() - 1.5 };
-            let got = rollout_loss(&settings, advantage, 0.125, &new, &old, Some(&reference));
-            let at = |new: &[f64]| naive(&settings, advantage, 0.125, new, &old, &reference);
-            assert!(
-                (got.loss - at(&new)).abs() < 1e-12,
-                "case {case}: {} is not {}",
-                got.loss,
-                at(&new)
-            );
-            let near_a_kink = |log_ratio: f64| {
-                [0.8, 1.2].iter().any(|edge| (log_ratio.exp() - edge).abs() < 1e-4)
-            };
-            let gaps = new.iter().zip(&old).map(|(new, old)| new - f64::from(*old));
-            if gaps.clone().any(near_a_kink) || near_a_kink(gaps.sum()) {
-                continue;
-            }
-            for token in 0..count {
-                let (mut up, mut down) = (new.clone(), new.clone());
-                up[token] += 1e-6;
-                down[token] -= 1e-6;
-                let numeric = (at(&up) - at(&down)) / 2e-6;
-                let slope = got.coefficients[token];
-                assert!(
-                    (slope - numeric).abs() < 1e-8,
-                    "case {case}, token {token}: {slope} is not {numeric}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn k3_matches_its_goldens_and_is_never_negative() {
-        let goldens =
-            [(1.0, 0.718_282), (-1.0, 0.367_879), (0.1, 0.005_170_918), (-0.1, 0.004_837_418)];
-        for (gap, golden) in goldens {
-            assert!((k3(gap).value - golden).abs() < 5e-7, "{gap}: {}", k3(gap).value);
-        }
-        assert_eq!(k3(0.0).value, 0.0);
-        for step in -4000..=4000 {
-            let term = k3(f64::from(step) * 0.01);
-            assert!(term.value >= 0.0 && term.value.is_finite() && term.slope.is_finite());
-        }
-        // Past the clamp the pull stays: the slope of the boundary.
-        assert_eq!(k3(90.0).slope, k3(20.0).slope);
-        assert!(k3(90.0).slope < 0.0 && k3(-90.0).slope > 0.0);
-    }
-
-    #[test]
-    fn with_ratio_one_the_slope_is_the_advantage_over_group_size_and_length() {
-        let new = [-0.5, -1.25, -2.0, -0.75];
-        let old = narrow(&new);
-        let (group_size, advantage) = (8.0, 1.5);
-        let got = rollout_loss(&settings(), advantage, 1.0 / group_size, &new, &old, None);
-        assert!(
-            got.coefficients.iter().all(|c| (c + advantage / (group_size * 4.0)).abs() < 1e-15)
-        );
-        // DeepSeek-V2 as printed: no division by the length.
-        let printed = GrpoSettings {
-            ratio_level: RatioLevel::Sequence,
-            length_norm: LengthNorm::None,
-            ..settings()
-        };
-        let got = rollout_loss(&printed, advantage, 1.0 / group_size, &new, &old, None);
-        assert!(got.coefficients.iter().all(|c| (c + advantage / group_size).abs() < 1e-15));
-        // With a reference, each token adds β (π_ref / π - 1).
-        let with_kl = GrpoSettings { kl_weight: 0.04, ..settings() };
-        let reference = narrow(&[-0.25, -1.5, -2.0, -0.5]);
-        let got = rollout_loss(&with_kl, advantage, 1.0 / group_size, &new, &old, Some(&reference));
-        for t in 0..4 {
-            let odds = (f64::from(reference[t]) - new[t]).exp();
-            let expected = -(advantage + 0.04 * (odds - 1.0)) / (group_size * 4.0);
-            assert!((got.coefficients[t] - expected).abs() < 1e-15);
-        }
-    }
-
-    #[test]
-    fn the_gradient_through_a_softmax_policy_is_the_policy_gradient() {
-        // log π(a) = z_a - ln Σ e^z; at ratio one d(loss)/dz = -A / (G |o|) Σ_t (1[a_t] - π).
-        let logits = [0.3, -0.8, 1.1];
-        let log_policy = |z: &[f64], a: usize| z[a] - z.iter().map(|z| z.exp()).sum::<f64>().ln();
-        let actions = [2, 0, 2, 1, 2];
-        let log_all =
-            |z: &[f64]| -> Vec<f64> { actions.iter().map(|a| log_policy(z, *a)).collect() };
-        let old = narrow(&log_all(&logits));
-        let loss = |z: &[f64]| rollout_loss(&settings(), -0.7, 0.25, &log_all(z), &old, None).loss;
-        for (k, (logit, share)) in logits.iter().zip([1.0, 1.0, 3.0]).enumerate() {
-            let (mut up, mut down) = (logits, logits);
-            up[k] = logit + 1e-5;
-            down[k] = logit - 1e-5;
-            let numeric = (loss(&up) - loss(&down)) / 2e-5;
-            let expected = 0.7 * 0.25 / 5.0 * (share - 5.0 * log_policy(&logits, k).exp());
-            assert!((numeric - expected).abs() < 1e-7, "{numeric} is not {expected}");
-        }
-    }
-
-    #[test]
-    fn the_clip_removes_the_slope_exactly_where_it_is_the_smaller_term() {
-        let ratio = |r: f64, advantage: f64| {
-            let got = rollout_loss(&settings(), advantage, 1.0, &[r.ln() - 1.0], &[-1.0], None);
-            (got.loss, got.coefficients[0], got.clipped)
-        };
-        let (loss, slope, clipped) = ratio(1.3, 2.0);
-        assert!((loss + 2.4).abs() < 1e-12 && slope == 0.0 && clipped == 1);
-        let (loss, slope, clipped) = ratio(0.7, -2.0);
-        assert!((loss - 1.6).abs() < 1e-12 && slope == 0.0 && clipped == 1);
-        for (r, advantage) in [(0.7, 2.0), (1.3, -2.0), (1.1, 2.0), (0.9, -2.0)] {
-            let (_, slope, clipped) = ratio(r, advantage);
-            assert!(
-                (slope + r * advantage).abs() < 1e-12 && clipped == 0,
-                "ratio {r}, advantage {advantage}"
-            );
-        }
-        let whole = GrpoSettings { ratio_level: RatioLevel::Sequence, ..settings() };
-        let got = rollout_loss(&whole, 1.0, 1.0, &[-0.9, -0.85, -1.0], &[-1.0; 3], None);
-        assert_eq!((got.clipped, got.coefficients), (3, vec![0.0; 3]));
-    }
-
-    #[test]
-    fn an_advantage_of_zero_contributes_the_kl_term_only() {
-        let (new, reference) = ([-1.0, -3.0, -0.2], narrow(&[-1.5, -2.5, -0.2]));
-        for ratio_level in [RatioLevel::Token, RatioLevel::Sequence] {
-            let with_kl = GrpoSettings { kl_weight: 0.1, ratio_level, ..settings() };
-            // The sampler's log-probabilities play no part, not even where the ratio overflows.
-            let near = rollout_loss(&with_kl, 0.0, 0.5, &new, &narrow(&new), Some(&reference));
-            let far = rollout_loss(&with_kl, 0.0, 0.5, &new, &[-2000.0; 3], Some(&reference));
-            assert_eq!(near, far);
-            assert!(near.loss.is_finite() && near.kl_sum > 0.0 && near.clipped == 0);
-            assert!(near.coefficients.iter().all(|c| c.is_finite()));
-            let without = GrpoSettings { kl_weight: 0.0, ..with_kl };
-            let nothing = rollout_loss(&without, 0.0, 0.5, &new, &[-2000.0; 3], None);
-            assert!(nothing.loss == 0.0 && nothing.coefficients.iter().all(|c| *c == 0.0));
-        }
-    }
-
-    #[test]
-    fn length_norm_sets_how_much_a_token_of_a_long_reply_counts() {
-        let slope = |length_norm, count: usize| {
-            let settings = GrpoSettings { length_norm, ..settings() };
-            rollout_loss(&settings, 1.0, 1.0, &vec![-1.0; count], &vec![-1.0; count], None)
-                .coefficients[0]
-        };
-        assert!(
-            (slope(LengthNorm::PerOutput, 1) / slope(LengthNorm::PerOutput, 10) - 10.0).abs()
-                < 1e-12
-        );
-        assert_eq!((slope(LengthNorm::None, 1), slope(LengthNorm::None, 10)), (-1.0, -1.0));
-        assert_eq!(
-            (slope(LengthNorm::Constant, 1), slope(LengthNorm::Constant, 10)),
-            (-0.05, -0.05)
-        );
-    }
-
-    #[test]
-    #[should_panic(expected = "trainer and sampler speak of the same tokens")]
-    fn a_token_after_the_end_token_cannot_enter_the_loss() {
-        // The rollout's own log-probabilities end with its end token; anything longer is refused.
-        rollout_loss(&settings(), 1.0, 1.0, &[-1.0, -1.0, -0.1], &[-1.0, -1.0], None);
-    }
-
-    #[test]
-    fn what_is_not_a_number_is_not_hidden() {
-        let with_kl = GrpoSettings { kl_weight: 0.1, ..settings() };
-        let nan = |advantage: f64, new: f64| {
-            let got = rollout_loss(&with_kl, advantage, 1.0, &[new], &[-1.0], Some(&[-1.0]));
-            got.loss.is_nan() && got.coefficients[0].is_nan()
-        };
-        assert!(nan(f64::NAN, -1.0) && nan(1.0, f64::NAN) && nan(0.0, f64::NAN));
-        assert!(!nan(1.0, -1.0));
-    }
-
-    #[test]
-    fn an_empty_rollout_costs_nothing() {
-        let got = rollout_loss(&settings(), 1.0, 1.0, &[], &[], None);
-        assert!(got.loss == 0.0 && got.coefficients.is_empty());
-    }
-}
+mod tests;

@@ -96,6 +96,19 @@ pub struct GrpoReport {
     pub logprob_gap_max: f64,
     /// Its mean.
     pub logprob_gap_mean: f64,
+    /// Mean of k3 of sampler and trainer, an estimate of KL(sampler || trainer) in nats a token; as the gaps.
+    pub sampler_kl: f64,
+    /// Importance weights of the tokens; `None` where rollouts have none.
+    pub importance: Option<Importance>,
     /// The share of the step's rollouts that were trained on; the others would have added exact zeros.
     pub trained_share: f64,
+}
+
+/// Importance weights of a step's tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Importance {
+    /// Their mean.
+    pub weight_mean: f64,
+    /// The share that the limit cut.
+    pub truncated_share: f64,
 }

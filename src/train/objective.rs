@@ -3,14 +3,14 @@
 //! A step's examples are `Items`. They go through the model one micro-batch of atoms at a time (a document, a pair, or
 //! rollouts that share a prompt); every mean is taken over the whole step, so that the split changes no gradient.
 
-use super::job::GrpoReport;
+use super::job::{GrpoReport, Importance};
 use super::rollouts::Rollouts;
 use crate::config::ModelConfig;
 use crate::data::example::{Batch, Pair, Sequence};
 use crate::model::cost::{forward_flops, head_flops};
 use crate::model::heads::{Heads, VocabularyOutput};
 use crate::model::{Documents, Family, Gradients, Params, Pass};
-use crate::rl::grpo::TokenLoss;
+use crate::rl::grpo::{TokenLoss, k3_value};
 use rehearsal_kernels::{Activity, Buffer, Kernels, OutOfMemory};
 use std::ops::Range;
 
@@ -36,6 +36,9 @@ pub struct Tally {
     clipped: u64,
     gap: f64,
     gap_max: f64,
+    sampler_kl: f64,
+    weights: f64,
+    truncated: u64,
     tokens: u64,
 }
 
@@ -194,19 +197,28 @@ impl Tally {
             if gap > self.gap_max || gap.is_nan() {
                 self.gap_max = gap;
             }
+            self.sampler_kl += k3_value(trainer - f64::from(*sampler));
         }
+        self.weights += loss.weights.iter().sum::<f64>();
+        self.truncated += loss.truncated;
     }
 
     /// GRPO's figures, means over the reply tokens of the rollouts that were trained on.
-    pub fn grpo(&self, trained_share: f64) -> GrpoReport {
+    pub fn grpo(&self, rollouts: &Rollouts<'_>) -> GrpoReport {
         let tokens = self.tokens.max(1) as f64;
+        let importance = rollouts.are_weighted().then(|| Importance {
+            weight_mean: self.weights / tokens,
+            truncated_share: self.truncated as f64 / tokens,
+        });
         GrpoReport {
             kl: self.kl / tokens,
             entropy: self.entropy / tokens,
             clip_share: self.clipped as f64 / tokens,
             logprob_gap_max: self.gap_max,
             logprob_gap_mean: self.gap / tokens,
-            trained_share,
+            sampler_kl: self.sampler_kl / tokens,
+            importance,
+            trained_share: rollouts.trained_share(),
         }
     }
 }

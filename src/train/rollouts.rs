@@ -116,6 +116,11 @@ impl<'a> Rollouts<'a> {
         self.trained() as f64 / self.all.max(1) as f64
     }
 
+    /// True if their tokens have importance weights.
+    pub fn are_weighted(&self) -> bool {
+        self.settings.importance_limit.is_some()
+    }
+
     /// Tokens of the rollouts that are trained on, each with its prompt.
     pub fn tokens(&self) -> usize {
         let whole = |part: &Part<'_>| -> usize {

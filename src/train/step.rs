@@ -122,7 +122,7 @@ pub fn train_step(
         routing: layer_routing(&routings),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
         grpo: match items {
-            Items::Rollouts(rollouts) => Some(tally.grpo(rollouts.trained_share())),
+            Items::Rollouts(rollouts) => Some(tally.grpo(rollouts)),
             _ => None,
         },
     })

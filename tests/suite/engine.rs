@@ -272,6 +272,7 @@ pub fn settings() -> GrpoSettings {
         ratio_level: RatioLevel::Token,
         length_norm: LengthNorm::PerOutput,
         max_new_tokens: 6,
+        importance_limit: None,
     }
 }
 

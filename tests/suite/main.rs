@@ -28,6 +28,7 @@ mod oracle;
 mod prefill;
 mod profile;
 mod requirements;
+mod rollout_formats;
 mod rollouts;
 mod routing;
 mod signals;

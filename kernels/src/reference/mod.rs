@@ -75,6 +75,10 @@ impl Kernels for ReferenceKernels {
         DType::F64
     }
 
+    fn multiplies_integers(&self) -> bool {
+        false
+    }
+
     fn arena(&self) -> &Arena {
         &self.arena
     }

@@ -8,7 +8,7 @@ use crate::actors::port::Desk;
 use crate::actors::worker::{Device, DeviceMaker};
 use crate::checkpoint::tensors::TensorEntry;
 use crate::checkpoint::{TensorFolder, write_model_config, write_tensors};
-use crate::config::{ModelConfig, RunConfig};
+use crate::config::{Dtype, ModelConfig, RunConfig};
 use crate::engine::hybrid::SavedState;
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
 use crate::engine::phase::{GrpoReport, StepReport, TrainJob};
@@ -196,10 +196,12 @@ impl Device for FakeDevice {
         }
     }
 
-    fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
-        self.call(format!("phase {phase:?}"));
+    fn enter_phase(&mut self, phase: Phase, sample_as: Dtype) -> Result<PhaseReport> {
+        let kept = if sample_as == Dtype::F32 { "" } else { sample_as.name() };
+        self.call(format!("phase {phase:?} {kept}").trim_end().to_string());
         let held = BTreeMap::from([("policy/weights".to_string(), 8)]);
-        Ok(PhaseReport { held, high_water: 8, ..utilisation::entered(phase) })
+        let sampled_as = (phase == Phase::Generate).then_some(sample_as);
+        Ok(PhaseReport { held, high_water: 8, sampled_as, ..utilisation::entered(phase) })
     }
 
     fn generate(

@@ -114,6 +114,50 @@ fn what_is_balanced_and_dropped_keeps_its_rules() {
 }
 
 #[test]
+fn rollouts_in_few_bits_keep_their_rules() {
+    check_fault(
+        "steps = 3",
+        "steps = 3\nrollout_dtype = \"bf16\"",
+        "77:1",
+        "stage.align.rollout_dtype = \"bf16\" samples from other numbers than the trainer's, and engine.exact promises the \
+         same; set exact = false in [engine], or sample in f32",
+    );
+    let align = |keys: &str, at: &str, message: &str| {
+        let text = RUN.replace("budget = \"1.5 GiB\"", "exact = false");
+        let text = text.replace("steps = 3", &format!("steps = 3\n{keys}"));
+        let fault = load(&text, MODEL, &[]).unwrap_err().to_string();
+        assert!(fault.contains(at) && fault.contains(message), "{fault}");
+    };
+    align(
+        "importance_limit = 3.0",
+        "77:1",
+        "stage.align.importance_limit changes nothing: rollouts in f32 have no importance weights; leave it out, or name \
+         another rollout_dtype",
+    );
+    align(
+        "updates = 2\nrollout_dtype = \"int8\"",
+        "77:1",
+        "stage.align.updates = 2 does not go with rollout_dtype = \"int8\": a second update needs the trainer's own \
+         log-probabilities of before the first, which nothing computes; use 1, or sample in f32",
+    );
+    align(
+        "rollout_dtype = \"int8\"\nimportance_limit = 0.5",
+        "78:1",
+        "stage.align.importance_limit = 0.5 must be at least 1, the weight of a token on which sampler and trainer agree; \
+         2 is usual",
+    );
+    let limit = |set: &[&str]| match &load(RUN, MODEL, set).unwrap().stages[4].kind {
+        StageKind::Grpo(stage) => stage.importance_weights(),
+        _ => panic!("stage 5 is GRPO"),
+    };
+    assert_eq!(limit(&[]), None);
+    assert_eq!(limit(&["engine.exact=false", "stage.align.rollout_dtype=int8"]), Some(2.0));
+    let both =
+        ["engine.exact=false", "stage.align.rollout_dtype=fp8", "stage.align.importance_limit=5"];
+    assert_eq!(limit(&both), Some(5.0));
+}
+
+#[test]
 fn a_model_with_devices_may_balance_and_drop() {
     let grouped =
         ["model.topk_method=group_limited_greedy", "model.n_group=4", "model.topk_group=2"];

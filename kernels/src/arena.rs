@@ -80,6 +80,7 @@ struct State {
     held: u64,
     high_water: u64,
     owners: Vec<Holding>,
+    /// Idle regions by size; a size stays when its last region leaves.
     pool: BTreeMap<usize, Vec<Mapping>>,
     pooled: u64,
 }
@@ -125,6 +126,21 @@ impl Arena {
     ) -> Result<Buffer, OutOfMemory> {
         let region = self.region(owner, rows * cols * dtype.size())?;
         Ok(Buffer::new(region, 0, dtype, rows, cols))
+    }
+
+    /// `count` such buffers in one piece of memory, so that small ones too lie in huge pages together.
+    pub fn buffers(
+        &self,
+        owner: Owner,
+        dtype: DType,
+        rows: usize,
+        cols: usize,
+        count: usize,
+    ) -> Result<Vec<Buffer>, OutOfMemory> {
+        let bytes = pages(rows * cols * dtype.size());
+        let region = self.region(owner, bytes * count)?;
+        let buffer = |index| Buffer::new(region.clone(), index * bytes, dtype, rows, cols);
+        Ok((0..count).map(buffer).collect())
     }
 
     /// Zeroed memory for a list of tensors, one after another without gaps.
@@ -207,8 +223,9 @@ impl Arena {
 impl State {
     fn take(&mut self, owner: Owner, size: usize, pooled: bool) -> Result<Mapping, OutOfMemory> {
         if pooled {
-            let fitting = self.pool.range(size..=size + size / 2).next().map(|(class, _)| *class);
-            if let Some(mapping) = fitting.and_then(|class| self.unpool(class)) {
+            let mut fitting = self.pool.range_mut(size..=size + size / 2);
+            if let Some(mapping) = fitting.find_map(|(_, regions)| regions.pop()) {
+                self.pooled -= mapping.bytes as u64;
                 return Ok(mapping);
             }
             self.evict(size);
@@ -229,27 +246,19 @@ impl State {
         Ok(mapping)
     }
 
-    /// Takes a region of a class out of the pool.
-    fn unpool(&mut self, class: usize) -> Option<Mapping> {
-        let regions = self.pool.get_mut(&class)?;
-        let mapping = regions.pop()?;
-        if regions.is_empty() {
-            self.pool.remove(&class);
-        }
-        self.pooled -= class as u64;
-        Some(mapping)
-    }
-
     /// Gives smaller pooled regions back to the system, the largest first, until they make up for `size`.
     fn evict(&mut self, size: usize) {
         let mut given = 0;
-        while given < size
-            && let Some(class) = self.pool.range(..size).next_back().map(|(class, _)| *class)
-            && let Some(mapping) = self.unpool(class)
-        {
-            given += mapping.bytes;
-            self.held -= mapping.bytes as u64;
+        let smaller = self.pool.range_mut(..size).rev().map(|(_, regions)| regions);
+        for regions in smaller {
+            while given < size
+                && let Some(mapping) = regions.pop()
+            {
+                given += mapping.bytes;
+            }
         }
+        self.pooled -= given as u64;
+        self.held -= given as u64;
     }
 
     fn refusal(&self, owner: Owner, size: usize, budget: Option<u64>) -> OutOfMemory {
@@ -277,7 +286,7 @@ fn size_class(bytes: usize) -> usize {
 
 /// Bytes from which a mapping asks for huge pages: weights are read through once for each product, and with
 /// small pages half of that time goes to address translation.
-const HUGE: usize = 4 << 20;
+const HUGE: usize = 2 << 20;
 
 /// Private anonymous memory, touched at creation.
 struct Mapping {
@@ -379,6 +388,25 @@ mod tests {
         drop(first);
         assert_eq!(arena.held(), 0);
         assert_eq!(arena.high_water(), 32 * 1024);
+    }
+
+    #[test]
+    fn buffers_in_one_piece_are_disjoint_and_counted_once() {
+        let arena = Arena::new(Some(64 * 1024));
+        let cache = arena.owner("policy", Kind::Cache);
+        let mut buffers = arena.buffers(cache, DType::F32, 3, 1000, 4).unwrap();
+        let addresses: Vec<usize> = buffers.iter().map(|buffer| buffer.address()).collect();
+        assert!(addresses.windows(2).all(|pair| pair[1] - pair[0] == 12 * 1024), "{addresses:?}");
+        assert_eq!(arena.held_by(Kind::Cache), 48 * 1024);
+        assert!(arena.buffers(cache, DType::F32, 3, 1000, 2).is_err(), "the budget holds for all");
+        buffers.truncate(1);
+        assert_eq!(
+            arena.held_by(Kind::Cache),
+            48 * 1024,
+            "the piece stays while a part of it does"
+        );
+        drop(buffers);
+        assert_eq!(arena.held(), 0);
     }
 
     #[test]

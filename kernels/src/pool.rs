@@ -1,31 +1,39 @@
 //! Pool: our own threads, and work handed to them in fixed pieces.
 //!
-//! [`Pool::run`] calls a closure once for every piece number; the caller works too, and whoever is free
-//! takes the next number. Pieces are cut by the operation, never by the pool, so that the number of
-//! threads cannot change a bit. It knows no buffer and no operation.
+//! [`Pool::run`] calls a closure once for every piece number; the caller works too. Each thread has its own
+//! range of numbers, the same for every operation of as many pieces, so that what one operation leaves in
+//! its core's cache is there for the next one; who is done takes from the others' ranges, so that nobody
+//! waits for a thread that the system has put aside. Pieces are cut by the operation, never by the pool, so
+//! that the number of threads cannot change a bit. It knows no buffer and no operation.
 //!
 //! Invariants:
 //!   * when `run` returns, every piece was run exactly once (or a panic goes on in the caller)
 //!   * no worker holds the closure after `run` has returned: a worker enters through the gate, and `run`
 //!     closes the gate and waits until those inside have left; who comes late finds it closed
-//!   * an idle worker spins at most [`SPIN`], then sleeps; the caller too
+//!   * an idle worker spins at most [`SPIN`], then sleeps; the caller too; a busy one yields every [`TURN`]
 
 use crossbeam::utils::CachePadded;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 /// How long a thread looks for work (or for the others' end) before it sleeps.
 const SPIN: Duration = Duration::from_micros(20);
 
-/// The gate's bit that lets workers in; the bits below count who is inside, those above number the jobs.
+/// How long a worker computes before it lets others have its core, between two jobs. The system takes a core away
+/// after a few of these; in the middle of a piece that makes the caller wait for the others' turn too.
+const TURN: Duration = Duration::from_micros(700);
+
+/// The gate's bit that lets workers in; the bits below count who is inside. The next bit says that the caller
+/// sleeps until they have left, those above number the jobs.
 const OPEN: u64 = 1 << 16;
 const INSIDE: u64 = OPEN - 1;
-const JOB: u64 = OPEN << 1;
+const ASLEEP: u64 = OPEN << 1;
+const JOB: u64 = OPEN << 2;
 
 /// Threads that share the pieces of one operation at a time.
 pub(crate) struct Pool {
@@ -36,19 +44,27 @@ pub(crate) struct Pool {
 }
 
 struct Shared {
-    gate: CachePadded<AtomicU64>,
-    next: CachePadded<AtomicUsize>,
-    job: UnsafeCell<Job>,
+    /// What a worker reads to begin lies in one cache line.
+    door: CachePadded<Door>,
+    /// How many pieces of each thread's range are taken; the caller's is the first.
+    taken: Vec<CachePadded<AtomicUsize>>,
     sleeping: Vec<CachePadded<AtomicBool>>,
     stop: AtomicBool,
+    /// The caller that sleeps.
+    caller: Mutex<Option<Thread>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
+struct Door {
+    gate: AtomicU64,
+    job: UnsafeCell<Job>,
+}
+
 /// What the threads inside the gate work on.
+#[derive(Clone, Copy)]
 struct Job {
     pieces: usize,
     call: *const (dyn Fn(usize) + Sync),
-    caller: Option<Thread>,
 }
 
 // SAFETY: `job` is written by the one caller that holds `busy`, while the gate is closed and nobody is inside;
@@ -64,11 +80,14 @@ impl Pool {
         let threads = if threads == 0 { cores() } else { threads }.min(INSIDE as usize);
         let idle: *const (dyn Fn(usize) + Sync) = &|_| {};
         let shared = Arc::new(Shared {
-            gate: CachePadded::new(AtomicU64::new(0)),
-            next: CachePadded::new(AtomicUsize::new(0)),
-            job: UnsafeCell::new(Job { pieces: 0, call: idle, caller: None }),
+            door: CachePadded::new(Door {
+                gate: AtomicU64::new(0),
+                job: UnsafeCell::new(Job { pieces: 0, call: idle }),
+            }),
+            taken: (0..threads).map(|_| CachePadded::new(AtomicUsize::new(0))).collect(),
             sleeping: (1..threads).map(|_| CachePadded::new(AtomicBool::new(false))).collect(),
             stop: AtomicBool::new(false),
+            caller: Mutex::new(None),
             panic: Mutex::new(None),
         });
         let spawn = |index: usize| {
@@ -96,7 +115,7 @@ impl Pool {
             return;
         };
         self.open(pieces, call);
-        self.shared.take_pieces(pieces, call);
+        self.shared.take_pieces(0, pieces, call);
         self.close();
         let panic = self.shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
         if let Some(payload) = panic {
@@ -110,10 +129,10 @@ impl Pool {
         // SAFETY: only the lifetime changes, and `close` waits until nobody uses the pointer.
         let call: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(call) };
         // SAFETY: the gate is closed and empty, and `busy` keeps other callers out.
-        unsafe { *shared.job.get() = Job { pieces, call, caller: Some(thread::current()) } };
-        shared.next.store(0, Ordering::Relaxed);
-        let gate = shared.gate.load(Ordering::Relaxed);
-        shared.gate.store(gate + JOB + OPEN, Ordering::Release);
+        unsafe { *shared.door.job.get() = Job { pieces, call } };
+        shared.taken.iter().for_each(|taken| taken.store(0, Ordering::Relaxed));
+        let gate = shared.door.gate.load(Ordering::Relaxed);
+        shared.door.gate.store(gate + JOB + OPEN, Ordering::Release);
         // Either a worker about to sleep sees the open gate, or we see its flag.
         fence(Ordering::SeqCst);
         for (worker, sleeping) in self.workers.iter().zip(&shared.sleeping).take(pieces - 1) {
@@ -123,19 +142,29 @@ impl Pool {
         }
     }
 
+    /// Closes the gate and waits until those inside have left.
     fn close(&self) {
-        let gate = &self.shared.gate;
-        let mut inside = gate.fetch_and(!OPEN, Ordering::AcqRel) & INSIDE;
+        let gate = &self.shared.door.gate;
+        if gate.fetch_and(!OPEN, Ordering::AcqRel) & INSIDE == 0 {
+            return;
+        }
         let start = Instant::now();
-        while inside > 0 {
-            if start.elapsed() < SPIN {
+        while start.elapsed() < SPIN {
+            for _ in 0..16 {
+                if gate.load(Ordering::Acquire) & INSIDE == 0 {
+                    return;
+                }
                 std::hint::spin_loop();
-            } else {
-                // The last worker to leave a closed gate wakes us; a stray token only makes us look again.
-                thread::park();
             }
+        }
+        *self.shared.caller() = Some(thread::current());
+        let mut inside = gate.fetch_or(ASLEEP, Ordering::AcqRel) & INSIDE;
+        while inside > 0 {
+            // The last worker to leave wakes us; a stray token only makes us look again.
+            thread::park();
             inside = gate.load(Ordering::Acquire) & INSIDE;
         }
+        gate.fetch_and(!ASLEEP, Ordering::AcqRel);
     }
 }
 
@@ -152,36 +181,47 @@ impl Drop for Pool {
 
 impl Shared {
     fn work(&self, index: usize) {
-        let mut seen = 0;
-        while let Some(gate) = self.wait(index, seen) {
+        let (mut seen, mut rested) = (0, Instant::now());
+        while let Some(gate) = self.wait(index, seen, &mut rested) {
+            let door = &*self.door;
             let entered =
-                self.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
+                door.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
             if entered.is_err() {
                 continue;
             }
             seen = gate / JOB;
             // SAFETY: we are inside the gate, so the job stays as it is.
-            let (pieces, call, caller) = unsafe {
-                let job = &*self.job.get();
-                (job.pieces, &*job.call, job.caller.clone())
+            let (pieces, call) = unsafe {
+                let job = *door.job.get();
+                (job.pieces, &*job.call)
             };
-            self.take_pieces(pieces, call);
-            let before = self.gate.fetch_sub(1, Ordering::AcqRel);
+            self.take_pieces(index + 1, pieces, call);
+            let before = door.gate.fetch_sub(1, Ordering::AcqRel);
             if before & (OPEN | INSIDE) == 1
-                && let Some(caller) = caller
+                && before & ASLEEP != 0
+                && let Some(caller) = self.caller().take()
             {
                 caller.unpark();
             }
         }
     }
 
-    /// Waits for an open gate of a job other than `seen`; None when the pool ends.
-    fn wait(&self, index: usize, seen: u64) -> Option<u64> {
+    fn caller(&self) -> MutexGuard<'_, Option<Thread>> {
+        self.caller.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// Waits for an open gate of a job other than `seen`; None when the pool ends. `rested` is when this thread last
+    /// gave its core away.
+    fn wait(&self, index: usize, seen: u64, rested: &mut Instant) -> Option<u64> {
         let ready = || {
-            let gate = self.gate.load(Ordering::Acquire);
+            let gate = self.door.gate.load(Ordering::Acquire);
             (gate & OPEN != 0 && gate / JOB != seen).then_some(gate)
         };
         let mut start = Instant::now();
+        if start - *rested > TURN {
+            thread::yield_now();
+            *rested = Instant::now();
+        }
         loop {
             for _ in 0..16 {
                 if let Some(gate) = ready() {
@@ -200,23 +240,31 @@ impl Shared {
                 }
                 self.sleeping[index].store(false, Ordering::Relaxed);
                 start = Instant::now();
+                *rested = start;
             }
         }
     }
 
-    fn take_pieces(&self, pieces: usize, call: &(dyn Fn(usize) + Sync)) {
+    /// Runs the pieces of thread `own`'s range, then what is left of the others'.
+    fn take_pieces(&self, own: usize, pieces: usize, call: &(dyn Fn(usize) + Sync)) {
+        let ranges = self.taken.len().min(pieces);
         let all = || {
-            loop {
-                let piece = self.next.fetch_add(1, Ordering::Relaxed);
-                if piece >= pieces {
-                    return;
+            for range in (0..ranges).map(|i| (own + i) % ranges) {
+                let (first, end) = (range * pieces / ranges, (range + 1) * pieces / ranges);
+                let taken = &self.taken[range];
+                // Looking at a range that is done leaves its line where it is.
+                while taken.load(Ordering::Relaxed) < end - first {
+                    let piece = first + taken.fetch_add(1, Ordering::Relaxed);
+                    if piece >= end {
+                        break;
+                    }
+                    call(piece);
                 }
-                call(piece);
             }
         };
         if let Err(payload) = catch_unwind(AssertUnwindSafe(all)) {
             // No further piece starts; the first panic is the one that the caller sees.
-            self.next.store(usize::MAX / 2, Ordering::Relaxed);
+            self.taken.iter().for_each(|taken| taken.store(usize::MAX / 2, Ordering::Relaxed));
             self.panic.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(payload);
         }
     }
@@ -241,6 +289,57 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// Runs `work` on a thread of its own; a minute without an end is a fault.
+    fn check_ends(work: impl FnOnce() + Send + 'static) {
+        let (done, ended) = std::sync::mpsc::channel();
+        thread::spawn(move || {
+            work();
+            done.send(()).unwrap();
+        });
+        ended.recv_timeout(Duration::from_secs(60)).expect("the pool ends its work");
+    }
+
+    #[test]
+    fn a_thread_that_is_held_up_keeps_nothing_but_its_piece() {
+        check_ends(|| {
+            let pool = Pool::new(2);
+            for held in [0, 3, 4, 7] {
+                let others = AtomicUsize::new(0);
+                pool.run(8, &|i| {
+                    if i != held {
+                        others.fetch_add(1, Ordering::SeqCst);
+                    }
+                    // Whoever has this piece waits for all others, some of its own range among them.
+                    while i == held && others.load(Ordering::SeqCst) < 7 {
+                        std::hint::spin_loop();
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_caller_that_went_to_sleep_is_woken_by_the_last_worker() {
+        check_ends(|| {
+            let pool = Pool::new(3);
+            for _ in 0..50 {
+                let caller = thread::current().id();
+                let begun = AtomicUsize::new(0);
+                pool.run(3, &|_| {
+                    begun.fetch_add(1, Ordering::SeqCst);
+                    // The caller's piece ends when all have begun, the workers' long after it.
+                    while begun.load(Ordering::SeqCst) < 3 {
+                        std::hint::spin_loop();
+                    }
+                    let start = Instant::now();
+                    while thread::current().id() != caller && start.elapsed() < 20 * SPIN {
+                        std::hint::spin_loop();
+                    }
+                });
+            }
+        });
     }
 
     #[test]

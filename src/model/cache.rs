@@ -105,13 +105,12 @@ impl LatentCache {
         let owner = kernels.arena().owner("policy", Kind::Cache);
         let layout = cache_layout(config, format);
         let (dtype, cols) = kernels.cache_shape(&layout);
-        let buffer = |rows| kernels.arena().buffer(owner, dtype, rows, cols);
-        let layers = (0..config.num_hidden_layers).map(|_| buffer(page_count * page_tokens));
+        let (arena, rows) = (kernels.arena(), page_count * page_tokens);
         Ok(LatentCache {
-            layers: layers.collect::<Result<_, _>>()?,
+            layers: arena.buffers(owner, dtype, rows, cols, config.num_hidden_layers)?,
             layout,
             page_tokens,
-            transit: buffer(page_tokens)?,
+            transit: arena.buffer(owner, dtype, page_tokens, cols)?,
         })
     }
 

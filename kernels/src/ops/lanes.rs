@@ -124,6 +124,9 @@ pub(crate) trait Lanes: Copy {
     const TILE_ROWS: usize;
     /// Vectors across a tile of one, two, three and more rows.
     const TILE_VECTORS: [usize; 4];
+    /// Most query heads, and vectors of keys, whose scores stay in registers beside four columns of keys.
+    const HEADS: usize;
+    const KEYS: usize;
 
     /// Calls a job with this set's features on.
     unsafe fn call<J: OnLanes>(job: J) -> J::Out;
@@ -141,6 +144,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn prefetch(at: *const f32);
     /// Four floats of each of eight rows as columns: float p of row i goes to `to + p * stride + i`.
     unsafe fn turn(rows: [*const f32; 8], to: *mut f32, stride: usize);
+    /// Eight floats of each of sixteen rows, `stride` apart, as columns: float p of all rows is vector p.
+    unsafe fn turned(row: *const f32, stride: usize) -> [Self::V; 8];
     /// `a * b + c`, rounded once.
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
 }
@@ -194,6 +199,8 @@ impl Lanes for Avx512 {
     type V = __m512;
     const TILE_ROWS: usize = 14;
     const TILE_VECTORS: [usize; 4] = [8, 4, 4, 2];
+    const HEADS: usize = 4;
+    const KEYS: usize = 2;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
     unsafe fn call<J: OnLanes>(job: J) -> J::Out {
@@ -228,6 +235,38 @@ impl Lanes for Avx512 {
         unsafe { turn_avx(rows, to, stride) }
     }
     #[inline(always)]
+    unsafe fn turned(row: *const f32, stride: usize) -> [__m512; 8] {
+        unsafe {
+            let mut quarters = [[_mm512_setzero_ps(); 4]; 2];
+            for (i, quarters) in quarters.iter_mut().enumerate() {
+                // Rows r and r + 4 side by side; quarters 0 and 2 of a vector become four rows of column c, 1 and 3
+                // of column c + 4.
+                let mut x = [_mm512_setzero_ps(); 4];
+                for (r, x) in x.iter_mut().enumerate() {
+                    let at = row.add((8 * i + r) * stride);
+                    let low = _mm512_castps256_ps512(_mm256_loadu_ps(at));
+                    *x = _mm512_insertf32x8::<1>(low, _mm256_loadu_ps(at.add(4 * stride)));
+                }
+                let [a, b, c, d] = x;
+                let (low, high) = (_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+                let (low_next, high_next) = (_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+                *quarters = [
+                    _mm512_shuffle_ps::<0x44>(low, low_next),
+                    _mm512_shuffle_ps::<0xee>(low, low_next),
+                    _mm512_shuffle_ps::<0x44>(high, high_next),
+                    _mm512_shuffle_ps::<0xee>(high, high_next),
+                ];
+            }
+            let mut columns = [_mm512_setzero_ps(); 8];
+            for c in 0..4 {
+                let (a, b) = (quarters[0][c], quarters[1][c]);
+                columns[c] = _mm512_shuffle_f32x4::<0x88>(a, b);
+                columns[c + 4] = _mm512_shuffle_f32x4::<0xdd>(a, b);
+            }
+            columns
+        }
+    }
+    #[inline(always)]
     unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
     }
@@ -242,15 +281,32 @@ impl Lanes for Avx512 {
 #[allow(clippy::undocumented_unsafe_blocks)]
 unsafe fn turn_avx(rows: [*const f32; 8], to: *mut f32, stride: usize) {
     unsafe {
+        for (p, x) in turned_avx(rows).into_iter().enumerate() {
+            _mm256_storeu_ps(to.add(p * stride), x);
+        }
+    }
+}
+
+/// Four floats of eight rows as columns.
+///
+/// # Safety
+/// As for [`Lanes::turn`].
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+#[allow(clippy::undocumented_unsafe_blocks)]
+unsafe fn turned_avx(rows: [*const f32; 8]) -> [__m256; 4] {
+    unsafe {
         // Rows i and i + 4 side by side, so that pairs, then fours, of rows meet without crossing the halves.
         let pair = |i: usize| _mm256_loadu2_m128(rows[i + 4], rows[i]);
         let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
         let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
         let (low_next, high_next) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-        _mm256_storeu_ps(to, _mm256_shuffle_ps::<0x44>(low, low_next));
-        _mm256_storeu_ps(to.add(stride), _mm256_shuffle_ps::<0xee>(low, low_next));
-        _mm256_storeu_ps(to.add(2 * stride), _mm256_shuffle_ps::<0x44>(high, high_next));
-        _mm256_storeu_ps(to.add(3 * stride), _mm256_shuffle_ps::<0xee>(high, high_next));
+        [
+            _mm256_shuffle_ps::<0x44>(low, low_next),
+            _mm256_shuffle_ps::<0xee>(low, low_next),
+            _mm256_shuffle_ps::<0x44>(high, high_next),
+            _mm256_shuffle_ps::<0xee>(high, high_next),
+        ]
     }
 }
 
@@ -277,6 +333,8 @@ impl Lanes for Avx2 {
     const TILE_ROWS: usize = 6;
     // Three rows of two vectors need a register more than there are.
     const TILE_VECTORS: [usize; 4] = [4, 2, 1, 1];
+    const HEADS: usize = 2;
+    const KEYS: usize = 1;
 
     #[target_feature(enable = "avx2,fma")]
     unsafe fn call<J: OnLanes>(job: J) -> J::Out {
@@ -320,6 +378,24 @@ impl Lanes for Avx2 {
         unsafe { turn_avx(rows, to, stride) }
     }
     #[inline(always)]
+    unsafe fn turned(row: *const f32, stride: usize) -> [[__m256; 2]; 8] {
+        unsafe {
+            let mut columns = [[_mm256_setzero_ps(); 2]; 8];
+            for part in 0..4 {
+                let (half, first) = (part / 2, part % 2 * 4);
+                let mut rows = [row; 8];
+                for (i, to) in rows.iter_mut().enumerate() {
+                    *to = row.add((8 * half + i) * stride + first);
+                }
+                let turned = turned_avx(rows);
+                for p in 0..4 {
+                    columns[first + p][half] = turned[p];
+                }
+            }
+            columns
+        }
+    }
+    #[inline(always)]
     unsafe fn fma(a: [__m256; 2], b: [__m256; 2], c: [__m256; 2]) -> [__m256; 2] {
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
     }
@@ -334,6 +410,8 @@ impl Lanes for Portable {
     type V = [f32; LANES];
     const TILE_ROWS: usize = 4;
     const TILE_VECTORS: [usize; 4] = [1, 1, 1, 1];
+    const HEADS: usize = 2;
+    const KEYS: usize = 1;
 
     unsafe fn call<J: OnLanes>(job: J) -> J::Out {
         unsafe { job.run::<Portable>() }
@@ -369,6 +447,11 @@ impl Lanes for Portable {
                 unsafe { *to.add(p * stride + i) = *row.add(p) }
             }
         }
+    }
+    #[inline(always)]
+    unsafe fn turned(row: *const f32, stride: usize) -> [[f32; LANES]; 8] {
+        let at = |p: usize| std::array::from_fn(|i| unsafe { *row.add(i * stride + p) });
+        std::array::from_fn(at)
     }
     #[inline(always)]
     unsafe fn fma(a: [f32; LANES], b: [f32; LANES], c: [f32; LANES]) -> [f32; LANES] {

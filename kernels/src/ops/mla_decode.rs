@@ -11,6 +11,9 @@
 //!     on page size or page numbers
 //!   * the operations are those of `mla_train` of the same shape, in the same order
 
+mod alone;
+
+use self::alone::Alone;
 use super::cache_rows::Coded;
 use super::lanes::LANES;
 use super::mla_train::{BLOCK, attempt, divide, softmax, transpose};
@@ -163,16 +166,80 @@ impl Decode<'_> {
         let mut scores = cx.arena.buffer(cx.scratch, DType::F32, shape.0, shape.1)?;
         let (mut panel, mut scores) = (panel.host_mut::<f32>(), scores.host_mut::<f32>());
         let mut first = rows.start;
+        let mut keys = Vec::with_capacity(longest / LANES + BLOCK / LANES);
         for row in rows.clone() {
             // Rows that share no page go one by one: their second look at the cache is at a near one.
             if row + 1 == rows.end
                 || self.slot(self.table(row + 1), 0) != self.slot(self.table(first), 0)
             {
-                self.family(cx, first..row + 1, rows.end, panel.row_mut(0), &mut scores);
+                match &self.cache {
+                    Cached::Floats(cache) if row == first && self.is_plain() => {
+                        self.alone(cx.isa, cache, row, rows.end, &mut keys, &mut scores);
+                    }
+                    _ => self.family(cx, first..row + 1, rows.end, panel.row_mut(0), &mut scores),
+                }
                 first = row + 1;
             }
         }
         Ok(())
+    }
+
+    /// True if a key is one run of floats and each page has whole vectors of keys.
+    fn is_plain(&self) -> bool {
+        let AttentionShape { heads, sharing, key_width, rope_width, .. } = *self.shape;
+        (rope_width == 0 || heads == sharing && key_width == self.shape.kv_width())
+            && self.page_tokens.is_multiple_of(LANES)
+    }
+
+    /// Attention of one row to floats; rows up to `end` are next.
+    fn alone(
+        &self,
+        isa: Isa,
+        cache: &Mat<'_, f32>,
+        row: usize,
+        end: usize,
+        keys: &mut Vec<*const f32>,
+        scores: &mut MatMut<'_, f32>,
+    ) {
+        let AttentionShape { sharing, head_stride, value_offset, value_width, scale, .. } =
+            *self.shape;
+        let (seen, width) = (self.seen(row), self.shape.query_width());
+        assert!(seen > 0, "decode: row {row} sees no token");
+        keys.clear();
+        let mut some = |row: usize, tokens: usize| {
+            let table = self.table(row);
+            let rows = (0..tokens).step_by(LANES).map(|token| self.slot(table, token));
+            keys.extend(rows.map(|slot| cache.row(slot).as_ptr()));
+        };
+        some(row, seen);
+        if row + 1 < end {
+            some(row + 1, BLOCK.min(self.seen(row + 1)));
+        }
+        // SAFETY: a group's scratch has a row of scores for each head, and its output rows are its own.
+        let (scores, out) = unsafe {
+            let count = scores.rows * scores.stride;
+            (std::slice::from_raw_parts_mut(scores.pointer(), count), self.o.shared_row_mut(row))
+        };
+        for head in 0..self.shape.heads / sharing {
+            if head > 0 {
+                keys.iter_mut().for_each(|key| *key = key.wrapping_add(head_stride));
+            }
+            let first = head * sharing;
+            let job = Alone {
+                heads: sharing,
+                widths: (width, value_width),
+                scale,
+                q: self.q.row(row)[first * width..].as_ptr(),
+                keys,
+                stride: cache.stride,
+                value: value_offset,
+                seen,
+                scores,
+                out: out[first * value_width..].as_mut_ptr(),
+            };
+            // SAFETY: pages of whole vectors lie in the cache, and a row's heads in q and o.
+            unsafe { job.run(isa) };
+        }
     }
 
     /// Attention of neighbouring rows that begin with the same page; rows up to `end` are next.
@@ -274,8 +341,12 @@ impl Decode<'_> {
         let count = self.seen(row).saturating_sub(first).min(BLOCK);
         let table = self.table(row);
         let mut slots = [0; BLOCK];
-        for (i, slot) in slots[..count].iter_mut().enumerate() {
-            *slot = self.slot(table, first + i);
+        let mut filled = 0;
+        while filled < count {
+            let (slot, rest) = (self.slot(table, first + filled), first + filled);
+            let some = (self.page_tokens - rest % self.page_tokens).min(count - filled);
+            slots[filled..filled + some].iter_mut().zip(slot..).for_each(|(to, slot)| *to = slot);
+            filled += some;
         }
         (count > 0).then_some(Run { rows: row..row + 1, slots, count })
     }

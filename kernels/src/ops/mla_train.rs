@@ -27,7 +27,7 @@ mod tests;
 pub(crate) use backward::mla_train_backward_input;
 pub(crate) use panels::{Panels, transpose};
 pub(crate) use segments::Segment;
-pub(crate) use softmax::{divide, softmax};
+pub(crate) use softmax::{divide, softmax, softmax_row};
 
 use self::panels::against_panels;
 use super::tile::product;

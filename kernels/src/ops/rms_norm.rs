@@ -9,7 +9,7 @@ use crate::buffer::Buffer;
 use crate::kernels::Store;
 
 /// Operations per element, roughly: what decides about threads.
-const COST: usize = 6;
+const COST: usize = 48;
 
 /// See [`Kernels::rms_norm`](crate::Kernels::rms_norm).
 pub(crate) fn rms_norm(

@@ -8,7 +8,7 @@ use crate::buffer::Buffer;
 use crate::kernels::{Pairing, RopeTable};
 
 /// Operations per element, roughly: what decides about threads.
-const COST: usize = 8;
+const COST: usize = 64;
 
 /// See [`Kernels::rope`](crate::Kernels::rope).
 #[allow(clippy::too_many_arguments)]

@@ -19,7 +19,7 @@ use crate::routing::RouterSpec;
 const TINY: f32 = 1e-20;
 
 /// Operations per score: the exponential, the sums, K searches and copies.
-const COST: usize = 30;
+const COST: usize = 2000;
 
 /// See [`Kernels::router`](crate::Kernels::router).
 pub(crate) fn router(

@@ -17,6 +17,9 @@ use crate::kernels::Result;
 use crate::routing::{DROPPED, RouteCounts, Routes};
 use std::ops::Range;
 
+/// Operations that one added element counts as: its row is one of many.
+const COST: usize = 12;
+
 /// See [`Kernels::routes`](crate::Kernels::routes).
 pub(crate) fn routes(cx: &Cx, experts: &Buffer, count: usize) -> Result<Routes> {
     let (rows, choices) = (experts.rows(), experts.cols());
@@ -88,7 +91,7 @@ pub(crate) fn count_routes(_cx: &Cx, experts: &Buffer, count: usize, groups: usi
 pub(crate) fn combine(cx: &Cx, x: &Buffer, routes: &Routes, weights: &Buffer, y: &mut Buffer) {
     check(x, routes, y);
     check_weights(routes, weights);
-    let cost = 2 * y.cols() * routes.slot.cols();
+    let cost = COST * y.cols() * routes.slot.cols();
     let (x, slot, weights) = (x.host(), routes.slot.host(), weights.host());
     let y = y.host_mut();
     split(cx, y.rows, 1, cost, &|rows| {

@@ -7,7 +7,7 @@ use super::{Cx, Isa, Lanes, OnLanes, work};
 use crate::buffer::{Buffer, DType, Element, Mat};
 
 /// Operations that one moved element counts as: memory sets the pace.
-const MOVE: usize = 4;
+const MOVE: usize = 12;
 
 /// See [`Kernels::upload`](crate::Kernels::upload), `upload_f64` and `upload_indices`.
 pub(crate) fn upload<S: Copy + Sync, T: Element>(

@@ -7,7 +7,7 @@ use super::{Cx, Lanes, OnLanes, work};
 use crate::buffer::Buffer;
 
 /// Operations per element, roughly: what decides about threads.
-const COST: usize = 24;
+const COST: usize = 40;
 
 /// See [`Kernels::swiglu`](crate::Kernels::swiglu).
 pub(crate) fn swiglu(cx: &Cx, gate_up: &Buffer, y: &mut Buffer) {

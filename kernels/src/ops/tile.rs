@@ -278,7 +278,11 @@ pub(super) unsafe fn columns<L: Lanes>(
     // SAFETY: the tiles lie inside the block.
     unsafe {
         while j < n {
-            let width = if n - j >= vectors * LANES { vectors * LANES } else { LANES.min(n - j) };
+            let mut across = vectors;
+            while across > 1 && across * LANES > n - j {
+                across /= 2;
+            }
+            let width = (across * LANES).min(n - j);
             let from = right.at.add(j / PANEL * right.panel + j % PANEL);
             let following = next.map(|next| {
                 let panel = j / PANEL + width.div_ceil(PANEL);
@@ -345,12 +349,16 @@ struct Tile<const ROWS: usize, const VECTORS: usize, const MASKED: bool> {
 }
 
 macro_rules! dispatch {
-    ($self:ident, $width:ident, $rows:ident, $lanes:ty, $(($count:literal, $vectors:literal)),*) => {
+    ($self:ident, $width:ident, $rows:ident, $lanes:ty, $(($count:literal $(, $vectors:literal)*)),*) => {
         match $rows {
-            $($count => match $width {
-                LANES => <$lanes>::call(Tile::<$count, 1, false> { of: $self, columns: LANES }),
-                0..LANES => <$lanes>::call(Tile::<$count, 1, true> { of: $self, columns: $width }),
-                _ => <$lanes>::call(Tile::<$count, $vectors, false> { of: $self, columns: $width }),
+            $($count => match $width.div_ceil(LANES) {
+                $($vectors => {
+                    <$lanes>::call(Tile::<$count, $vectors, false> { of: $self, columns: $width })
+                })*
+                _ if $width < LANES => {
+                    <$lanes>::call(Tile::<$count, 1, true> { of: $self, columns: $width })
+                }
+                _ => <$lanes>::call(Tile::<$count, 1, false> { of: $self, columns: LANES }),
             },)*
             _ => unreachable!("a tile has at most {} rows", <$lanes>::TILE_ROWS),
         }
@@ -358,7 +366,7 @@ macro_rules! dispatch {
 }
 
 impl Operands {
-    /// Calls the tile of `rows` rows and `width` columns: one vector, a part of one, or the set's widest.
+    /// Calls the tile of `rows` rows and `width` columns: as many vectors as fit, or a part of one.
     #[inline(always)]
     unsafe fn dispatch<L: Lanes>(self, rows: usize, width: usize) {
         // SAFETY: the tile lies inside the operands.
@@ -369,9 +377,9 @@ impl Operands {
                     width,
                     rows,
                     L,
-                    (1, 8),
-                    (2, 4),
-                    (3, 4),
+                    (1, 8, 4, 2),
+                    (2, 4, 2),
+                    (3, 4, 2),
                     (4, 2),
                     (5, 2),
                     (6, 2),
@@ -385,9 +393,9 @@ impl Operands {
                     (14, 2)
                 ),
                 6 => {
-                    dispatch!(self, width, rows, L, (1, 4), (2, 2), (3, 2), (4, 1), (5, 1), (6, 1))
+                    dispatch!(self, width, rows, L, (1, 4, 2), (2, 2), (3, 2), (4), (5), (6))
                 }
-                _ => dispatch!(self, width, rows, L, (1, 1), (2, 1), (3, 1), (4, 1)),
+                _ => dispatch!(self, width, rows, L, (1), (2), (3), (4)),
             }
         }
     }

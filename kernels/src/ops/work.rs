@@ -1,7 +1,9 @@
 //! How an operation is cut into pieces for the pool, and how a piece reaches its part of the output.
 //!
 //! Small operations stay on the caller: waking a thread costs more than they do. The cut may depend on
-//! the number of threads, because every output element is computed whole by one piece.
+//! the number of threads, because every output element is computed whole by one piece. Pieces come in
+//! multiples of the threads and ascend by rows, so that a thread finds in its own cache the rows that it
+//! wrote an operation ago.
 
 use super::Cx;
 use super::int8::{self, Integers};
@@ -11,10 +13,14 @@ use crate::buffer::MatMut;
 use crate::kernels::Store;
 use std::ops::Range;
 
-/// Floating-point operations below which a piece is not worth another thread.
-const GRAIN: usize = 30_000;
+/// Operations of a product below which a piece is not worth another thread: it takes half a microsecond to a
+/// whole one to tell the other core, and to bring it what this one wrote. Other loops count an operation that
+/// takes as long as several of a product as so many.
+const GRAIN: usize = 120_000;
 /// Pieces per thread that even out threads of different speed.
 const PIECES_PER_THREAD: usize = 4;
+/// Rows whose products take as long as reading B from the third cache.
+const ROWS_TO_READ: usize = 3;
 /// Rows below which a product is rather cut by columns.
 const ROWS_PER_BLOCK: usize = 24;
 
@@ -55,9 +61,10 @@ pub(crate) fn segments(
 
 /// Number of pieces for `work` operations: 1 if they stay on the caller.
 fn pieces(cx: &Cx, work: usize) -> usize {
-    match cx.pool.threads() {
-        1 => 1,
-        threads => (work / GRAIN).clamp(1, threads * PIECES_PER_THREAD),
+    match (cx.pool.threads(), work / GRAIN) {
+        (1, _) | (_, 0) => 1,
+        (threads, grains) if grains < threads => grains,
+        (threads, grains) => (grains / threads).min(PIECES_PER_THREAD) * threads,
     }
 }
 
@@ -100,8 +107,11 @@ pub(crate) enum Side {
 unsafe impl Sync for Term {}
 
 impl Term {
+    /// Operations; each number of B counts as those of some rows, the time to bring it here.
     fn work(&self) -> usize {
-        2 * self.shape[0] * self.shape[1] * self.shape[2]
+        let [rows, cols, depth] = self.shape;
+        let rows = if rows == 0 { 0 } else { rows + ROWS_TO_READ };
+        2 * rows * cols * depth
     }
 
     /// Rows and columns of a block when C is cut into about `pieces` blocks.

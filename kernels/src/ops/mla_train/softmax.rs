@@ -41,28 +41,35 @@ impl OnLanes for SoftmaxRow<'_> {
     type Out = Softmax;
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) -> Softmax {
-        let mut tops = [f32::NEG_INFINITY; LANES];
-        self.row[..self.seen].iter_mut().for_each(|x| *x *= self.scale);
-        self.row[self.seen..].fill(f32::NEG_INFINITY);
-        for chunk in self.row.chunks_exact(LANES) {
-            for (top, &x) in tops.iter_mut().zip(chunk) {
-                *top = if x > *top { x } else { *top };
-            }
-        }
-        let max = tops.into_iter().fold(f32::NEG_INFINITY, f32::max);
-        let mut sums = [0.0; LANES];
-        for chunk in self.row.chunks_exact_mut(LANES) {
-            for (sum, x) in sums.iter_mut().zip(chunk) {
-                *x = exp(*x - max);
-                *sum += *x;
-            }
-        }
-        Softmax { max, sum: lanes::add_lanes(sums) }
+        softmax_row(self.row, self.seen, self.scale)
     }
+}
+
+/// [`softmax`] inside a loop that [`Isa::run`] compiles.
+#[inline(always)]
+pub(crate) fn softmax_row(row: &mut [f32], seen: usize, scale: f32) -> Softmax {
+    let mut tops = [f32::NEG_INFINITY; LANES];
+    row[..seen].iter_mut().for_each(|x| *x *= scale);
+    row[seen..].fill(f32::NEG_INFINITY);
+    for chunk in row.chunks_exact(LANES) {
+        for (top, &x) in tops.iter_mut().zip(chunk) {
+            *top = if x > *top { x } else { *top };
+        }
+    }
+    let max = tops.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let mut sums = [0.0; LANES];
+    for chunk in row.chunks_exact_mut(LANES) {
+        for (sum, x) in sums.iter_mut().zip(chunk) {
+            *x = exp(*x - max);
+            *sum += *x;
+        }
+    }
+    Softmax { max, sum: lanes::add_lanes(sums) }
 }
 
 /// Divides an output row by its softmax's sum. The zero that is added makes -0 a plain 0, so that
 /// keys of weight zero behind a row's own leave no trace even in a sign.
+#[inline(always)]
 pub(crate) fn divide(row: &mut [f32], sum: f32) {
     let inverse = 1.0 / sum;
     row.iter_mut().for_each(|x| *x = *x * inverse + 0.0);

@@ -424,8 +424,8 @@ impl Direction {
         if let Some((current, kept, report)) = &*self.phase.borrow()
             && (*current, *kept) == (phase, sample_as)
         {
-            let (held, high_water) = (report.held.clone(), report.high_water);
-            return Ok(PhaseReport { held, high_water, ..PhaseReport::default() });
+            let PhaseReport { held, high_water, sampled_as, .. } = report.clone();
+            return Ok(PhaseReport { held, high_water, sampled_as, ..PhaseReport::default() });
         }
         self.desk.say(&format!("{phase:?}").to_lowercase());
         let request = EnterPhase { id: self.id(), phase, sample_as };

@@ -413,9 +413,9 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         prompt_tokens: args.prompt_tokens,
         new_tokens: args.new_tokens,
         decode_batch: EngineConfig::default().decode_batch,
-        weight_bytes: 4.0,
+        weight_bytes: weight_format(args.rollout_dtype).code_bytes() as f64,
         cache_bytes: cache_bytes_per_token(&config) as f64,
-        integers: false,
+        integers: args.rollout_dtype == Dtype::Int8,
     };
     let (threads, exact) = (args.threads.count(), args.exact);
     let engine = EngineConfig { threads, budget, exact, ..EngineConfig::default() };

@@ -21,6 +21,6 @@ pub use formats::{Formats, weight_format};
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 pub use rehearsal_kernels::Profile;
-pub use rehearsal_kernels::machine::Machine;
+pub use rehearsal_kernels::machine::{Machine, Rates};
 pub use resident::check_weights;
 pub use scoring::ROWS_AT_ONCE;

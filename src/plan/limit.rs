@@ -87,8 +87,8 @@ pub fn alignment(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::Rates;
     use crate::model::parameters::tests::preset;
-    use rehearsal_kernels::machine::Rates;
 
     fn machine(flops: f64, bytes: f64) -> Machine {
         let all_threads = Rates {

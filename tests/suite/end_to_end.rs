@@ -2,7 +2,7 @@
 
 use crate::runs::{
     check_each_step_once, check_refused, check_says, done, events, finished, instruction_sets,
-    smoke, smoke_with, steps, weights,
+    rehearsal, smoke, smoke_with, steps, weights,
 };
 use rehearsal_kernels::random::{self, Stream};
 use serde_json::Value;
@@ -63,6 +63,25 @@ fn every_step_tells_what_it_made_of_the_machine_whose_rates_stand_in_the_first_l
         let seconds: Vec<f64> = exposed.values().map(|value| value.as_f64().unwrap()).collect();
         assert!(seconds.iter().all(|seconds| *seconds > 0.0), "{step}");
         assert!(seconds.iter().sum::<f64>() < number("seconds"), "{step}");
+    }
+}
+
+#[test]
+fn every_bench_tells_the_most_that_the_machine_allows_and_stays_below() {
+    for line in ["train", "generate --dtype int8", "generate", "grpo --steps 1"] {
+        let mut words = vec!["bench"];
+        words.extend(line.split(' '));
+        words.extend(["--model", "configs/model/smoke.json", "--json"]);
+        let output = done(rehearsal(&words));
+        let figures: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let number =
+            |key: &str| figures[key].as_f64().unwrap_or_else(|| panic!("{key}: {figures}"));
+        let (rate, limit) = (number("tokens_per_second"), number("limit_tokens_per_second"));
+        assert!(0.0 < rate && rate < limit && limit < 1e12, "{line}: {rate} of {limit}");
+        assert_eq!(figures.get("rfu").is_some(), line.starts_with("grpo"), "{line}");
+        if line.starts_with("grpo") {
+            assert!(number("rfu") > 0.0 && number("rfu") < 1.0, "{figures}");
+        }
     }
 }
 

@@ -1,10 +1,9 @@
 //! What the journal tells of the machine, of a device whose reports are known.
 
 use super::{Disturbance, Place};
-use crate::engine::Machine;
 use crate::engine::phase::{DecodePasses, GenerateReport, Phase, PhaseReport, StepReport};
 use crate::engine::utilisation::Chores;
-use rehearsal_kernels::machine::Rates;
+use crate::engine::{Machine, Rates};
 
 /// f32 operations a second of the invented machine.
 const PRODUCTS: f64 = 1e9;

@@ -34,8 +34,10 @@ pub(super) trait Dots {
     type Row: Copy;
     /// Columns of a vector.
     const COLUMNS: usize;
-    /// Most rows of a tile of half a panel.
+    /// Most rows of a tile.
     const TILE_ROWS: usize;
+    /// Whether such a tile is a whole panel wide: the registers hold its sums, and a code of a row serves twice as many.
+    const WHOLE_PANELS: bool;
 
     /// Computes a block with the level's features on.
     unsafe fn run(block: Block);
@@ -47,6 +49,8 @@ pub(super) trait Dots {
     unsafe fn row(at: *const i16) -> Self::Row;
     /// Adds the two products of each column.
     unsafe fn add(sums: Self::Sums, row: Self::Row, weights: Self::Weights) -> Self::Sums;
+    /// Asks for a cache line, which need not be good, to be brought to the second cache.
+    unsafe fn prefetch(at: *const u8);
     /// Sums to memory.
     unsafe fn store(to: *mut i32, sums: Self::Sums);
 }
@@ -71,7 +75,7 @@ macro_rules! dispatch {
 unsafe fn tiles<D: Dots>(block: Block) {
     let Block { rows, columns, left, right, out, add } = block;
     let few = rows <= FEW_ROWS;
-    let width = if few { PANEL } else { PANEL / 2 };
+    let width = if few || D::WHOLE_PANELS { PANEL } else { PANEL / 2 };
     let count = rows.div_ceil(if few { FEW_ROWS } else { D::TILE_ROWS });
     for first_column in (0..columns).step_by(width) {
         let panel = right.at.wrapping_add(first_column / PANEL * panel_bytes(right.pairs));
@@ -89,9 +93,12 @@ unsafe fn tiles<D: Dots>(block: Block) {
             let rows = end - first;
             // SAFETY: the tile lies inside the block.
             unsafe {
-                match few {
-                    true => dispatch!(D, rows, 32, of, 1, 2),
-                    false => dispatch!(D, rows, 16, of, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12),
+                if few {
+                    dispatch!(D, rows, 32, of, 1, 2)
+                } else if D::WHOLE_PANELS {
+                    dispatch!(D, rows, 32, of, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12)
+                } else {
+                    dispatch!(D, rows, 16, of, 1, 2, 3, 4, 5, 6)
                 }
             }
         }
@@ -123,6 +130,10 @@ unsafe fn tile<D: Dots, const ROWS: usize, const WIDTH: usize>(of: Tile) {
         let mut wide = [[D::zero(); 4]; ROWS];
         let mut at = of.panel.add(of.start * PAIR);
         for pair in 0..of.pairs {
+            // A pair of a panel fills a line. One or two rows read the panels as fast as they come.
+            if ROWS > FEW_ROWS {
+                D::prefetch(at.wrapping_add(panel_bytes(of.pairs)));
+            }
             for v in 0..vectors {
                 let weights = D::weights(at.add(v * D::COLUMNS * PAIR));
                 for i in 0..ROWS {
@@ -188,6 +199,7 @@ impl Dots for Vnni512 {
     type Row = __m512i;
     const COLUMNS: usize = 16;
     const TILE_ROWS: usize = 12;
+    const WHOLE_PANELS: bool = true;
 
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma")]
     unsafe fn run(block: Block) {
@@ -210,6 +222,10 @@ impl Dots for Vnni512 {
         unsafe { _mm512_dpwssd_epi32(sums, row, weights) }
     }
     #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+    }
+    #[inline(always)]
     unsafe fn store(to: *mut i32, sums: __m512i) {
         unsafe { _mm512_storeu_si512(to.cast(), sums) }
     }
@@ -229,6 +245,7 @@ macro_rules! level256 {
             type Row = __m256i;
             const COLUMNS: usize = 8;
             const TILE_ROWS: usize = 6;
+            const WHOLE_PANELS: bool = false;
 
             #[target_feature(enable = $features)]
             unsafe fn run(block: Block) {
@@ -249,6 +266,10 @@ macro_rules! level256 {
             #[inline(always)]
             unsafe fn add($sums: __m256i, $row: __m256i, $weights: __m256i) -> __m256i {
                 unsafe { $add }
+            }
+            #[inline(always)]
+            unsafe fn prefetch(at: *const u8) {
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
             }
             #[inline(always)]
             unsafe fn store(to: *mut i32, sums: __m256i) {
@@ -284,6 +305,7 @@ impl Dots for Plain {
     type Row = [i16; PAIR];
     const COLUMNS: usize = 8;
     const TILE_ROWS: usize = 2;
+    const WHOLE_PANELS: bool = false;
 
     unsafe fn run(block: Block) {
         unsafe { tiles::<Plain>(block) }
@@ -309,6 +331,8 @@ impl Dots for Plain {
         }
         sums
     }
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
     #[inline(always)]
     unsafe fn store(to: *mut i32, sums: [i32; 8]) {
         unsafe { to.cast::<[i32; 8]>().write_unaligned(sums) }

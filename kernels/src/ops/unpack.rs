@@ -138,14 +138,14 @@ unsafe fn decode<T: Copy>(
 ) {
     for p in 0..steps {
         // SAFETY: the caller's promise.
-        let (codes, to) = unsafe {
-            (
-                &*codes.add(p * PANEL).cast::<[T; PANEL]>(),
-                &mut *to.add(p * PANEL).cast::<[f32; PANEL]>(),
-            )
-        };
-        for j in 0..PANEL {
-            to[j] = value(codes[j], scales[j]);
+        unsafe {
+            // Copies, which cannot lie over each other: the compiler turns the loop into vectors.
+            let codes = codes.add(p * PANEL).cast::<[T; PANEL]>().read_unaligned();
+            let mut values = [0.0; PANEL];
+            for j in 0..PANEL {
+                values[j] = value(codes[j], scales[j]);
+            }
+            to.add(p * PANEL).cast::<[f32; PANEL]>().write_unaligned(values);
         }
     }
 }

@@ -12,8 +12,8 @@
 //!   * the operations are those of `mla_train` of the same shape, in the same order
 
 mod alone;
+mod own;
 
-use self::alone::Alone;
 use super::cache_rows::Coded;
 use super::lanes::LANES;
 use super::mla_train::{BLOCK, attempt, divide, softmax, transpose};
@@ -184,64 +184,6 @@ impl Decode<'_> {
         Ok(())
     }
 
-    /// True if a key is one run of floats and each page has whole vectors of keys.
-    fn is_plain(&self) -> bool {
-        let AttentionShape { heads, sharing, key_width, rope_width, .. } = *self.shape;
-        (rope_width == 0 || heads == sharing && key_width == self.shape.kv_width())
-            && self.page_tokens.is_multiple_of(LANES)
-    }
-
-    /// Attention of one row to floats; rows up to `end` are next.
-    fn alone(
-        &self,
-        isa: Isa,
-        cache: &Mat<'_, f32>,
-        row: usize,
-        end: usize,
-        keys: &mut Vec<*const f32>,
-        scores: &mut MatMut<'_, f32>,
-    ) {
-        let AttentionShape { sharing, head_stride, value_offset, value_width, scale, .. } =
-            *self.shape;
-        let (seen, width) = (self.seen(row), self.shape.query_width());
-        assert!(seen > 0, "decode: row {row} sees no token");
-        keys.clear();
-        let mut some = |row: usize, tokens: usize| {
-            let table = self.table(row);
-            let rows = (0..tokens).step_by(LANES).map(|token| self.slot(table, token));
-            keys.extend(rows.map(|slot| cache.row(slot).as_ptr()));
-        };
-        some(row, seen);
-        if row + 1 < end {
-            some(row + 1, BLOCK.min(self.seen(row + 1)));
-        }
-        // SAFETY: a group's scratch has a row of scores for each head, and its output rows are its own.
-        let (scores, out) = unsafe {
-            let count = scores.rows * scores.stride;
-            (std::slice::from_raw_parts_mut(scores.pointer(), count), self.o.shared_row_mut(row))
-        };
-        for head in 0..self.shape.heads / sharing {
-            if head > 0 {
-                keys.iter_mut().for_each(|key| *key = key.wrapping_add(head_stride));
-            }
-            let first = head * sharing;
-            let job = Alone {
-                heads: sharing,
-                widths: (width, value_width),
-                scale,
-                q: self.q.row(row)[first * width..].as_ptr(),
-                keys,
-                stride: cache.stride,
-                value: value_offset,
-                seen,
-                scores,
-                out: out[first * value_width..].as_mut_ptr(),
-            };
-            // SAFETY: pages of whole vectors lie in the cache, and a row's heads in q and o.
-            unsafe { job.run(isa) };
-        }
-    }
-
     /// Attention of neighbouring rows that begin with the same page; rows up to `end` are next.
     fn family(
         &self,
@@ -258,6 +200,20 @@ impl Decode<'_> {
         for first in (0..blocks * BLOCK).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let to = (run.rows.start - rows.start) * heads;
+                if let Some(keys) = self.own(run) {
+                    // SAFETY: the run's scores are rows of this group's scratch.
+                    unsafe {
+                        let c = scores.pointer().add(to * longest + first);
+                        self.own_scores(
+                            cx.isa,
+                            run,
+                            &keys[..run.count.div_ceil(LANES)],
+                            c,
+                            longest,
+                        );
+                    }
+                    return;
+                }
                 let next = self.next(run, first, end);
                 let (from, run) = &self.cache.floats(cx.isa, run, unpacked);
                 for key in 0..heads / self.shape.sharing {
@@ -280,6 +236,15 @@ impl Decode<'_> {
         for first in (0..blocks * BLOCK).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let at = (run.rows.start - rows.start) * heads;
+                if let Some(keys) = self.own(run) {
+                    // SAFETY: as above, and a group's output rows are its own.
+                    unsafe {
+                        let weights = scores.pointer().add(at * longest + first);
+                        let keys = &keys[..run.count.div_ceil(LANES)];
+                        self.own_values(cx.isa, run, keys, weights, longest, first > 0);
+                    }
+                    return;
+                }
                 let (from, run) = &self.cache.floats(cx.isa, run, unpacked);
                 // SAFETY: as above, and a group's output rows are its own.
                 unsafe {

@@ -69,10 +69,7 @@ impl OnLanes for Alone<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(mut self) {
-        let groups = self.heads.div_ceil(L::HEADS);
-        for group in 0..groups {
-            let first = group * self.heads / groups;
-            let count = (group + 1) * self.heads / groups - first;
+        for (first, count) in groups::<L>(self.heads) {
             // SAFETY: the group's heads are among the row's.
             unsafe { with_heads!(count, attend, (self, first)) };
         }
@@ -90,57 +87,136 @@ impl Alone<'_> {
         unsafe {
             let q = self.q.add(first * width);
             let to = self.scores.as_mut_ptr();
-            let mut block = 0;
-            while block < blocks {
-                let (to, keys) = (to.add(block * LANES), &self.keys[block..]);
-                if block + 1 < blocks && L::KEYS == 2 {
-                    let (now, then) = keys.split_at(2);
-                    scores::<L, HEADS, 2>(q, width, now, then, self.stride, to, padded);
-                    block += 2;
-                } else {
-                    let (now, then) = keys.split_at(1);
-                    scores::<L, HEADS, 1>(q, width, now, then, self.stride, to, padded);
-                    block += 1;
-                }
-            }
+            all_scores::<L, HEADS>(q, width, self.keys, blocks, self.stride, to, padded);
             let mut sums = [0.0; HEADS];
             for (i, sum) in sums.iter_mut().enumerate() {
                 let row = &mut self.scores[i * padded..][..padded];
                 *sum = softmax_row(row, self.seen, self.scale as f32).sum;
             }
             let out = self.out.add(first * value);
-            let weights = self.scores.as_ptr();
-            let mut column = 0;
-            while column < value {
-                let left = value - column;
-                let at = Values {
-                    weights,
-                    padded,
-                    keys: &self.keys[..blocks],
-                    offset: self.value + column,
-                    stride: self.stride,
-                    seen: self.seen,
-                    out: out.add(column),
-                    row: value,
-                };
-                if left >= 4 * LANES && L::KEYS == 2 {
-                    at.add::<L, HEADS, 4, false>(LANES);
-                    column += 4 * LANES;
-                } else if left >= 2 * LANES {
-                    at.add::<L, HEADS, 2, false>(LANES);
-                    column += 2 * LANES;
-                } else if left >= LANES {
-                    at.add::<L, HEADS, 1, false>(LANES);
-                    column += LANES;
-                } else {
-                    at.add::<L, HEADS, 1, true>(left);
-                    column = value;
-                }
-            }
+            let values = Values {
+                weights: self.scores.as_ptr(),
+                padded,
+                keys: &self.keys[..blocks],
+                offset: self.value,
+                stride: self.stride,
+                seen: self.seen,
+                out,
+                row: value,
+                adds: false,
+            };
+            values.all::<L, HEADS>(value);
             for (i, sum) in sums.into_iter().enumerate() {
                 divide(std::slice::from_raw_parts_mut(out.add(i * value), value), sum);
             }
         }
+    }
+}
+
+/// The keys of one block that a row alone reads, beside others that it shares: its scores there.
+pub(super) struct BlockScores<'a> {
+    pub heads: usize,
+    pub width: usize,
+    /// Queries `[heads, width]`.
+    pub q: *const f32,
+    /// First key of each LANES tokens.
+    pub keys: &'a [*const f32],
+    pub stride: usize,
+    /// Scores of the first head, and floats to the next one's.
+    pub scores: (*mut f32, usize),
+}
+
+macro_rules! score {
+    ($heads:literal, ($self:ident, $q:ident, $to:ident)) => {
+        all_scores::<L, $heads>(
+            $q,
+            $self.width,
+            $self.keys,
+            $self.keys.len(),
+            $self.stride,
+            $to,
+            $self.scores.1,
+        )
+    };
+}
+
+impl OnLanes for BlockScores<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        for (first, count) in groups::<L>(self.heads) {
+            // SAFETY: the group's heads are among the row's.
+            unsafe {
+                let q = self.q.add(first * self.width);
+                let to = self.scores.0.add(first * self.scores.1);
+                with_heads!(count, score, (self, q, to));
+            }
+        }
+    }
+}
+
+/// The same keys' weighted values, which are added to the output or set it.
+pub(super) struct BlockValues<'a> {
+    pub heads: usize,
+    pub values: Values<'a>,
+}
+
+macro_rules! sum {
+    ($heads:literal, ($group:ident, $width:ident)) => {
+        $group.all::<L, $heads>($width)
+    };
+}
+
+impl OnLanes for BlockValues<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let (values, width) = (self.values, self.values.row);
+        for (first, count) in groups::<L>(self.heads) {
+            // SAFETY: the group's heads are among the row's.
+            unsafe {
+                let group = Values {
+                    weights: values.weights.add(first * values.padded),
+                    out: values.out.add(first * width),
+                    ..values
+                };
+                with_heads!(count, sum, (group, width));
+            }
+        }
+    }
+}
+
+/// Groups of nearly as many heads, which registers hold, as (first, count).
+#[inline(always)]
+fn groups<L: Lanes>(heads: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = heads.div_ceil(L::HEADS);
+    (0..count).map(move |i| (i * heads / count, (i + 1) * heads / count - i * heads / count))
+}
+
+/// Scores of `HEADS` heads against the first `blocks` of `keys`.
+#[inline(always)]
+unsafe fn all_scores<L: Lanes, const HEADS: usize>(
+    q: *const f32,
+    width: usize,
+    keys: &[*const f32],
+    blocks: usize,
+    stride: usize,
+    to: *mut f32,
+    row: usize,
+) {
+    let mut block = 0;
+    while block < blocks {
+        let vectors = if block + 1 < blocks && L::KEYS == 2 { 2 } else { 1 };
+        let (now, then) = keys[block..].split_at(vectors);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let to = to.add(block * LANES);
+            match vectors {
+                2 => scores::<L, HEADS, 2>(q, width, now, then, stride, to, row),
+                _ => scores::<L, HEADS, 1>(q, width, now, then, stride, to, row),
+            }
+        }
+        block += vectors;
     }
 }
 
@@ -200,20 +276,56 @@ unsafe fn scores<L: Lanes, const HEADS: usize, const VECTORS: usize>(
     }
 }
 
-/// Weighted sums of some columns of the values.
-struct Values<'a> {
-    weights: *const f32,
+/// Weighted sums of the values.
+#[derive(Clone, Copy)]
+pub(super) struct Values<'a> {
+    /// Weights of the first head.
+    pub weights: *const f32,
     /// Floats from a head's weights to the next one's.
-    padded: usize,
-    keys: &'a [*const f32],
-    offset: usize,
-    stride: usize,
-    seen: usize,
-    out: *mut f32,
-    row: usize,
+    pub padded: usize,
+    /// First key of each LANES tokens.
+    pub keys: &'a [*const f32],
+    /// Floats from a key to its value.
+    pub offset: usize,
+    /// Floats from a cache row to the next.
+    pub stride: usize,
+    /// Tokens.
+    pub seen: usize,
+    /// Output of the first head.
+    pub out: *mut f32,
+    /// Floats from a head's output to the next one's.
+    pub row: usize,
+    /// Whether the output is added to.
+    pub adds: bool,
 }
 
 impl Values<'_> {
+    /// All `width` columns of `HEADS` heads.
+    #[inline(always)]
+    unsafe fn all<L: Lanes, const HEADS: usize>(self, width: usize) {
+        let mut column = 0;
+        while column < width {
+            let left = width - column;
+            // SAFETY: the columns are the values' own.
+            unsafe {
+                let at = Values { offset: self.offset + column, out: self.out.add(column), ..self };
+                if left >= 4 * LANES && L::KEYS == 2 {
+                    at.add::<L, HEADS, 4, false>(LANES);
+                    column += 4 * LANES;
+                } else if left >= 2 * LANES {
+                    at.add::<L, HEADS, 2, false>(LANES);
+                    column += 2 * LANES;
+                } else if left >= LANES {
+                    at.add::<L, HEADS, 1, false>(LANES);
+                    column += LANES;
+                } else {
+                    at.add::<L, HEADS, 1, true>(left);
+                    column = width;
+                }
+            }
+        }
+    }
+
     /// `VECTORS` vectors of columns, or `columns` of one if `MASKED`.
     #[inline(always)]
     #[allow(clippy::needless_range_loop)]
@@ -224,6 +336,17 @@ impl Values<'_> {
         // SAFETY: the columns are the values' own, for each key that the row sees.
         unsafe {
             let mut sums = [[L::splat(0.0); VECTORS]; HEADS];
+            if self.adds {
+                for i in 0..HEADS {
+                    for v in 0..VECTORS {
+                        let from = self.out.add(i * self.row + v * LANES);
+                        sums[i][v] = match MASKED {
+                            true => L::load_some(from, columns),
+                            false => L::load(from),
+                        };
+                    }
+                }
+            }
             for (block, key) in self.keys.iter().enumerate() {
                 let mut from = key.add(self.offset);
                 let mut weights = self.weights.add(block * LANES);

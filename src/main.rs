@@ -4,8 +4,13 @@ use clap::Parser;
 use rehearsal::cli::Cli;
 use rehearsal::cli::failure::{exit_code, is_closed_output};
 use rehearsal::console::text::visible;
+use rehearsal_kernels::heap::CountingAllocator;
 use std::io::Write;
 use std::process::ExitCode;
+
+/// Counts allocations, which `bench` tells.
+#[global_allocator]
+static HEAP: CountingAllocator = CountingAllocator;
 
 fn main() -> ExitCode {
     // Warnings of any floor, on the stream that is nobody's result.

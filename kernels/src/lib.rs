@@ -19,6 +19,7 @@ pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod format;
+pub mod heap;
 pub mod kernels;
 pub mod machine;
 pub mod packed;

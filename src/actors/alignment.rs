@@ -137,8 +137,8 @@ impl Direction {
 }
 
 impl Aligned {
-    /// Where the step's time went.
-    pub(super) fn times(&self) -> BenchStep {
+    /// Where the step's time went; `memory` are page faults and allocations.
+    pub(super) fn times(&self, [page_faults, heap_allocations]: [u64; 2]) -> BenchStep {
         let grpo = self.report.grpo.clone().unwrap_or_default();
         BenchStep {
             seconds: self.seconds,
@@ -153,6 +153,8 @@ impl Aligned {
             rollout_dtype: self.sampled_as,
             sampler_kl: grpo.sampler_kl,
             importance: grpo.importance,
+            page_faults,
+            heap_allocations,
         }
     }
 

@@ -18,7 +18,7 @@ use crate::config::{
 use crate::data::example::Prompt;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::phase::{ModelSource, PrepareStage};
-use crate::engine::{Machine, Profile};
+use crate::engine::{Machine, Profile, heap};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -155,12 +155,14 @@ impl Direction {
         for step in 0..=bench.steps {
             let prompts =
                 random_prompts(bench, self.config.seed, step, self.config.model.vocab_size);
+            let before = [heap::page_faults(), heap::allocations()];
             let aligned = self.align(0, step, settings, version, Some(prompts)).await?;
             self.require_exact(&self.config.stages[0], step + 1, &aligned).await?;
+            let after = [heap::page_faults(), heap::allocations()];
             version = aligned.report.policy_version;
             // The first step touches memory for the first time; the others are alike.
             if step > 0 {
-                steps.push(aligned.times());
+                steps.push(aligned.times([0, 1].map(|i| after[i] - before[i])));
             }
         }
         Ok(steps)

@@ -22,8 +22,8 @@ use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
 use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
-use crate::engine::Machine;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
+use crate::engine::{Machine, Profile};
 use actix::{Actor, Arbiter, ArbiterHandle};
 use anyhow::Result;
 use std::path::PathBuf;
@@ -46,11 +46,13 @@ pub struct RunRequest {
     pub machine: Machine,
     /// How progress is shown.
     pub console: ConsoleMode,
+    /// Counts what the device does, if that is asked.
+    pub profile: Option<Arc<Profile>>,
 }
 
 /// Makes a run, from its newest commit if there is one, to its end.
 pub fn start(request: RunRequest) -> Result<()> {
-    let RunRequest { config, folder, config_dir, memory, machine, console } = request;
+    let RunRequest { config, folder, config_dir, memory, machine, console, profile } = request;
     let mut engine = config.engine.clone();
     engine.budget = engine.budget.or(memory.map(Bytes));
     let setup = EngineSetup {
@@ -66,7 +68,9 @@ pub fn start(request: RunRequest) -> Result<()> {
             folders: Folders { run: folder, config: config_dir },
             console: Some(console),
             machine,
-            device: Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?))),
+            device: Arc::new(move || {
+                Ok(Box::new(HybridEngine::profiled(setup.clone(), profile.clone())?))
+            }),
             injection: Arc::new(Injection::from_environment()?),
             bench: None,
             stop: StopSignal::default(),

@@ -159,6 +159,10 @@ pub struct BenchStep {
     pub sampler_kl: f64,
     /// Importance weights, where rollouts have them.
     pub importance: Option<Importance>,
+    /// Pages that the process touched for the first time.
+    pub page_faults: u64,
+    /// Allocations of its heap.
+    pub heap_allocations: u64,
 }
 
 /// How a run ended.

@@ -8,7 +8,7 @@ use super::generate::{at_least_one, at_least_two, at_least_zero};
 use super::machine::{free_memory, measured, share_for_arenas};
 use super::open_model::{engine, spill_folder};
 use super::output::{say, say_json};
-use super::profile::ProfileReport;
+use super::profile::{ProfileReport, counting};
 use super::stopwatch::{Spent, Stopwatch};
 use crate::actors::messages::BenchStep;
 use crate::actors::{BenchRequest, bench_grpo};
@@ -27,7 +27,6 @@ use rehearsal_kernels::machine::{Effort, Machine};
 use rehearsal_kernels::random::{Stream, below};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// Times a hot path.
 #[derive(Debug, Args)]
@@ -35,6 +34,7 @@ use std::sync::Arc;
     long_about = "Time training, generation or alignment steps on random tokens, or count a cache's bytes. --model is a \
                   checkpoint folder, or a config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
                   decode_tokens_per_second (new tokens but each sequence's first, which the prefill draws), \
+                  page_faults_per_step and heap_allocations_per_step (of all threads; --profile adds its own), \
                   limit_tokens_per_second (the most that the machine's measured rates allow), of grpo the rfu that a run's \
                   journal has, seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, what was run, and what the machine does \
                   in a second (`bench machine` alone tells that), measured after the work.",
@@ -223,11 +223,6 @@ impl Outcome {
     }
 }
 
-/// Counts, if that is asked.
-fn counting(asked: bool, threads: Threads) -> Option<Arc<Profile>> {
-    asked.then(|| Arc::new(Profile::new(threads.count())))
-}
-
 /// The config of a folder of weights, or a config.json.
 pub fn model_config(path: &Path) -> Result<ModelConfig> {
     Ok(model(path)?.0)
@@ -302,7 +297,7 @@ fn train(args: &BenchTrainArgs) -> Result<Outcome> {
     let (config, source) = model(&args.model)?;
     require_context(&config, args.sequence)?;
     require_room(args.batch, args.sequence)?;
-    let profile = counting(args.profile, args.threads);
+    let profile = counting(args.profile, args.threads.count());
     let (threads, optimizer) = (args.threads.count(), Some(OptimizerConfig::default()));
     let mut engine = engine(&config, source, threads, 1, optimizer, profile.clone())?;
     engine.enter_phase(Phase::Train)?;
@@ -321,6 +316,8 @@ fn train(args: &BenchTrainArgs) -> Result<Outcome> {
         "bench": "train", "batch": args.batch, "sequence": args.sequence, "steps": args.steps, "dtype": "f32",
         "tokens_per_second": trained / spent.wall_seconds,
         "seconds_per_step": spent.wall_seconds / args.steps as f64,
+        "page_faults_per_step": spent.page_faults as f64 / args.steps as f64,
+        "heap_allocations_per_step": spent.heap_allocations as f64 / args.steps as f64,
     });
     let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
     outcome.figures[LIMIT] = json!(limit::training(&config, args.sequence, &outcome.machine));
@@ -338,7 +335,7 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
     let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
     require_context(&config, tokens_each)?;
     require_room(batch, tokens_each)?;
-    let profile = counting(args.profile, args.threads);
+    let profile = counting(args.profile, args.threads.count());
     let mut engine = engine(&config, source, args.threads.count(), 1, None, profile.clone())?;
     let request = |slot: usize| GenerateRequest {
         slot: slot as u32,
@@ -389,24 +386,30 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
     Ok(outcome)
 }
 
+/// Refuses rollouts in few bits that are promised to be exact.
+fn require_one_promise(args: &BenchGrpoArgs) -> Result<()> {
+    match args.exact && args.rollout_dtype != Dtype::F32 {
+        true => Err(Fault::user(format!(
+            "--rollout-dtype {} samples from other numbers than the trainer's, and --exact promises the same; add --exact \
+             false, or sample in f32",
+            args.rollout_dtype.name()
+        ))),
+        false => Ok(()),
+    }
+}
+
 fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     let (config, source) = model(&args.model)?;
     let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
     require_context(&config, tokens_each)?;
     require_room(args.prompts.saturating_mul(args.group), tokens_each)?;
-    if args.exact && args.rollout_dtype != Dtype::F32 {
-        return Err(Fault::user(format!(
-            "--rollout-dtype {} samples from other numbers than the trainer's, and --exact promises the same; add --exact \
-             false, or sample in f32",
-            args.rollout_dtype.name()
-        )));
-    }
+    require_one_promise(args)?;
     let weights = match source {
         ModelSource::Folder(folder) => Some(folder),
         ModelSource::Fresh => None,
     };
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
-    let profile = counting(args.profile, args.threads);
+    let profile = counting(args.profile, args.threads.count());
     let sampling = Sampling {
         prompts: args.prompts,
         samples: args.group,
@@ -452,6 +455,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         "score_seconds": mean(|s| s.score_seconds),
         "train_seconds": mean(|s| s.train_seconds),
         "tokens_per_second": mean(|s| s.new_tokens as f64) / mean(|s| s.seconds),
+        "page_faults_per_step": mean(|s| s.page_faults as f64),
+        "heap_allocations_per_step": mean(|s| s.heap_allocations as f64),
     });
     let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
     let (trained, references) = (mean(|s| s.trained_share), usize::from(args.kl_weight > 0.0));

@@ -3,9 +3,13 @@
 //! One block for each activity of the engine, one row for each operation of it (products by their widths). Knows no
 //! operation: what was counted comes from the kernels, what the machine can do from its measurement.
 
+use crate::checkpoint::disk_fault;
+use anyhow::Result;
 use rehearsal_kernels::profiled::{ActivityProfile, ClockKind, Count};
 use rehearsal_kernels::{Activity, Machine, Profile};
 use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// What was counted, beside what the machine could have done.
 #[derive(Debug, Serialize)]
@@ -71,7 +75,22 @@ pub struct OperationReport {
     pub roof_share: f64,
 }
 
+/// A profile of a device with so many threads, if one is asked.
+pub fn counting(asked: bool, threads: usize) -> Option<Arc<Profile>> {
+    asked.then(|| Arc::new(Profile::new(threads)))
+}
+
 impl ProfileReport {
+    /// Writes the table and the JSON into a folder; tells both paths.
+    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 2]> {
+        let paths = ["profile.txt", "profile.json"].map(|name| folder.join(name));
+        let texts = [self.lines().join("\n"), serde_json::to_string_pretty(self)?];
+        for (path, text) in paths.iter().zip(texts) {
+            std::fs::write(path, text + "\n").map_err(|error| disk_fault("write", path, error))?;
+        }
+        Ok(paths)
+    }
+
     /// What `profile` counted, on `machine`.
     pub fn new(profile: &Profile, machine: &Machine) -> ProfileReport {
         let counted = profile.activities();
@@ -112,7 +131,7 @@ impl ProfileReport {
         for activity in &self.activities {
             let row = |name: &str, seconds: f64| {
                 let share = percent(share(seconds, self.seconds));
-                cells([name, "", &format!("{seconds:.3}"), &share, "", "", ""])
+                cells([name, "", &format!("{seconds:.4}"), &share, "", "", ""])
             };
             lines.push(String::new());
             lines.push(row(activity.activity.name(), activity.seconds));
@@ -121,7 +140,7 @@ impl ProfileReport {
                 lines.push(cells([
                     &format!("  {}", operation.label()),
                     &operation.calls.to_string(),
-                    &format!("{:.3}", operation.seconds),
+                    &format!("{:.4}", operation.seconds),
                     &percent(operation.share),
                     &number(operation.flops_per_second),
                     &number(operation.bytes_per_second),
@@ -151,9 +170,9 @@ impl ProfileReport {
             format!(
                 "counting took {overhead_seconds:.3} more. Roof: the time that the machine needs at"
             ),
-            "least, at the peak of its products and the speed of the memory that holds the"
+            "least, at the peak of its products or at the speed at which it reads the bytes,"
                 .to_string(),
-            "bytes, in percent of the time taken.".to_string(),
+            "whichever is longer, in percent of the time taken.".to_string(),
         ]
     }
 }

@@ -8,18 +8,23 @@ use super::check_report::CheckReport;
 use super::command::{Threads, cores, warned};
 use super::generate::seed;
 use super::machine::{
-    free_disk, free_memory, held_disk, measured_for_run, measured_products, share_for_arenas,
+    free_disk, free_memory, held_disk, measured, measured_for_run, measured_products,
+    share_for_arenas,
 };
 use super::output::say;
+use super::profile::{ProfileReport, counting};
 use super::run_folder::{Opened, RunFolder, Wish, is_finished, is_resumed, open};
 use crate::actors::{RunRequest, start};
 use crate::config::{Bytes, ConsoleMode, Fault, Loaded, RunConfig};
 use crate::console::TypedCommand;
 use crate::console::text::visible;
+use crate::engine::Profile;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
+use rehearsal_kernels::machine::Effort;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 /// Makes a run.
 #[derive(Debug, Args)]
@@ -51,6 +56,9 @@ pub struct RunArgs {
     /// How progress is shown
     #[arg(long, value_enum)]
     pub console: Option<Console>,
+    /// Write where the time of this process went to profile.txt and profile.json in the run's folder
+    #[arg(long)]
+    pub profile: bool,
     /// Seed of every random number, in place of the TOML's
     #[arg(long, value_name = "N", value_parser = seed)]
     pub seed: Option<u64>,
@@ -100,7 +108,15 @@ pub fn run(args: RunArgs) -> Result<()> {
     let resume = resume_command(&args, &out);
     match open(&out, &loaded, wish, resume.clone())? {
         Opened::Finished => say_finished(&out),
-        Opened::Ready(folder) => drive(folder, loaded, &room, &resume),
+        Opened::Ready(folder) => {
+            let (path, threads) = (folder.path.clone(), room.threads);
+            let profile = counting(args.profile, threads);
+            let is_silent = loaded.config.console.mode == ConsoleMode::Off;
+            let made = drive(folder, loaded, &room, profile.clone(), &resume);
+            // A run that was stopped has a profile too.
+            let told = profile.map_or(Ok(()), |p| write_profile(&p, &path, threads, is_silent));
+            made.and(told)
+        }
     }
 }
 
@@ -178,7 +194,13 @@ fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Room> {
     }
 }
 
-fn drive(mut folder: RunFolder, loaded: Loaded, room: &Room, resume: &TypedCommand) -> Result<()> {
+fn drive(
+    mut folder: RunFolder,
+    loaded: Loaded,
+    room: &Room,
+    profile: Option<Arc<Profile>>,
+    resume: &TypedCommand,
+) -> Result<()> {
     let console = loaded.config.console.mode;
     if console != ConsoleMode::Off {
         if let Some(aside) = &folder.moved {
@@ -195,6 +217,7 @@ fn drive(mut folder: RunFolder, loaded: Loaded, room: &Room, resume: &TypedComma
         memory: room.arenas,
         machine: measured_for_run(room.threads, room.planned),
         console,
+        profile,
     };
     match start(request) {
         Ok(()) => folder.finish(),
@@ -207,6 +230,18 @@ fn drive(mut folder: RunFolder, loaded: Loaded, room: &Room, resume: &TypedComma
                     writeln!(std::io::stderr(), "{shown} is committed; go on with\n  {command}");
             }
             Err(error)
+        }
+    }
+}
+
+/// Writes where the time of this process went into the run's folder, and says where.
+fn write_profile(profile: &Profile, folder: &Path, threads: usize, is_silent: bool) -> Result<()> {
+    let machine = measured(threads, Effort::brief);
+    let [table, json] = ProfileReport::new(profile, &machine).write(folder)?;
+    match is_silent {
+        true => Ok(()),
+        false => {
+            say(&format!("where the time went is in {} and {}", table.display(), json.display()))
         }
     }
 }

@@ -1,5 +1,6 @@
-//! Wall time, processor time and memory of a benchmark, as the operating system counts them.
+//! Wall time, processor time and memory of a benchmark, as the operating system counts them; and allocations.
 
+use rehearsal_kernels::heap;
 use rustix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use std::time::Instant;
@@ -8,6 +9,8 @@ use std::time::Instant;
 pub struct Stopwatch {
     wall: Instant,
     processor: f64,
+    page_faults: u64,
+    heap_allocations: u64,
 }
 
 /// What a benchmark took.
@@ -19,12 +22,18 @@ pub struct Spent {
     pub cpu_seconds: f64,
     /// Most resident memory of the process so far.
     pub peak_rss_bytes: u64,
+    /// Pages touched for the first time.
+    pub page_faults: u64,
+    /// Allocations of the heap, by all threads.
+    pub heap_allocations: u64,
 }
 
 impl Stopwatch {
     /// Starts.
     pub fn start() -> Stopwatch {
-        Stopwatch { wall: Instant::now(), processor: processor_seconds() }
+        let (page_faults, heap_allocations) = (heap::page_faults(), heap::allocations());
+        let (wall, processor) = (Instant::now(), processor_seconds());
+        Stopwatch { wall, processor, page_faults, heap_allocations }
     }
 
     /// Reads it.
@@ -33,6 +42,8 @@ impl Stopwatch {
             wall_seconds: self.wall.elapsed().as_secs_f64(),
             cpu_seconds: processor_seconds() - self.processor,
             peak_rss_bytes: peak_rss_bytes(),
+            page_faults: heap::page_faults() - self.page_faults,
+            heap_allocations: heap::allocations() - self.heap_allocations,
         }
     }
 }

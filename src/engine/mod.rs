@@ -20,7 +20,7 @@ pub mod utilisation;
 pub use formats::{Formats, weight_format};
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
-pub use rehearsal_kernels::Profile;
 pub use rehearsal_kernels::machine::{Machine, Rates};
+pub use rehearsal_kernels::{Profile, heap};
 pub use resident::check_weights;
 pub use scoring::ROWS_AT_ONCE;

@@ -139,9 +139,15 @@ fn bench_tells_its_profile_in_80_columns_and_as_json() {
     let train = ["train", "--batch", "2", "--sequence", "16", "--steps", "2", "--profile"];
     let generate =
         ["generate", "--batch", "2", "--prompt-tokens", "5", "--new-tokens", "3", "--profile"];
+    let grpo = "grpo --prompts 1 --group 2 --prompt-tokens 4 --new-tokens 3 --steps 1 --profile";
+    let grpo: Vec<&str> = grpo.split(' ').collect();
     for (arguments, activities) in [
         (&train[..], &["forward", "backward", "update"][..]),
         (&generate[..], &["prefill", "decode"][..]),
+        (
+            &grpo[..],
+            &["load", "switch", "prefill", "decode", "score", "forward", "backward", "update"][..],
+        ),
     ] {
         let text = bench(arguments);
         let table = text.split_once("\noperation ").expect("a table").1;
@@ -149,6 +155,11 @@ fn bench_tells_its_profile_in_80_columns_and_as_json() {
         let long = table.lines().find(|line| line.chars().count() > 80);
         assert_eq!(long, None);
         let json: Value = serde_json::from_str(&bench(&[arguments, &["--json"]].concat())).unwrap();
+        if arguments[0] != "generate" {
+            let counts = ["page_faults_per_step", "heap_allocations_per_step"];
+            let counts = counts.map(|name| json[name].as_f64().unwrap());
+            assert!(counts[0] >= 0.0 && counts[1] >= 1.0, "{counts:?}");
+        }
         let profile = &json["profile"];
         let told: Vec<_> = profile["activities"].as_array().unwrap().iter().collect();
         let names: Vec<_> = told.iter().map(|one| one["activity"].as_str().unwrap()).collect();
@@ -172,4 +183,34 @@ fn bench_tells_its_profile_in_80_columns_and_as_json() {
         }
         assert!((shares - 1.0).abs() < 1e-9);
     }
+}
+
+#[test]
+fn a_run_writes_its_profile_into_its_folder_and_says_where() {
+    let place = TempDir::new().unwrap();
+    let out = place.path().join("run");
+    let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
+    let output = Command::new(env!("CARGO_BIN_EXE_rehearsal"))
+        .args(["run", "--profile", "--console", "plain"])
+        .arg(config)
+        .arg("--out")
+        .arg(&out)
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let read = |name: &str| {
+        let path = out.join(name);
+        let said = String::from_utf8_lossy(&output.stdout).contains(&path.display().to_string());
+        assert!(said, "{} is not told", path.display());
+        std::fs::read_to_string(path).unwrap()
+    };
+    let (table, json) = (read("profile.txt"), read("profile.json"));
+    let profile: Value = serde_json::from_str(&json).unwrap();
+    let told = profile["activities"].as_array().unwrap();
+    let names: BTreeSet<_> = told.iter().map(|one| one["activity"].as_str().unwrap()).collect();
+    for wanted in ["load", "switch", "prefill", "decode", "score", "forward", "backward", "update"]
+    {
+        assert!(names.contains(wanted), "{wanted} is not in {names:?}");
+    }
+    assert!(table.starts_with("operation ") && table.contains("\ntrain: backward "), "{table}");
 }

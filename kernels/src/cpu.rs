@@ -353,8 +353,8 @@ impl Kernels for CpuKernels {
         targets: &Buffer,
         temperature: f64,
         logprob: &mut Buffer,
-        lse: &mut Buffer,
         entropy: &mut Buffer,
+        kept: Option<&mut Buffer>,
     ) -> Result<()> {
         ops::head_logprob::head_logprob(
             &self.cx,
@@ -363,8 +363,8 @@ impl Kernels for CpuKernels {
             targets,
             temperature,
             logprob,
-            lse,
             entropy,
+            kept,
         )
     }
     fn head_logprob_backward(
@@ -374,8 +374,8 @@ impl Kernels for CpuKernels {
         plain: &Packed,
         targets: &Buffer,
         temperature: f64,
-        lse: &Buffer,
         c: &Buffer,
+        kept: Option<&mut Buffer>,
         dx: &mut Buffer,
         dw: &mut Buffer,
     ) -> Result<()> {
@@ -386,8 +386,8 @@ impl Kernels for CpuKernels {
             plain,
             targets,
             temperature,
-            lse,
             c,
+            kept,
             dx,
             dw,
         )

@@ -364,8 +364,8 @@ pub trait Kernels: Send + Sync {
     fn sum_slots(&self, x: &Buffer, routes: &Routes, y: &mut Buffer);
 
     // --- head ---------------------------------------------------------------------------------------
-    /// For rows x `[R, d]` and `targets U32 [R, 1]`: log-softmax(x W / T) at the target, its log-sum-exp and the
-    /// entropy, each `[R, 1]`; never holds all logits at once.
+    /// For rows x `[R, d]` and `targets U32 [R, 1]`: log-softmax(x W / T) at the target and the entropy, each `[R, 1]`.
+    /// `kept [R, V]` takes the probabilities for the backward pass; without it no more than a tile of them is ever held.
     fn head_logprob(
         &self,
         x: &Buffer,
@@ -373,10 +373,11 @@ pub trait Kernels: Send + Sync {
         targets: &Buffer,
         temperature: f64,
         logprob: &mut Buffer,
-        lse: &mut Buffer,
         entropy: &mut Buffer,
+        kept: Option<&mut Buffer>,
     ) -> Result<()>;
     /// With c `[R, 1]` = d(loss)/d(logprob): sets dx and adds to dw `[V, d]`. `plain` is the head packed for `Plain`.
+    /// `kept` is what the forward pass kept, and is used up; without it the same bits come from another product.
     fn head_logprob_backward(
         &self,
         x: &Buffer,
@@ -384,8 +385,8 @@ pub trait Kernels: Send + Sync {
         plain: &Packed,
         targets: &Buffer,
         temperature: f64,
-        lse: &Buffer,
         c: &Buffer,
+        kept: Option<&mut Buffer>,
         dx: &mut Buffer,
         dw: &mut Buffer,
     ) -> Result<()>;

@@ -9,6 +9,12 @@ use super::pass::{Pass, floats};
 use crate::config::ModelConfig;
 use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Store, WeightFormat};
 
+/// Probabilities that are kept for a backward pass at most.
+const MOST_KEPT: usize = 32 << 20;
+
+/// Columns that lie between a row's probabilities and the next row's: rows a power of two apart share lines of a cache.
+const APART: usize = 16;
+
 /// The packed heads of a model.
 pub struct Heads {
     norm: Norm,
@@ -28,7 +34,8 @@ pub struct VocabularyOutput {
     gathered: Gathered,
     targets: Buffer,
     temperature: f64,
-    lse: Buffer,
+    /// Probabilities, where they are few enough to keep; the columns beyond the vocabulary mean nothing.
+    kept: Option<Buffer>,
     /// log-softmax(logits / T) at each target.
     pub logprobs: Vec<f64>,
     /// Entropy of each row's distribution at T, nats.
@@ -64,7 +71,8 @@ impl Heads {
         })
     }
 
-    /// Log-probability of `targets[i]` after hidden row `rows[i]`, at `temperature`.
+    /// Log-probability of `targets[i]` after hidden row `rows[i]`, at `temperature`. `keep` spares the backward pass a
+    /// product, for the memory of the rows' probabilities.
     pub fn logprobs(
         &self,
         pass: &Pass<'_>,
@@ -73,12 +81,17 @@ impl Heads {
         rows: &[u32],
         targets: &[u32],
         temperature: f64,
+        keep: bool,
     ) -> Result<VocabularyOutput, OutOfMemory> {
         let kernels = pass.kernels;
         let gathered = self.gather(kernels, params, hidden, rows)?;
         let targets = super::pass::indices(kernels, targets)?;
-        let [mut logprob, mut lse, mut entropy] =
-            [pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?];
+        let [mut logprob, mut entropy] = [pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?];
+        let vocabulary = self.vocabulary.outputs();
+        let mut kept = match keep && rows.len() * vocabulary <= MOST_KEPT {
+            true => Some(pass.floats(rows.len(), vocabulary + APART)?),
+            false => None,
+        };
         let head = self.vocabulary.packed();
         kernels.head_logprob(
             &gathered.normed.y,
@@ -86,12 +99,12 @@ impl Heads {
             &targets,
             temperature,
             &mut logprob,
-            &mut lse,
             &mut entropy,
+            kept.as_mut().map(|kept| kept.cols_of_mut(0..vocabulary)).as_deref_mut(),
         )?;
         let (logprobs, entropies) =
             (kernels.download_f64(&logprob), kernels.download_f64(&entropy));
-        Ok(VocabularyOutput { gathered, targets, temperature, lse, logprobs, entropies })
+        Ok(VocabularyOutput { gathered, targets, temperature, kept, logprobs, entropies })
     }
 
     /// Adds to d_hidden and to the head's and the final norm's gradients, given d(loss)/d(logprob) per row.
@@ -99,7 +112,7 @@ impl Heads {
         &self,
         pass: &Pass<'_>,
         params: &Params,
-        output: &VocabularyOutput,
+        mut output: VocabularyOutput,
         coefficients: &[f64],
         d_hidden: &mut Buffer,
         gradients: &mut Gradients,
@@ -109,14 +122,15 @@ impl Heads {
         let mut c = pass.floats(x.rows(), 1)?;
         kernels.upload_f64(coefficients, &mut c);
         let mut dx = pass.floats(x.rows(), x.cols())?;
+        let vocabulary = self.vocabulary.outputs();
         kernels.head_logprob_backward(
             x,
             self.vocabulary.packed(),
             self.vocabulary.plain(),
             &output.targets,
             output.temperature,
-            &output.lse,
             &c,
+            output.kept.as_mut().map(|kept| kept.cols_of_mut(0..vocabulary)).as_deref_mut(),
             &mut dx,
             &mut gradients.span(self.vocabulary.tensors.clone()),
         )?;

@@ -243,7 +243,7 @@ fn next_token(
     }
     let output = micro.logprobs(&rows, &targets, 1.0)?;
     tally.loss -= output.logprobs.iter().sum::<f64>() / total as f64;
-    micro.backward_logprobs(&output, &vec![-1.0 / total as f64; rows.len()])
+    micro.backward_logprobs(output, &vec![-1.0 / total as f64; rows.len()])
 }
 
 fn preference(
@@ -298,12 +298,12 @@ impl Micro<'_> {
         targets: &[u32],
         temperature: f64,
     ) -> Result<VocabularyOutput, OutOfMemory> {
-        self.heads.logprobs(self.pass, self.params, self.hidden, rows, targets, temperature)
+        self.heads.logprobs(self.pass, self.params, self.hidden, rows, targets, temperature, true)
     }
 
     pub(super) fn backward_logprobs(
         &mut self,
-        output: &VocabularyOutput,
+        output: VocabularyOutput,
         coefficients: &[f64],
     ) -> Result<(), OutOfMemory> {
         self.pass.kernels.enter(Activity::Backward);

@@ -188,7 +188,7 @@ impl<'a> Rollouts<'a> {
             tally.add(&token_loss, new, &output.entropies[own], &reply.rollout.logprobs);
             coefficients.extend(token_loss.coefficients);
         }
-        micro.backward_logprobs(&output, &coefficients)
+        micro.backward_logprobs(output, &coefficients)
     }
 
     /// Hidden rows and the tokens that follow them: a reply's first token follows the prompt's last row.

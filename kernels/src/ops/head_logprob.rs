@@ -1,12 +1,11 @@
-//! Log-probability of given tokens under the output head, and its gradient, without all logits at
-//! once.
+//! Log-probability of given tokens under the output head, and its gradient.
 //!
-//! Knows no loss: the caller gives d(loss)/d(logprob) per row. Rows are taken in tiles of [`ROWS`];
-//! a tile of logits is made by `linear`, the forward pass reduces it, and the backward pass makes
-//! it again and turns it into the logits' gradient in place.
+//! Knows no loss: the caller gives d(loss)/d(logprob) per row. Logits are made by `linear`, tile by tile of [`ROWS`]
+//! rows, and reduced while they are near. A caller that will want the gradient gives memory for the probabilities;
+//! without it the backward pass makes them again, to the same bits. They become the logits' gradient in place.
 //!
 //! Invariants:
-//!   * memory is ROWS x vocabulary, whatever the number of rows
+//!   * memory is ROWS x vocabulary, whatever the number of rows, where no probabilities are kept
 //!   * a row's numbers depend on its own logits alone, and the sampler takes them from the same
 //!     [`Distribution`]
 //!   * dw is one chain over rows ascending, across tiles and calls
@@ -16,8 +15,9 @@ use super::lanes::{self, LANES, Lanes, OnLanes};
 use super::linear::{linear, linear_backward_weight};
 use super::work::split;
 use super::{Cx, Isa};
-use crate::buffer::{Buffer, DType};
+use crate::buffer::{Buffer, DType, Mat};
 use crate::kernels::{Packed, Product, Result, Store};
+use std::ops::Range;
 
 /// Rows of a tile.
 const ROWS: usize = 64;
@@ -37,33 +37,34 @@ pub(crate) fn head_logprob(
     targets: &Buffer,
     temperature: f64,
     logprob: &mut Buffer,
-    lse: &mut Buffer,
     entropy: &mut Buffer,
+    kept: Option<&mut Buffer>,
 ) -> Result<()> {
-    check(x, head, &[targets, logprob, lse, entropy]);
-    let vocabulary = head.outputs;
+    check(x, head, &[targets, logprob, entropy], kept.as_deref());
     let targets = targets.host::<u32>();
-    let (logprob, lse, entropy) =
-        (logprob.host_mut::<f32>(), lse.host_mut::<f32>(), entropy.host_mut::<f32>());
-    let mut tile = cx.arena.buffer(cx.scratch, DType::F32, x.rows().min(ROWS), vocabulary)?;
-    for first in (0..x.rows()).step_by(ROWS) {
-        let count = ROWS.min(x.rows() - first);
-        let mut logits = tile.rows_of_mut(0..count);
-        linear(cx, &x.rows_of(first..first + count), head, &mut logits, Store::Set);
-        let logits = logits.host_mut::<f32>();
-        split(cx, count, 1, COST * vocabulary, &|range| {
-            for row in range {
-                // SAFETY: a row belongs to one piece.
-                unsafe {
-                    let logits = logits.shared_row_mut(row);
-                    let target = logits[targets.row(first + row)[0] as usize];
-                    let distribution = Distribution::of(cx.isa, logits, temperature);
-                    logprob.shared_row_mut(first + row)[0] = distribution.logprob(target);
-                    lse.shared_row_mut(first + row)[0] = distribution.lse();
-                    entropy.shared_row_mut(first + row)[0] = distribution.entropy();
-                }
+    let (logprob, entropy) = (logprob.host_mut::<f32>(), entropy.host_mut::<f32>());
+    let result = |row: usize, logit: f32, distribution: &Distribution| {
+        // SAFETY: a row belongs to one piece.
+        unsafe {
+            logprob.shared_row_mut(row)[0] = distribution.logprob(logit);
+            entropy.shared_row_mut(row)[0] = distribution.entropy();
+        }
+    };
+    let softmax = Softmax { cx, head, targets, temperature };
+    match kept {
+        Some(kept) => {
+            for rows in tiles(x.rows()) {
+                let x = x.rows_of(rows.clone());
+                softmax.probabilities(&x, rows.start, &mut kept.rows_of_mut(rows), &result);
             }
-        });
+        }
+        None => {
+            let mut tile = tile(cx, x.rows(), head.outputs)?;
+            for rows in tiles(x.rows()) {
+                let (x, mut logits) = (x.rows_of(rows.clone()), tile.rows_of_mut(0..rows.len()));
+                softmax.reduce(&x, rows.start, &mut logits.cols_of_mut(0..head.outputs), &result);
+            }
+        }
     }
     Ok(())
 }
@@ -77,12 +78,12 @@ pub(crate) fn head_logprob_backward(
     plain: &Packed,
     targets: &Buffer,
     temperature: f64,
-    lse: &Buffer,
     c: &Buffer,
+    kept: Option<&mut Buffer>,
     dx: &mut Buffer,
     dw: &mut Buffer,
 ) -> Result<()> {
-    check(x, head, &[targets, lse, c]);
+    check(x, head, &[targets, c], kept.as_deref());
     let vocabulary = head.outputs;
     assert_eq!(plain.product, Product::Plain, "head: a pack for the input gradient");
     assert_eq!(
@@ -93,40 +94,118 @@ pub(crate) fn head_logprob_backward(
     assert_eq!(plain.version, head.version, "head: both packs of one policy version");
     assert_eq!((dx.rows(), dx.cols()), (x.rows(), x.cols()), "head: shape of dx");
     assert_eq!((dw.rows(), dw.cols()), (vocabulary, x.cols()), "head: shape of dw");
-    let (targets, lse, c) = (targets.host::<u32>(), lse.host::<f32>(), c.host::<f32>());
-    let mut tile = cx.arena.buffer(cx.scratch, DType::F32, x.rows().min(ROWS), vocabulary)?;
-    for first in (0..x.rows()).step_by(ROWS) {
-        let rows = first..x.rows().min(first + ROWS);
-        let x = x.rows_of(rows.clone());
-        let mut logits = tile.rows_of_mut(0..rows.len());
-        linear(cx, &x, head, &mut logits, Store::Set);
-        let gradients = logits.host_mut::<f32>();
-        split(cx, rows.len(), 1, COST * vocabulary, &|range| {
-            for row in range {
-                let job = Gradient {
-                    // SAFETY: a row belongs to one piece.
-                    logits: unsafe { gradients.shared_row_mut(row) },
-                    target: targets.row(first + row)[0] as usize,
-                    inverse: inverse(temperature),
-                    lse: lse.row(first + row)[0],
-                    c: c.row(first + row)[0],
-                };
-                // SAFETY: `isa` was detected.
-                unsafe { cx.isa.run(job) };
+    let softmax = Softmax { cx, head, targets: targets.host(), temperature };
+    let c = c.host::<f32>();
+    let mut descend = |rows: Range<usize>, probabilities: &mut Buffer| {
+        softmax.differentiate(rows.start, &c, probabilities);
+        linear(cx, probabilities, plain, &mut dx.rows_of_mut(rows.clone()), Store::Set);
+        linear_backward_weight(cx, probabilities, &x.rows_of(rows), dw);
+    };
+    match kept {
+        Some(kept) => descend(0..x.rows(), kept),
+        None => {
+            let mut tile = tile(cx, x.rows(), vocabulary)?;
+            for rows in tiles(x.rows()) {
+                let mut tile = tile.rows_of_mut(0..rows.len());
+                let mut tile = tile.cols_of_mut(0..vocabulary);
+                let x = x.rows_of(rows.clone());
+                softmax.probabilities(&x, rows.start, &mut tile, &|_, _, _| ());
+                descend(rows, &mut tile);
             }
-        });
-        linear(cx, &logits, plain, &mut dx.rows_of_mut(rows), Store::Set);
-        linear_backward_weight(cx, &logits, &x, dw);
+        }
     }
     Ok(())
 }
 
-fn check(x: &Buffer, head: &Packed, columns: &[&Buffer]) {
+/// Ranges of up to ROWS rows.
+fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..rows).step_by(ROWS).map(move |first| first..rows.min(first + ROWS))
+}
+
+/// Memory of a tile's logits. A row has some columns more: rows a power of two apart would fall onto the same lines of
+/// the first cache.
+fn tile(cx: &Cx, rows: usize, vocabulary: usize) -> Result<Buffer> {
+    cx.arena.buffer(cx.scratch, DType::F32, rows.min(ROWS), vocabulary + LANES)
+}
+
+/// What the passes over rows of logits share. Rows and targets are counted from the call's first.
+struct Softmax<'a> {
+    cx: &'a Cx,
+    head: &'a Packed,
+    targets: Mat<'a, u32>,
+    temperature: f64,
+}
+
+/// What becomes of a row: its number, its target's logit, its distribution.
+type OnRow<'a> = &'a (dyn Fn(usize, f32, &Distribution) + Sync);
+
+impl Softmax<'_> {
+    /// Leaves the unscaled masses of x's logits in `logits`.
+    fn reduce(&self, x: &Buffer, first: usize, logits: &mut Buffer, on_row: OnRow<'_>) {
+        self.each_row(x, first, logits, &|row, target, logits| {
+            let logit = logits[target];
+            on_row(row, logit, &Distribution::of(self.cx.isa, logits, self.temperature));
+        });
+    }
+
+    /// Leaves the probabilities of x's logits in `logits`.
+    fn probabilities(&self, x: &Buffer, first: usize, logits: &mut Buffer, on_row: OnRow<'_>) {
+        self.each_row(x, first, logits, &|row, target, logits| {
+            let logit = logits[target];
+            let distribution = Distribution::of(self.cx.isa, logits, self.temperature);
+            let factor = (1.0 / distribution.sum) as f32;
+            // SAFETY: `isa` was detected.
+            unsafe { self.cx.isa.run(Scale { row: logits, factor }) };
+            on_row(row, logit, &distribution);
+        });
+    }
+
+    /// Calls `call(row, target, logits)` for the logits of every row of x.
+    fn each_row(
+        &self,
+        x: &Buffer,
+        first: usize,
+        logits: &mut Buffer,
+        call: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
+    ) {
+        linear(self.cx, x, self.head, logits, Store::Set);
+        let logits = logits.host_mut::<f32>();
+        split(self.cx, logits.rows, 1, COST * logits.cols, &|range| {
+            for row in range {
+                let target = self.targets.row(first + row)[0] as usize;
+                // SAFETY: a row belongs to one piece.
+                call(first + row, target, unsafe { logits.shared_row_mut(row) });
+            }
+        });
+    }
+
+    /// Replaces probabilities by c (onehot - p) / T.
+    fn differentiate(&self, first: usize, c: &Mat<'_, f32>, probabilities: &mut Buffer) {
+        let gradients = probabilities.host_mut::<f32>();
+        let inverse = inverse(self.temperature);
+        split(self.cx, gradients.rows, 1, gradients.cols, &|range| {
+            for row in range {
+                let factor = c.row(first + row)[0] * inverse;
+                // SAFETY: a row belongs to one piece.
+                let gradient = unsafe { gradients.shared_row_mut(row) };
+                let target = self.targets.row(first + row)[0] as usize;
+                let hit = factor * (1.0 - gradient[target]);
+                // SAFETY: `isa` was detected.
+                unsafe { self.cx.isa.run(Scale { row: gradient, factor: -factor }) };
+                gradient[target] = hit;
+            }
+        });
+    }
+}
+
+fn check(x: &Buffer, head: &Packed, columns: &[&Buffer], kept: Option<&Buffer>) {
     assert_eq!(head.product, Product::Transposed, "head: a pack for the forward pass");
     assert_eq!(head.inputs, x.cols(), "head: width of x");
     for column in columns {
         assert_eq!((column.rows(), column.cols()), (x.rows(), 1), "head: one number per row");
     }
+    let shape = kept.map(|kept| (kept.rows(), kept.cols()));
+    assert!(shape.is_none_or(|s| s == (x.rows(), head.outputs)), "head: shape of what is kept");
 }
 
 /// 1 / T; greedy rows (T = 0) are judged at T = 1.
@@ -154,11 +233,6 @@ impl Distribution {
     /// log-softmax at a token whose logit this is.
     pub fn logprob(&self, logit: f32) -> f32 {
         (f64::from(logit * self.inverse - self.max) - self.sum.ln()) as f32
-    }
-
-    /// log Σ exp(logit / T).
-    pub fn lse(&self) -> f32 {
-        (f64::from(self.max) + self.sum.ln()) as f32
     }
 
     /// - Σ p log p.
@@ -220,25 +294,17 @@ fn exp_and_sum(logits: &mut [f32], max: f32, sums: &mut [f32; LANES], moments: &
     }
 }
 
-/// Replaces a row of logits by c (onehot - p) / T.
-struct Gradient<'a> {
-    logits: &'a mut [f32],
-    target: usize,
-    inverse: f32,
-    lse: f32,
-    c: f32,
+/// Multiplies a row.
+struct Scale<'a> {
+    row: &'a mut [f32],
+    factor: f32,
 }
 
-impl OnLanes for Gradient<'_> {
+impl OnLanes for Scale<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        let factor = self.c * self.inverse;
-        let target = exp(self.logits[self.target] * self.inverse - self.lse);
-        for x in self.logits.iter_mut() {
-            *x = -factor * exp(*x * self.inverse - self.lse);
-        }
-        self.logits[self.target] = factor * (1.0 - target);
+        self.row.iter_mut().for_each(|x| *x *= self.factor);
     }
 }
 

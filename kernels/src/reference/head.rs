@@ -13,7 +13,6 @@ pub struct Forward<'a> {
     pub plain: &'a Packed,
     pub targets: &'a Buffer,
     pub temperature: f64,
-    pub lse: &'a Buffer,
 }
 
 /// One row's logits over the temperature.
@@ -29,40 +28,56 @@ fn divisor(temperature: f64) -> f64 {
     if temperature == 0.0 { 1.0 } else { temperature }
 }
 
+/// softmax(x W / T) of one row, and its log-sum-exp.
+fn softmax(x: &[f64], head: &Packed, temperature: f64) -> (Vec<f64>, f64) {
+    let z = scaled_logits(x, head, temperature);
+    let total = log_sum_exp(&z);
+    (z.iter().map(|z| (z - total).exp()).collect(), total)
+}
+
 pub fn head_logprob(
     x: &Buffer,
     head: &Packed,
     targets: &Buffer,
     temperature: f64,
     logprob: &mut Buffer,
-    lse: &mut Buffer,
     entropy: &mut Buffer,
+    mut kept: Option<&mut Buffer>,
 ) {
     let (x, targets) = (x.host::<f64>(), movement::read::<u32>(targets));
-    let (mut logprob, mut lse) = (logprob.host_mut::<f64>(), lse.host_mut::<f64>());
-    let mut entropy = entropy.host_mut::<f64>();
+    let (mut logprob, mut entropy) = (logprob.host_mut::<f64>(), entropy.host_mut::<f64>());
     for (r, target) in targets.into_iter().enumerate() {
         let z = scaled_logits(x.row(r), head, temperature);
-        let total = log_sum_exp(&z);
-        lse.row_mut(r)[0] = total;
+        let (p, total) = softmax(x.row(r), head, temperature);
         logprob.row_mut(r)[0] = z[target as usize] - total;
-        entropy.row_mut(r)[0] = z.iter().map(|z| (z - total).exp() * (total - z)).sum();
+        entropy.row_mut(r)[0] = p.iter().zip(&z).map(|(p, z)| p * (total - z)).sum();
+        if let Some(kept) = kept.as_deref_mut() {
+            kept.host_mut::<f64>().row_mut(r).copy_from_slice(&p);
+        }
     }
 }
 
 /// dz_v = c / T * (1[v is the target] - p_v); dx = dz W; dw += dzᵀ x.
-pub fn head_logprob_backward(forward: &Forward<'_>, c: &Buffer, dx: &mut Buffer, dw: &mut Buffer) {
+pub fn head_logprob_backward(
+    forward: &Forward<'_>,
+    c: &Buffer,
+    kept: Option<&Buffer>,
+    dx: &mut Buffer,
+    dw: &mut Buffer,
+) {
     assert_eq!(forward.plain.product, Product::Plain, "the head's input gradient");
     let (x, targets) = (forward.x.host::<f64>(), movement::read::<u32>(forward.targets));
-    let (lse, c, weights) =
-        (forward.lse.host::<f64>(), c.host::<f64>(), forward.plain.data.host::<f64>());
+    let (c, weights) = (c.host::<f64>(), forward.plain.data.host::<f64>());
     let (mut dx, mut dw) = (dx.host_mut::<f64>(), dw.host_mut::<f64>());
     for (r, target) in targets.into_iter().enumerate() {
         dx.row_mut(r).fill(0.0);
-        let z = scaled_logits(x.row(r), forward.head, forward.temperature);
-        for (token, z) in z.into_iter().enumerate() {
+        let p = match kept {
+            Some(kept) => kept.host::<f64>().row(r).to_vec(),
+            None => softmax(x.row(r), forward.head, forward.temperature).0,
+        };
+        for (token, p) in p.into_iter().enumerate() {
             let hit = if token == target as usize { 1.0 } else { 0.0 };
-            let dz = c.row(r)[0] / divisor(forward.temperature) * (hit - (z - lse.row(r)[0]).exp());
+            let dz = c.row(r)[0] / divisor(forward.temperature) * (hit - p);
             add_scaled(dz, weights.row(token), dx.row_mut(r));
             add_scaled(dz, x.row(r), dw.row_mut(token));
         }

@@ -412,10 +412,10 @@ impl Kernels for ReferenceKernels {
         targets: &Buffer,
         temperature: f64,
         logprob: &mut Buffer,
-        lse: &mut Buffer,
         entropy: &mut Buffer,
+        kept: Option<&mut Buffer>,
     ) -> Result<()> {
-        head::head_logprob(x, head, targets, temperature, logprob, lse, entropy);
+        head::head_logprob(x, head, targets, temperature, logprob, entropy, kept);
         Ok(())
     }
 
@@ -426,13 +426,13 @@ impl Kernels for ReferenceKernels {
         plain: &Packed,
         targets: &Buffer,
         temperature: f64,
-        lse: &Buffer,
         c: &Buffer,
+        kept: Option<&mut Buffer>,
         dx: &mut Buffer,
         dw: &mut Buffer,
     ) -> Result<()> {
-        let forward = head::Forward { x, head, plain, targets, temperature, lse };
-        head::head_logprob_backward(&forward, c, dx, dw);
+        let forward = head::Forward { x, head, plain, targets, temperature };
+        head::head_logprob_backward(&forward, c, kept.as_deref(), dx, dw);
         Ok(())
     }
 

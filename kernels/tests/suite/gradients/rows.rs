@@ -100,13 +100,13 @@ fn head_logprob_backward_is_the_derivative_by_rows_and_head() {
         let forward = |inputs: &[Vec<f64>]| {
             let x = bench.floats(T, D, &inputs[0]);
             let head = bench.pack(Product::Transposed, &bench.floats(vocabulary, D, &inputs[1]), 1);
-            let [mut logprob, mut lse, mut entropy] = [0, 1, 2].map(|_| bench.unset(T, 1));
-            k.head_logprob(&x, &head, &targets, temperature, &mut logprob, &mut lse, &mut entropy)
+            let [mut logprob, mut entropy] = [0, 1].map(|_| bench.unset(T, 1));
+            k.head_logprob(&x, &head, &targets, temperature, &mut logprob, &mut entropy, None)
                 .unwrap();
-            (x, head, logprob, lse)
+            (x, head, logprob)
         };
         let loss = |inputs: &[Vec<f64>]| inner(&r, &bench.read(&forward(inputs).2));
-        let (x, head, _, lse) = forward(&inputs);
+        let (x, head, _) = forward(&inputs);
         let plain = bench.pack(Product::Plain, &bench.floats(vocabulary, D, &inputs[1]), 1);
         let c = bench.floats(T, 1, &r);
         let (mut dx, mut dw) = (bench.unset(T, D), bench.filled(vocabulary, D, 0.0));
@@ -116,8 +116,8 @@ fn head_logprob_backward_is_the_derivative_by_rows_and_head() {
             &plain,
             &targets,
             temperature,
-            &lse,
             &c,
+            None,
             &mut dx,
             &mut dw,
         )

@@ -97,7 +97,9 @@ impl Scorer<'_> {
         let logprobs = if rows.is_empty() {
             Vec::new()
         } else {
-            heads.logprobs(&pass, self.params, &hidden, &rows, &targets, job.temperature, false)?.logprobs
+            heads
+                .logprobs(&pass, self.params, &hidden, &rows, &targets, job.temperature, false)?
+                .logprobs
         };
         let mut next = logprobs.iter().map(|logprob| *logprob as f32);
         let logprobs =

@@ -111,8 +111,9 @@ impl OnLanes for Blocks {
                 let rows = BLOCK_ROWS.min(m - row);
                 for (p, depth) in depths(k, BLOCK_DEPTH) {
                     let (left, right, out) = self.block(row, p);
-                    let next = self.after(row + rows, p + depth);
-                    columns::<L>([rows, n, depth], left, right, out, adds(self.store, p), next);
+                    let ahead =
+                        self.after(row + rows, p + depth).map_or(Bring::Nothing, Bring::Panel);
+                    columns::<L>([rows, n, depth], left, right, out, adds(self.store, p), ahead);
                 }
             }
         }
@@ -150,6 +151,29 @@ impl Blocks {
     }
 }
 
+impl Blocks {
+    /// The rows of a transposed A that are copied after the block that ends before step `p`.
+    fn rows_after(&self, (row, rows): (usize, usize), p: usize) -> Bring {
+        let ([m, _, k], Left { at, row: step, col }) = (self.shape, self.left);
+        match step {
+            1 if p < k => Bring::Rows(at.wrapping_add(row + p * col), col),
+            1 if row + rows < m => Bring::Rows(at.wrapping_add(row + rows), col),
+            _ => Bring::Nothing,
+        }
+    }
+}
+
+/// What is brought to the second cache while [`columns`] multiplies.
+#[derive(Clone, Copy)]
+pub(super) enum Bring {
+    /// Nothing, and no panel either.
+    Nothing,
+    /// Panel after panel of B; behind the last one, what lies here.
+    Panel(*const f32),
+    /// A block of a transposed A: its first element, and floats from a step to the next.
+    Rows(*const f32, usize),
+}
+
 /// A product that copies blocks of A (tile by tile, transposed) or of B (into a panel) to the stack first.
 struct Copying<const A: bool, const B: bool>(Blocks);
 
@@ -184,12 +208,13 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
                 for (p, depth) in depths(k, BLOCK_DEPTH) {
                     let (mut left, right, out) = job.block(row, p);
                     let add = adds(job.store, p);
+                    let mut bring = job.rows_after((row, rows), p + depth);
                     if A {
                         copy_left::<L>(rows, depth, left, a.as_mut_ptr());
                         left = Left { at: a.as_mut_ptr(), row: 1, col: 0 };
                     }
                     if !B {
-                        columns::<L>([rows, n, depth], left, right, out, add, None);
+                        columns::<L>([rows, n, depth], left, right, out, add, Bring::Nothing);
                         continue;
                     }
                     for j in (0..n).step_by(PANEL) {
@@ -198,7 +223,8 @@ impl<const A: bool, const B: bool> OnLanes for Copying<A, B> {
                         copy_panel(width, depth, from, right.row, b.as_mut_ptr());
                         let panel = Right { at: b.as_mut_ptr(), row: PANEL, panel: 0, ..right };
                         let out = Out { at: out.at.add(j), ..out };
-                        columns::<L>([rows, width, depth], left, panel, out, add, None);
+                        columns::<L>([rows, width, depth], left, panel, out, add, bring);
+                        bring = Bring::Nothing;
                     }
                 }
             }
@@ -229,8 +255,24 @@ fn tiles<L: Lanes>(m: usize) -> impl Iterator<Item = (usize, usize)> {
 /// Copies A so that a tile of r rows lies as `[p][r]`: the tile that starts at row i is at `i * depth`.
 #[inline(always)]
 unsafe fn copy_left<L: Lanes>(m: usize, depth: usize, left: Left, to: *mut f32) {
-    // SAFETY: m x depth elements are read and written.
+    // SAFETY: m x depth elements are read and written; a tile has fewer rows than a vector lanes.
     unsafe {
+        if left.row == 1 {
+            // A step's elements are neighbours, so that each line of A is read once.
+            let mut starts = [(0, 0); BLOCK_ROWS.div_ceil(4)];
+            let count = m.div_ceil(L::TILE_ROWS);
+            for (start, tile) in starts.iter_mut().zip(tiles::<L>(m)) {
+                *start = tile;
+            }
+            for p in 0..depth {
+                let from = left.at.add(p * left.col);
+                for (first, rows) in &starts[..count] {
+                    let x = L::load_some(from.add(*first), *rows);
+                    L::store_some(to.add(first * depth + p * rows), *rows, x);
+                }
+            }
+            return;
+        }
         for (first, rows) in tiles::<L>(m) {
             let (from, to) = (left.at.add(first * left.row), to.add(first * depth));
             for p in 0..depth {
@@ -260,8 +302,7 @@ unsafe fn copy_panel(width: usize, depth: usize, from: *const f32, row: usize, t
 }
 
 /// One block of rows and of p against all columns. `left.col == 0` means A as [`copy_left`] leaves it.
-/// While a panel is used, the next one is asked for, a little with each step; behind the last one comes `next`.
-/// Without one B is in a cache already.
+/// While a panel is used, what comes next is asked for, a little with each step.
 #[inline(always)]
 pub(super) unsafe fn columns<L: Lanes>(
     [m, n, depth]: [usize; 3],
@@ -269,7 +310,7 @@ pub(super) unsafe fn columns<L: Lanes>(
     right: Right,
     out: Out,
     add: bool,
-    next: Option<*const f32>,
+    bring: Bring,
 ) {
     // Few rows leave registers for more columns, and those keep the multiply-add units busy.
     let count = m.div_ceil(L::TILE_ROWS);
@@ -284,15 +325,21 @@ pub(super) unsafe fn columns<L: Lanes>(
             }
             let width = (across * LANES).min(n - j);
             let from = right.at.add(j / PANEL * right.panel + j % PANEL);
-            let following = next.map(|next| {
-                let panel = j / PANEL + width.div_ceil(PANEL);
-                if panel * PANEL < n { right.at.wrapping_add(panel * right.panel) } else { next }
-            });
+            let panel = j / PANEL + width.div_ceil(PANEL);
+            let bring = match bring {
+                Bring::Panel(_) if panel * PANEL < n => {
+                    Bring::Panel(right.at.wrapping_add(panel * right.panel))
+                }
+                bring => bring,
+            };
             for (tile, (first, rows)) in tiles::<L>(m).enumerate() {
-                let share = (j % PANEL / LANES * count + tile) * depth;
-                let ahead = match following {
-                    Some(at) => Ahead::new(at, share, width.div_ceil(LANES).min(2), count),
-                    None => Ahead { at: from.cast(), line: 0, step: 0 },
+                let ahead = match bring {
+                    Bring::Panel(at) => {
+                        let share = (j % PANEL / LANES * count + tile) * depth;
+                        Ahead::new(at, share, width.div_ceil(LANES).min(2), count)
+                    }
+                    Bring::Rows(at, step) => Ahead::line(at.wrapping_add(tile * LANES), step),
+                    Bring::Nothing => Ahead::line(from, 0),
                 };
                 let (at, row, col) = match left.col {
                     0 => (left.at.add(first * depth), 1, rows),
@@ -323,7 +370,7 @@ struct Operands {
     ahead: Ahead,
 }
 
-/// The part of the next panel that a tile asks for: the tiles of a panel share it evenly.
+/// The part of what comes next that a tile asks for: the tiles of a panel share it evenly.
 struct Ahead {
     at: *const u8,
     /// Bytes from one vector's to the next one's.
@@ -339,6 +386,12 @@ impl Ahead {
         let bytes = vectors * LANES * size_of::<f32>();
         let at = panel.cast::<u8>().wrapping_add(share * bytes / count);
         Ahead { at, line: bytes / vectors / count, step: bytes / count }
+    }
+
+    /// One line with each step, which are `step` floats apart.
+    #[inline(always)]
+    fn line(at: *const f32, step: usize) -> Ahead {
+        Ahead { at: at.cast(), line: 0, step: step * size_of::<f32>() }
     }
 }
 

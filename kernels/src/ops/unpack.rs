@@ -6,7 +6,7 @@
 use super::lanes::{Isa, Lanes, OnLanes};
 use super::quantize::{from_bf16, from_e4m3};
 use super::tile::{
-    BLOCK_DEPTH, BLOCK_ROWS, Left, Next, Out, PANEL, Right, Stack, adds, columns, depths,
+    BLOCK_DEPTH, BLOCK_ROWS, Bring, Left, Next, Out, PANEL, Right, Stack, adds, columns, depths,
 };
 use crate::format::WeightFormat;
 use crate::kernels::{Product, Store};
@@ -204,7 +204,14 @@ impl OnLanes for Unpacking {
                             next: Next::Nothing,
                         };
                         let out = Out { at: out.at.add(row * out.row + j), ..out };
-                        columns::<L>([rows, width, depth], left, right, out, adds(store, p), None);
+                        columns::<L>(
+                            [rows, width, depth],
+                            left,
+                            right,
+                            out,
+                            adds(store, p),
+                            Bring::Nothing,
+                        );
                     }
                 }
             }

@@ -26,7 +26,10 @@ fn scored(tiny: &Tiny<'_>, packed: &PackedModel) -> Vec<f64> {
     let hidden = tiny.model.forward_only(&pass, &tiny.params, packed).unwrap();
     let rows: Vec<u32> = (0..document.len() as u32 - 1).collect();
     let heads = &packed.heads;
-    heads.logprobs(&pass, &tiny.params, &hidden, &rows, &document[1..], 1.0).unwrap().logprobs
+    heads
+        .logprobs(&pass, &tiny.params, &hidden, &rows, &document[1..], 1.0, false)
+        .unwrap()
+        .logprobs
 }
 
 /// The same token by token through a cache.

@@ -204,7 +204,7 @@ fn logprobs(tiny: &Tiny<'_>, form: AttentionForm, documents: &[&[u32]], which: u
     let rows: Vec<u32> = (0..documents[which].len() as u32 - 1).map(|i| base as u32 + i).collect();
     packed
         .heads
-        .logprobs(&pass, &tiny.params, &hidden, &rows, &documents[which][1..], 1.0)
+        .logprobs(&pass, &tiny.params, &hidden, &rows, &documents[which][1..], 1.0, false)
         .unwrap()
         .logprobs
 }

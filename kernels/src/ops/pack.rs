@@ -4,11 +4,12 @@
 //! `Product::Plain`; the elements are floats, or codes whose scales lie apart. Knows nothing of products but this
 //! layout. A weight for products of integers lies as `int8_pack` says.
 
+use super::mla_train::transpose;
 use super::quantize::{quotient, scales, to_bf16, to_e4m3, to_int8};
 use super::tile::{Next, PANEL, Right};
 use super::unpack::{Codes, Scales};
 use super::work::Side;
-use super::{Cx, int8_pack, work};
+use super::{Cx, Isa, int8_pack, work};
 use crate::arena::Owner;
 use crate::buffer::{Buffer, DType, Mat};
 use crate::format::WeightFormat;
@@ -48,7 +49,7 @@ pub(crate) fn pack(
     let job = Panels { weight: weight.host(), pack, inputs, outputs };
     match (format, &scales) {
         (WeightFormat::F32, _) => {
-            job.write(cx, data.host_mut::<f32>().pointer(), |_, _, x| x);
+            job.write_floats(cx, data.host_mut::<f32>().pointer());
         }
         (WeightFormat::Bf16, _) => {
             job.write(cx, data.host_mut::<u8>().pointer().cast::<u16>(), |_, _, x| to_bf16(x));
@@ -127,24 +128,59 @@ impl Panels<'_> {
         data: *mut T,
         keep: impl Fn(usize, usize, f32) -> T + Sync,
     ) {
+        self.each(cx, data, &|first, columns, panel| match self.pack.product {
+            Product::Transposed => turn(&self.weight, first, columns, panel, &keep),
+            Product::Plain => copy(&self.weight, first, columns, panel, &keep),
+        });
+    }
+
+    /// The same of the numbers as they are: training does it at every step.
+    fn write_floats(&self, cx: &Cx, data: *mut f32) {
+        self.each(cx, data, &|first, columns, panel| match self.pack.product {
+            Product::Transposed => turn_floats(cx.isa, &self.weight, first, columns, panel),
+            Product::Plain => copy(&self.weight, first, columns, panel, &|_, _, x| x),
+        });
+    }
+
+    /// Calls `call(first row of the group, columns, panel)` for every panel of `data`.
+    fn each<T: Copy + Default>(
+        &self,
+        cx: &Cx,
+        data: *mut T,
+        call: &(dyn Fn(usize, Range<usize>, &mut [[T; PANEL]]) + Sync),
+    ) {
         let (inputs, panels, data) =
             (self.inputs, self.outputs.div_ceil(PANEL), Shared(data.cast::<[T; PANEL]>()));
-        let Pack { product, groups, group_stride, first_row, .. } = self.pack;
+        let Pack { groups, group_stride, first_row, .. } = self.pack;
         let data = &data;
         work::split(cx, groups * panels, 1, 4 * inputs * PANEL, &|range| {
             for piece in range {
-                let first = first_row + piece / panels * group_stride;
                 let start = piece % panels * PANEL;
-                let columns = start..self.outputs.min(start + PANEL);
                 // SAFETY: the data holds `inputs` rows for each panel; `piece` is written by this piece alone.
                 let panel =
                     unsafe { std::slice::from_raw_parts_mut(data.0.add(piece * inputs), inputs) };
-                match product {
-                    Product::Transposed => turn(&self.weight, first, columns, panel, &keep),
-                    Product::Plain => copy(&self.weight, first, columns, panel, &keep),
-                }
+                let first = first_row + piece / panels * group_stride;
+                call(first, start..self.outputs.min(start + PANEL), panel);
             }
         });
+    }
+}
+
+/// [`turn`] of the numbers as they are, by vectors.
+fn turn_floats(
+    isa: Isa,
+    from: &Mat<'_, f32>,
+    first: usize,
+    columns: Range<usize>,
+    panel: &mut [[f32; PANEL]],
+) {
+    for (block, to) in panel.chunks_mut(TURN).enumerate() {
+        let part = block * TURN..block * TURN + to.len();
+        let mut rows: [&[f32]; PANEL] = [&[]; PANEL];
+        for (row, column) in rows.iter_mut().zip(columns.clone()) {
+            *row = &from.row(first + column)[part.clone()];
+        }
+        transpose(isa, &rows[..columns.len()], to.as_flattened_mut());
     }
 }
 

@@ -10,6 +10,7 @@
 //!   * the parts are as large as dq and the output together, whatever the segments' lengths
 
 use super::super::Cx;
+use super::super::lanes::{self, Lanes, OnLanes};
 use super::super::tile::{Left, Next, Out, PANEL, Right, multiply};
 use super::super::work::split;
 use super::panels::{Panels, against_panels};
@@ -57,12 +58,13 @@ pub(crate) fn mla_train_backward_input(
     };
     let mut dk = cx.arena.buffer(cx.scratch, DType::F32, heads * rows, shape.query_width())?;
     let mut dv = cx.arena.buffer(cx.scratch, DType::F32, heads * rows, shape.value_width)?;
+    let means = means(cx, shape, o, d_o)?;
     let job = Backward {
         inputs: &inputs,
         segments: &segments,
         keys: &keys,
         values: values.as_ref().unwrap_or(&keys),
-        o: o.host(),
+        means: means.host(),
         lse: lse.host(),
         d_o: d_o.host(),
         dq: dq.host_mut(),
@@ -93,6 +95,41 @@ pub(crate) fn mla_train_backward_input(
     Ok(())
 }
 
+/// Each row's and head's output times its gradient, `[T, H]`: both are read here in one stream.
+fn means(cx: &Cx, shape: &AttentionShape, o: &Buffer, d_o: &Buffer) -> Result<Buffer> {
+    let mut means = cx.arena.buffer(cx.scratch, DType::F32, o.rows(), shape.heads)?;
+    let (o, d_o, to) = (o.host::<f32>(), d_o.host::<f32>(), means.host_mut::<f32>());
+    split(cx, o.rows, 1, 2 * o.cols, &|range| {
+        for row in range {
+            // SAFETY: a row belongs to one piece; `isa` was detected.
+            unsafe {
+                let (o, d_o, means) = (o.row(row), d_o.row(row), to.shared_row_mut(row));
+                cx.isa.run(Means { o, d_o, means });
+            }
+        }
+    });
+    Ok(means)
+}
+
+struct Means<'a> {
+    o: &'a [f32],
+    d_o: &'a [f32],
+    means: &'a mut [f32],
+}
+
+impl OnLanes for Means<'_> {
+    type Out = ();
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let width = self.o.len() / self.means.len();
+        let heads = self.o.chunks_exact(width).zip(self.d_o.chunks_exact(width));
+        for (mean, (o, d_o)) in self.means.iter_mut().zip(heads) {
+            // SAFETY: we are inside `L::call`.
+            *mean = unsafe { lanes::dot::<L>(o, d_o) };
+        }
+    }
+}
+
 fn add(to: &mut [f32], from: &[f32]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }
@@ -103,7 +140,7 @@ struct Backward<'a> {
     segments: &'a [Segment],
     keys: &'a Panels,
     values: &'a Panels,
-    o: Mat<'a, f32>,
+    means: Mat<'a, f32>,
     lse: Mat<'a, f32>,
     d_o: Mat<'a, f32>,
     dq: MatMut<'a, f32>,
@@ -123,8 +160,8 @@ impl Backward<'_> {
         for row in segment.rows.clone() {
             // SAFETY: one piece writes a segment's and head's rows of dk and dv.
             unsafe {
-                self.dk.shared_row_mut(head * self.o.rows + row).fill(0.0);
-                self.dv.shared_row_mut(head * self.o.rows + row).fill(0.0);
+                self.dk.shared_row_mut(head * self.lse.rows + row).fill(0.0);
+                self.dv.shared_row_mut(head * self.lse.rows + row).fill(0.0);
             }
         }
         for first in segment.rows.clone().step_by(ROWS) {
@@ -149,9 +186,8 @@ impl Backward<'_> {
         ds: &mut MatMut<'_, f32>,
     ) {
         let shape = self.inputs.shape;
-        let columns = head * shape.value_width..(head + 1) * shape.value_width;
         self.inputs.scores(self.keys, (index, head), rows, p);
-        let d_o = self.d_o.row(rows.start)[columns.start..].as_ptr();
+        let d_o = self.d_o.row(rows.start)[head * shape.value_width..].as_ptr();
         // SAFETY: a head's columns lie in d_o.
         unsafe {
             let x = (d_o, self.d_o.stride, shape.value_width);
@@ -164,8 +200,7 @@ impl Backward<'_> {
                 seen: self.segments[index].seen(row),
                 scale: shape.scale as f32,
                 lse: self.lse.row(row)[head],
-                o: &self.o.row(row)[columns.clone()],
-                d_o: &self.d_o.row(row)[columns.clone()],
+                mean: self.means.row(row)[head],
             };
             // SAFETY: `isa` was detected.
             unsafe { self.inputs.isa.run(job) };
@@ -212,7 +247,7 @@ impl Backward<'_> {
         for (key, seen) in segment.stretches(segment.seen(rows.end - 1)) {
             let (start, seen) = (seen.start, seen.len());
             let (part, store) =
-                (head * self.o.rows + start, if key == 0 { Store::Set } else { Store::Add });
+                (head * self.lse.rows + start, if key == 0 { Store::Set } else { Store::Add });
             // SAFETY: all blocks lie inside their matrices; the outputs are this piece's own.
             unsafe {
                 let keys = [count, shape.key_width, seen];

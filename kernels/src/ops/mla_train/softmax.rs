@@ -82,19 +82,17 @@ pub(super) struct RowGradient<'a> {
     pub seen: usize,
     pub scale: f32,
     pub lse: f32,
-    pub o: &'a [f32],
-    pub d_o: &'a [f32],
+    /// Mean of the value products under the probabilities, which is the output times its gradient.
+    pub mean: f32,
 }
 
 impl OnLanes for RowGradient<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        // SAFETY: we are inside `L::call`.
-        let mean = unsafe { lanes::dot::<L>(self.o, self.d_o) };
         for (p, ds) in self.p.iter_mut().zip(self.ds.iter_mut()) {
             *p = exp(p.mul_add(self.scale, -self.lse));
-            *ds = *p * (*ds - mean) * self.scale;
+            *ds = *p * (*ds - self.mean) * self.scale;
         }
         self.p[self.seen..].fill(0.0);
         self.ds[self.seen..].fill(0.0);

@@ -204,12 +204,12 @@ timed! {
     // --- head ---
     head_logprob(
         x: &Buffer, head: &Packed, targets: &Buffer, temperature: f64, logprob: &mut Buffer,
-        lse: &mut Buffer, entropy: &mut Buffer
-    ) -> Result<()> => cost::head_logprob(x, head, &[targets, logprob, lse, entropy]);
+        entropy: &mut Buffer, kept: Option<&mut Buffer>
+    ) -> Result<()> => cost::head_logprob(x, head, &[targets, logprob, entropy], kept.as_deref());
     head_logprob_backward(
         x: &Buffer, head: &Packed, plain: &Packed, targets: &Buffer, temperature: f64,
-        lse: &Buffer, c: &Buffer, dx: &mut Buffer, dw: &mut Buffer
-    ) -> Result<()> => cost::head_logprob_backward(x, head, plain, &[targets, lse, c], dw);
+        c: &Buffer, kept: Option<&mut Buffer>, dx: &mut Buffer, dw: &mut Buffer
+    ) -> Result<()> => cost::head_logprob_backward(x, head, plain, &[targets, c], kept.as_deref(), dw);
     sample(logits: &Buffer, rows: &[SampleRow]) -> Vec<Sampled> => cost::elementwise(5.0, &[logits]);
     // --- optimizer ---
     squared_sum(x: &Buffer) -> f64 => cost::resting(2.0, &[x]);

@@ -55,16 +55,10 @@ fn a_step_has_the_flops_of_the_models_formula() {
     let found: f64 = products.map(|(_, count)| count.cost.flops).sum();
     // It has norms among the weights too: 0.3 % here.
     assert!((found / wanted - 1.0).abs() < 0.005, "{found:e} {wanted:e} {}", found / wanted);
-    // And what is made again is the logits and the scores, once.
-    let recomputed = |name: &str| {
-        let of = operations.iter().filter(|(found, _)| *found == name);
-        of.map(|(_, count)| count.cost.recomputed).sum::<f64>()
-    };
-    assert_eq!(recomputed("head_logprob_backward"), head / 3.0 * f64::from(length - 1));
-    let all: f64 = operations.iter().map(|(_, count)| count.cost.recomputed).sum();
-    let scores = recomputed("mla_train_backward_input");
-    assert_eq!(all, recomputed("head_logprob_backward") + scores);
-    assert!(scores > 0.0);
+    // And what is made again is attention's scores alone: the head's probabilities are kept.
+    let again = operations.iter().filter(|(_, count)| count.cost.recomputed > 0.0);
+    let again: Vec<_> = again.map(|(name, _)| *name).collect();
+    assert_eq!(again, ["mla_train_backward_input"]);
 }
 
 #[test]

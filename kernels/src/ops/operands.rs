@@ -32,6 +32,17 @@ pub(crate) enum Next {
     At(*const f32),
 }
 
+/// What is brought to the second cache while a block multiplies.
+#[derive(Clone, Copy)]
+pub(super) enum Bring {
+    /// Nothing, and no panel either.
+    Nothing,
+    /// Panel after panel of B; behind the last one, what lies here.
+    Panel(*const f32),
+    /// A block of a transposed A: its first element, and floats from a step to the next.
+    Rows(*const f32, usize),
+}
+
 /// C: element (i, j) is at `at + i * row + j`.
 #[derive(Clone, Copy)]
 pub(crate) struct Out {

@@ -12,6 +12,7 @@
 //!   * what lies beyond column n is neither read nor written, except the zero padding of packed panels
 
 use super::lanes::{Isa, LANES, Lanes, OnLanes};
+pub(super) use super::operands::Bring;
 pub(crate) use super::operands::{Left, Next, Out, Right};
 use crate::kernels::Store;
 use std::mem::MaybeUninit;
@@ -161,17 +162,6 @@ impl Blocks {
             _ => Bring::Nothing,
         }
     }
-}
-
-/// What is brought to the second cache while [`columns`] multiplies.
-#[derive(Clone, Copy)]
-pub(super) enum Bring {
-    /// Nothing, and no panel either.
-    Nothing,
-    /// Panel after panel of B; behind the last one, what lies here.
-    Panel(*const f32),
-    /// A block of a transposed A: its first element, and floats from a step to the next.
-    Rows(*const f32, usize),
 }
 
 /// A product that copies blocks of A (tile by tile, transposed) or of B (into a panel) to the stack first.

@@ -277,29 +277,36 @@ pub(super) fn slots(flops: f64, x: &Buffer, routes: &Routes, buffers: &[&Buffer]
 }
 
 /// See [`Kernels::head_logprob`].
-pub(super) fn head_logprob(x: &Buffer, head: &Packed, columns: &[&Buffer]) -> Cost {
+pub(super) fn head_logprob(
+    x: &Buffer,
+    head: &Packed,
+    columns: &[&Buffer],
+    kept: Option<&Buffer>,
+) -> Cost {
     Cost {
         flops: 2.0 * (x.rows() * head.inputs * head.outputs) as f64,
         is_int8: is_int8(head),
         resting: head.bytes() as f64,
-        passing: bytes(x) + all(columns),
+        passing: bytes(x) + all(columns) + kept.map_or(0.0, bytes),
         shape: [head.inputs, head.outputs],
         ..Cost::default()
     }
 }
 
-/// See [`Kernels::head_logprob_backward`]: gradients of rows and of the weight, and the logits again.
+/// See [`Kernels::head_logprob_backward`]: gradients of rows and of the weight, and the logits again where no
+/// probabilities were kept.
 pub(super) fn head_logprob_backward(
     x: &Buffer,
     head: &Packed,
     plain: &Packed,
     columns: &[&Buffer],
+    kept: Option<&Buffer>,
     dw: &Buffer,
 ) -> Cost {
-    let forward = head_logprob(x, head, columns);
+    let forward = head_logprob(x, head, columns, kept);
     Cost {
         flops: 2.0 * forward.flops,
-        recomputed: forward.flops,
+        recomputed: if kept.is_some() { 0.0 } else { forward.flops },
         resting: forward.resting + plain.bytes() as f64 + 2.0 * bytes(dw),
         passing: forward.passing + bytes(x),
         ..forward

@@ -120,6 +120,9 @@ struct Shared<T>(*mut T);
 // SAFETY: see the type.
 unsafe impl<T> Sync for Shared<T> {}
 
+/// What writes a panel: first row of its group, its columns, the panel.
+type OnPanel<'a, T> = &'a (dyn Fn(usize, Range<usize>, &mut [[T; PANEL]]) + Sync);
+
 impl Panels<'_> {
     /// Writes all panels to `data`, which has room for them; `keep` makes an element of (row, column, number).
     fn write<T: Copy + Default>(
@@ -142,13 +145,8 @@ impl Panels<'_> {
         });
     }
 
-    /// Calls `call(first row of the group, columns, panel)` for every panel of `data`.
-    fn each<T: Copy + Default>(
-        &self,
-        cx: &Cx,
-        data: *mut T,
-        call: &(dyn Fn(usize, Range<usize>, &mut [[T; PANEL]]) + Sync),
-    ) {
+    /// Calls `call` for every panel of `data`.
+    fn each<T: Copy + Default>(&self, cx: &Cx, data: *mut T, call: OnPanel<'_, T>) {
         let (inputs, panels, data) =
             (self.inputs, self.outputs.div_ceil(PANEL), Shared(data.cast::<[T; PANEL]>()));
         let Pack { groups, group_stride, first_row, .. } = self.pack;

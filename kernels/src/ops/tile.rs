@@ -135,9 +135,7 @@ impl Blocks {
             )
         }
     }
-}
 
-impl Blocks {
     /// What of B is read after the block that ends before `row` and step `p`: its next steps, its first ones
     /// again, or what its owner names.
     fn after(&self, row: usize, p: usize) -> Option<*const f32> {
@@ -150,9 +148,7 @@ impl Blocks {
             Next::At(next) => Some(next),
         }
     }
-}
 
-impl Blocks {
     /// The rows of a transposed A that are copied after the block that ends before step `p`.
     fn rows_after(&self, (row, rows): (usize, usize), p: usize) -> Bring {
         let ([m, _, k], Left { at, row: step, col }) = (self.shape, self.left);

@@ -305,11 +305,8 @@ pub(super) unsafe fn columns<L: Lanes>(
     // SAFETY: the tiles lie inside the block.
     unsafe {
         while j < n {
-            let mut across = vectors;
-            while across > 1 && across * LANES > n - j {
-                across /= 2;
-            }
-            let width = (across * LANES).min(n - j);
+            let fitting = 1 << ((n - j) / LANES).max(1).ilog2();
+            let width = (vectors.min(fitting) * LANES).min(n - j);
             let from = right.at.add(j / PANEL * right.panel + j % PANEL);
             let panel = j / PANEL + width.div_ceil(PANEL);
             let bring = match bring {
@@ -461,9 +458,7 @@ impl<const ROWS: usize, const VECTORS: usize, const MASKED: bool> OnLanes
                     }
                 }
             }
-            let mut b = right.at;
-            let mut a = left.at;
-            let mut next = ahead.at;
+            let (mut a, mut b, mut next) = (left.at, right.at, ahead.at);
             for _ in 0..depth {
                 // One row is read as fast as the processor's own prefetching goes.
                 for v in 0..if ROWS == 1 { 0 } else { VECTORS } {

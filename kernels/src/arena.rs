@@ -24,11 +24,11 @@ pub enum Kind {
     Weights,
     /// Weights packed for products, stamped with a policy version; pooled between versions.
     Packed,
-    /// Gradients of the weights.
+    /// Gradients of the weights; pooled between phases.
     Gradients,
     /// First and second moments of the optimizer.
     Moments,
-    /// Latent cache.
+    /// Latent cache; pooled between phases.
     Cache,
     /// Activations and scratch of a step; pooled between steps.
     Activations,
@@ -37,7 +37,7 @@ pub enum Kind {
 impl Kind {
     /// True if freed memory is kept for the next step, until the arena is trimmed.
     fn is_pooled(self) -> bool {
-        matches!(self, Kind::Activations | Kind::Packed)
+        !matches!(self, Kind::Weights | Kind::Moments)
     }
 }
 

@@ -421,7 +421,9 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         integers: args.rollout_dtype == Dtype::Int8,
     };
     let (threads, exact) = (args.threads.count(), args.exact);
-    let engine = EngineConfig { threads, budget, exact, ..EngineConfig::default() };
+    // The budget is what is free: as in a run without one, nothing has to make room.
+    let offload = Some(Vec::new());
+    let engine = EngineConfig { threads, budget, exact, offload, ..EngineConfig::default() };
     let spill = spill_folder();
     let stopwatch = Stopwatch::start();
     let steps = bench_grpo(BenchRequest {

@@ -80,7 +80,8 @@ fn prepared(
     profile: Option<Arc<Profile>>,
 ) -> Result<HybridEngine> {
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
-    let settings = EngineConfig { threads, budget, offload: Vec::new(), ..EngineConfig::default() };
+    let settings =
+        EngineConfig { threads, budget, offload: Some(Vec::new()), ..EngineConfig::default() };
     let setup =
         EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
     let mut engine = HybridEngine::profiled(setup, profile)?;

@@ -12,8 +12,10 @@ pub struct EngineConfig {
     pub threads: usize,
     /// Bytes that the arenas may hold, e.g. "1.5 GiB"; absent for no limit.
     pub budget: Option<Bytes>,
-    /// What leaves the device in phases that do not use it.
-    pub offload: Vec<Offload>,
+    /// What leaves the device in phases that do not use it, and with it the memory that a phase used. Absent:
+    /// everything under a budget, nothing without one. Changes no result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offload: Option<Vec<Offload>>,
     /// Form of attention in training; `grpo` stages use the absorbed one, the sampler's, where `exact` is on.
     pub attention: AttentionForm,
     /// Whether `grpo` stages compute everything in the sampler's form, so that its log-probabilities are the trainer's to
@@ -34,12 +36,29 @@ pub struct EngineConfig {
     pub restart_window_seconds: u64,
 }
 
+impl EngineConfig {
+    /// Whether this leaves the device in phases that do not use it.
+    pub fn offloads(&self, what: Offload) -> bool {
+        match &self.offload {
+            Some(listed) => listed.contains(&what),
+            None => self.budget.is_some(),
+        }
+    }
+
+    /// Whether anything does.
+    pub fn offloads_any(&self) -> bool {
+        [Offload::Optimizer, Offload::Reference, Offload::RewardModels]
+            .into_iter()
+            .any(|what| self.offloads(what))
+    }
+}
+
 impl Default for EngineConfig {
     fn default() -> Self {
         EngineConfig {
             threads: 0,
             budget: None,
-            offload: vec![Offload::Optimizer, Offload::Reference, Offload::RewardModels],
+            offload: None,
             attention: AttentionForm::Expanded,
             exact: true,
             page_tokens: 16,

@@ -202,7 +202,10 @@ impl HybridEngine {
             bytes_out += self.leave()?;
             self.phase = phase;
             bytes_out += self.park()?;
-            self.kernels.arena().trim();
+            // What a phase used is there for its next time, unless memory is to be had for others.
+            if self.setup.engine.offloads_any() {
+                self.kernels.arena().trim();
+            }
             if self.policy.is_some() {
                 match phase {
                     Phase::Generate => {

@@ -19,19 +19,19 @@ impl HybridEngine {
         Ok(bytes)
     }
 
-    /// Moves off the device what `engine.offload` names and no phase is using. Returns the bytes moved.
+    /// Moves off the device what `engine.offload` wants off it and no phase is using. Returns the bytes moved.
     pub(super) fn park(&mut self) -> Result<u64> {
-        let (began, offload) = (Instant::now(), &self.setup.engine.offload);
+        let (began, engine) = (Instant::now(), &self.setup.engine);
         let mut bytes = 0;
         for (role, model) in &mut self.others {
             let kind =
                 if *role == Role::Reference { Offload::Reference } else { Offload::RewardModels };
-            if offload.contains(&kind) {
+            if engine.offloads(kind) {
                 bytes += model.weights.release()?;
             }
         }
         if self.phase != Phase::Train
-            && offload.contains(&Offload::Optimizer)
+            && engine.offloads(Offload::Optimizer)
             && let Some(state) = &mut self.optimizer
         {
             bytes += state.first.release()? + state.second.release()?;

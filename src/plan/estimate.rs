@@ -216,7 +216,7 @@ fn disk_bytes(config: &RunConfig, models: &[ModelConfig], stages: &[StageEstimat
     let checkpoints = (config.checkpoint.keep as u64 + 1) * (3 * weights + beside);
     // Beside those of the stages: initial weights, and two exports.
     let artefacts = (stages.len() as u64 + 3) * (weights + beside);
-    let offloads = |what| config.engine.offload.contains(&what);
+    let offloads = |what| config.engine.offloads(what);
     let others = config.stages.iter().map(|stage| match &stage.kind {
         StageKind::Grpo(stage) => {
             let models = stage.reward.iter().filter(|entry| entry.model.is_some()).count() as u64;

@@ -151,7 +151,7 @@ impl Sizes<'_> {
     }
 
     fn offloads(&self, what: Offload) -> bool {
-        self.config.engine.offload.contains(&what)
+        self.config.engine.offloads(what)
     }
 
     fn train(&self, kind: &StageKind) -> Owners {

@@ -128,7 +128,7 @@ fn a_change_of_phase_tells_what_of_it_was_packing_and_moving() {
     for offload in [vec![], vec![Offload::Optimizer, Offload::Reference]] {
         let folder = TempDir::new().unwrap();
         let moves = !offload.is_empty();
-        let mut engine = engine(&folder, |engine| engine.offload = offload.into_iter().collect());
+        let mut engine = engine(&folder, |engine| engine.offload = Some(offload));
         engine.prepare(&stage(Some(ModelSource::Fresh))).unwrap();
         let check = |report: &PhaseReport, packs: bool, moves: bool| {
             let chores = report.chores;
@@ -178,7 +178,7 @@ fn jobs_are_refused_in_the_wrong_phase_and_with_a_wrong_stamp() {
 fn offloading_changes_no_bit_of_what_follows() {
     let outcome = |offload: Vec<Offload>| {
         let folder = TempDir::new().unwrap();
-        let mut engine = engine(&folder, |e| e.offload = offload);
+        let mut engine = engine(&folder, |e| e.offload = Some(offload));
         engine.prepare(&stage(Some(ModelSource::Fresh))).unwrap();
         let mut seen = Vec::new();
         for step in 1..=3 {

@@ -39,6 +39,11 @@ impl Kind {
     fn is_pooled(self) -> bool {
         !matches!(self, Kind::Weights | Kind::Moments)
     }
+
+    /// True if its sizes change from step to step.
+    fn is_ragged(self) -> bool {
+        matches!(self, Kind::Activations | Kind::Packed)
+    }
 }
 
 /// Who holds an allocation: a role ("policy", "reference", "reward helpful") and a kind.
@@ -181,6 +186,12 @@ impl Arena {
         self.lock().held
     }
 
+    /// Bytes held now that somebody uses: the others make room where a budget needs it.
+    pub fn in_use(&self) -> u64 {
+        let state = self.lock();
+        state.held - state.pooled
+    }
+
     /// The most bytes ever held at once.
     pub fn high_water(&self) -> u64 {
         self.lock().high_water
@@ -205,8 +216,9 @@ impl Arena {
 
     fn region(&self, owner: Owner, bytes: usize) -> Result<Arc<Region>, OutOfMemory> {
         let mut state = self.lock();
-        let pooled = state.owners[owner.0 as usize].kind.is_pooled();
-        let size = if pooled { size_class(bytes) } else { pages(bytes) };
+        let kind = state.owners[owner.0 as usize].kind;
+        let pooled = kind.is_pooled();
+        let size = if kind.is_ragged() { size_class(bytes) } else { pages(bytes) };
         let mapping = state.take(owner, size, pooled)?;
         let holding = &mut state.owners[owner.0 as usize];
         holding.bytes += mapping.bytes as u64;
@@ -406,6 +418,12 @@ mod tests {
             "the piece stays while a part of it does"
         );
         drop(buffers);
+        assert_eq!(
+            (arena.in_use(), arena.held()),
+            (0, 48 * 1024),
+            "a cache is there for its next time"
+        );
+        arena.trim();
         assert_eq!(arena.held(), 0);
     }
 

@@ -137,6 +137,8 @@ fn kept(
     let owner = kernels.arena().owner("bench", Kind::Cache);
     let held = |tokens: usize| {
         let (dtype, cols) = kernels.cache_shape(&layout);
+        // So that no larger region serves that an earlier cache left.
+        kernels.arena().trim();
         let _cache = kernels.arena().buffer(owner, dtype, tokens, cols)?;
         Ok(kernels.arena().held_by(Kind::Cache))
     };

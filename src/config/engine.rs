@@ -47,9 +47,7 @@ impl EngineConfig {
 
     /// Whether anything does.
     pub fn offloads_any(&self) -> bool {
-        [Offload::Optimizer, Offload::Reference, Offload::RewardModels]
-            .into_iter()
-            .any(|what| self.offloads(what))
+        Offload::ALL.into_iter().any(|what| self.offloads(what))
     }
 }
 
@@ -96,6 +94,11 @@ pub enum Offload {
     Reference,
     /// Reward models, outside Score.
     RewardModels,
+}
+
+impl Offload {
+    /// All that can leave.
+    pub const ALL: [Offload; 3] = [Offload::Optimizer, Offload::Reference, Offload::RewardModels];
 }
 
 /// Form of MLA in training and scoring.

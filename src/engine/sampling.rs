@@ -93,7 +93,7 @@ fn pages_for(
     let longest = job.requests.iter().map(|r| rollout(r.tokens.len())).max().unwrap_or(1);
     let wanted = all.min(longest * engine.decode_batch).max(longest);
     let arena = kernels.arena();
-    let room = arena.budget().map_or(u64::MAX, |budget| budget.saturating_sub(arena.held()) / 2);
+    let room = arena.budget().map_or(u64::MAX, |budget| budget.saturating_sub(arena.in_use()) / 2);
     wanted.min((room / page_bytes.max(1)) as usize).max(longest)
 }
 

@@ -11,7 +11,7 @@
 
 use crate::runs::{check_refused, done, finished, rehearsal, smoke_with, steps, weights};
 use crate::tiny::config;
-use rehearsal::config::{EngineConfig, ModelConfig};
+use rehearsal::config::{EngineConfig, ModelConfig, Offload};
 use rehearsal::data::example::{Batch, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
@@ -121,7 +121,8 @@ fn a_budget_that_is_too_small_without_offload_is_refused_and_completes_with_it()
     let folder = TempDir::new().unwrap();
     let without = ["engine.offload=[]"];
     let resident = certain_bytes(&[&HEAVY[..], &without].concat());
-    let offloaded = certain_bytes(&HEAVY);
+    assert_eq!(certain_bytes(&HEAVY), resident, "without a budget nothing has to leave");
+    let offloaded = certain_bytes(&[&HEAVY[..], &["engine.budget=1 GiB"]].concat());
     let budget = format!("engine.budget={}", resident - MIB);
     assert!(resident > offloaded + 8 * MIB, "{resident} against {offloaded} bytes");
     let settings = [&HEAVY[..], &[&*budget]].concat();
@@ -177,7 +178,8 @@ fn large() -> ModelConfig {
 }
 
 fn large_engine(spill: PathBuf) -> HybridEngine {
-    let engine = EngineConfig { threads: 2, ..EngineConfig::default() };
+    let offload = Some(Offload::ALL.to_vec());
+    let engine = EngineConfig { threads: 2, offload, ..EngineConfig::default() };
     HybridEngine::new(EngineSetup { model: large(), engine, seed: 1, spill }).unwrap()
 }
 

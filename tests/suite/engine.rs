@@ -81,7 +81,7 @@ pub fn held(report: &PhaseReport, kind: &str) -> u64 {
 #[test]
 fn each_phase_holds_what_it_needs_and_nothing_else() {
     let folder = TempDir::new().unwrap();
-    let mut engine = engine(&folder, |_| {});
+    let mut engine = engine(&folder, |engine| engine.offload = Some(Offload::ALL.to_vec()));
     engine.prepare(&stage(Some(ModelSource::Fresh))).unwrap();
     for _ in 0..2 {
         engine.enter_phase(Phase::Train).unwrap();

@@ -8,7 +8,7 @@ use crate::runs::{
 use crate::training::saved;
 use rehearsal::config::routing::Balance;
 use rehearsal::config::stage::OptimizerConfig;
-use rehearsal::config::{Dtype, EngineConfig, load_model};
+use rehearsal::config::{Dtype, EngineConfig, Offload, load_model};
 use rehearsal::data::example::Prompt;
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
@@ -25,7 +25,11 @@ fn ready(folder: &TempDir, learning_rate: f64) -> HybridEngine {
         load_model(&Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/quickstart.json"));
     let mut engine = HybridEngine::new(EngineSetup {
         model: model.unwrap(),
-        engine: EngineConfig { threads: 2, ..EngineConfig::default() },
+        engine: EngineConfig {
+            threads: 2,
+            offload: Some(Offload::ALL.to_vec()),
+            ..EngineConfig::default()
+        },
         seed: 1,
         spill: folder.path().join("spill"),
     })

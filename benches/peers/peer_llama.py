@@ -101,7 +101,6 @@ if __name__ == "__main__":
         if not ctx:
             continue
         work = (decode if args.what == "decode" else prefill)(ctx, args)
-        work()
         began = time.perf_counter()
         figures = work() or {}
         seconds = figures.get("decode_seconds", time.perf_counter() - began)

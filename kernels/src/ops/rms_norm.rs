@@ -5,8 +5,9 @@
 
 use super::lanes::{LANES, add_lanes, dot};
 use super::{Cx, Lanes, OnLanes, work};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Mat};
 use crate::kernels::Store;
+use std::ops::Range;
 
 /// Operations per element, roughly: what decides about threads.
 const COST: usize = 48;
@@ -138,26 +139,23 @@ pub(crate) fn rms_norm_backward_weight(
     assert_eq!(inverse_rms.rows(), x.rows(), "rows of a norm");
     let (dy, x) = (dy.host::<f32>(), x.host::<f32>());
     let (inverse_rms, dw) = (inverse_rms.host::<f32>(), dw.host_mut::<f32>());
-    work::split(cx, x.cols, 16, COST * x.rows, &|range| {
+    work::split(cx, x.cols, COLUMNS, COST * x.rows, &|columns| {
         // SAFETY: a column belongs to one piece.
-        let dw = unsafe { work::part_mut(&dw, 0, range.clone()) };
-        for row in 0..x.rows {
-            let job = BackwardWeight {
-                dy: &dy.row(row)[range.clone()],
-                x: &x.row(row)[range.clone()],
-                inverse: inverse_rms.row(row)[0],
-                dw,
-            };
-            // SAFETY: `isa` was detected.
-            unsafe { cx.isa.run(job) };
-        }
+        let dw = unsafe { work::part_mut(&dw, 0, columns.clone()) };
+        let job = BackwardWeight { dy: &dy, x: &x, inverse_rms: &inverse_rms, columns, dw };
+        // SAFETY: `isa` was detected.
+        unsafe { cx.isa.run(job) };
     });
 }
 
+/// Columns of a weight's gradient that a piece takes at least: whole lines of each row, and several.
+const COLUMNS: usize = 64;
+
 struct BackwardWeight<'a> {
-    dy: &'a [f32],
-    x: &'a [f32],
-    inverse: f32,
+    dy: &'a Mat<'a, f32>,
+    x: &'a Mat<'a, f32>,
+    inverse_rms: &'a Mat<'a, f32>,
+    columns: Range<usize>,
     dw: &'a mut [f32],
 }
 
@@ -165,8 +163,13 @@ impl OnLanes for BackwardWeight<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        for ((dw, dy), x) in self.dw.iter_mut().zip(self.dy).zip(self.x) {
-            *dw = dy.mul_add(x * self.inverse, *dw);
+        for row in 0..self.x.rows {
+            let inverse = self.inverse_rms.row(row)[0];
+            let (dy, x) =
+                (&self.dy.row(row)[self.columns.clone()], &self.x.row(row)[self.columns.clone()]);
+            for ((dw, dy), x) in self.dw.iter_mut().zip(dy).zip(x) {
+                *dw = dy.mul_add(x * inverse, *dw);
+            }
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use super::Cx;
 use super::int8::{self, Integers};
-use super::tile::{Left, Out, PANEL, Right, multiply};
+use super::tile::{BLOCK_ROWS, Left, Out, PANEL, Right, multiply};
 use super::unpack::{Codes, multiply_codes};
 use crate::buffer::MatMut;
 use crate::kernels::Store;
@@ -120,8 +120,17 @@ impl Term {
         if pieces <= 1 {
             return (rows, cols);
         }
+        let most = (rows / ROWS_PER_BLOCK).clamp(1, pieces);
+        // A block of a transposed A copies its part of both sides: rather fewer and larger ones, one a thread at least.
+        let (row_blocks, pieces) = match self.left.col {
+            1 => (most, pieces),
+            _ => {
+                let least = pieces.div_ceil(PIECES_PER_THREAD);
+                ((rows / BLOCK_ROWS).clamp(least.min(most), most), least)
+            }
+        };
         // Rows first: a block of rows reads all of B once, and a block of columns all of A.
-        let row_step = rows.div_ceil((rows / ROWS_PER_BLOCK).clamp(1, pieces));
+        let row_step = rows.div_ceil(row_blocks);
         let col_blocks = pieces.div_ceil(rows.div_ceil(row_step));
         (row_step, cols.div_ceil(col_blocks).next_multiple_of(PANEL))
     }

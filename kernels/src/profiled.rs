@@ -1,6 +1,6 @@
 //! Profiled: kernels that count and time what other kernels do.
 //!
-//! A door plate: [`timed`] lists every operation with what a call costs at least (`cost`), forwards it, and adds the call
+//! A door plate: `timed` lists every operation with what a call costs at least (`cost`), forwards it, and adds the call
 //! to a [`Profile`] (`counts`). The numbers are the inner kernels' own: nothing of them is touched. Without a profile
 //! nobody makes one of these, and nothing is paid for it.
 //!

@@ -5,14 +5,14 @@ use super::phase::{Phase, Role};
 use super::resident::out_of_memory;
 use crate::config::engine::Prefill;
 use crate::config::fault::Fault;
-use crate::config::{EngineConfig, ModelConfig};
+use crate::config::{Bytes, EngineConfig, ModelConfig};
 use crate::inference::job::{DecodePasses, GenerateJob, GenerateReport, TokenGroup};
 use crate::inference::{Forward, ForwardRows, Limits, generate, read_decoded, score_decoded};
 use crate::model::cost::{forward_flops, weights_read};
 use crate::model::parameters::{keys_and_values, multiplied};
 use crate::model::{DecodeRows, LatentCache, PackedModel, Params, Transformer};
 use anyhow::{Result, bail};
-use rehearsal_kernels::{Activity, Buffer, Kernels, SampleRow, Sampled};
+use rehearsal_kernels::{Activity, Buffer, Kernels, Kind, SampleRow, Sampled};
 use std::collections::HashMap;
 
 /// The policy as the sampler sees it.
@@ -78,23 +78,44 @@ pub(super) fn each_distribution(
 }
 
 /// Pages that let `decode_batch` of the job's rollouts run at once, but no more than all of them need and, under
-/// a budget, no more than half of what is left (the rest is for activations).
+/// a budget, no more than half of what is left (the rest is for activations). A rollout that would not fit alone is
+/// refused with the most new tokens that would.
 fn pages_for(
     job: &GenerateJob,
     engine: &EngineConfig,
     kernels: &dyn Kernels,
     page_bytes: u64,
     context: usize,
-) -> usize {
+) -> Result<usize> {
     let page = engine.page_tokens;
     let rollout = |tokens: usize| (tokens + job.max_new_tokens).min(context).div_ceil(page) + 1;
     let all: usize =
         job.requests.iter().map(|r| rollout(r.tokens.len()) * r.samples as usize).sum();
-    let longest = job.requests.iter().map(|r| rollout(r.tokens.len())).max().unwrap_or(1);
+    let prompt = job.requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
+    let longest = rollout(prompt);
     let wanted = all.min(longest * engine.decode_batch).max(longest);
     let arena = kernels.arena();
-    let room = arena.budget().map_or(u64::MAX, |budget| budget.saturating_sub(arena.in_use()) / 2);
-    wanted.min((room / page_bytes.max(1)) as usize).max(longest)
+    let Some(budget) = arena.budget() else { return Ok(wanted) };
+    let others = arena.in_use().saturating_sub(arena.held_by(Kind::Cache));
+    let room = budget.saturating_sub(others);
+    let fitting = (room / page_bytes.max(1)) as usize;
+    if longest > fitting {
+        let new_tokens = (fitting.saturating_sub(1) * page).saturating_sub(prompt);
+        let way_out = match new_tokens {
+            0 => "raise engine.budget".to_string(),
+            most => format!(
+                "ask for at most {most} new tokens (max_new_tokens), or raise engine.budget"
+            ),
+        };
+        return Err(Fault::resources(format!(
+            "one rollout of {prompt} + {} tokens takes {} of latent cache, and {} of the budget of {} are left; {way_out}",
+            job.max_new_tokens,
+            Bytes(longest as u64 * page_bytes),
+            Bytes(room),
+            Bytes(budget)
+        )));
+    }
+    Ok(wanted.min(fitting / 2).max(longest))
 }
 
 impl HybridEngine {
@@ -180,13 +201,13 @@ impl HybridEngine {
         let longest = sequences.iter().map(Vec::len).max().unwrap_or(1);
         let page = self.setup.engine.page_tokens;
         let at_once = sequences.len().clamp(1, self.setup.engine.decode_batch);
-        self.with_cache(|_, _, _| longest.div_ceil(page) * at_once, work)
+        self.with_cache(|_, _, _| Ok(longest.div_ceil(page) * at_once), work)
     }
 
     /// Runs `work` with the packed policy and a cache of at least `pages(self, bytes of a page, context)`.
     fn with_cache<T>(
         &mut self,
-        pages: impl FnOnce(&HybridEngine, u64, usize) -> usize,
+        pages: impl FnOnce(&HybridEngine, u64, usize) -> Result<usize>,
         work: impl FnOnce(&mut Decoder<'_>, &Limits) -> Result<T>,
     ) -> Result<T> {
         let _during = Activity::Decode.begin(&self.kernels);
@@ -198,7 +219,7 @@ impl HybridEngine {
             self,
             LatentCache::page_bytes(self.kernels.as_ref(), &config, format, page_tokens),
             context,
-        );
+        )?;
         let kernels = self.kernels.as_ref();
         if self.working.cache.as_ref().is_none_or(|cache| cache.page_count() < pages) {
             self.working.cache = None;

@@ -4,7 +4,7 @@ use crate::tiny::config;
 use rehearsal::config::engine::{AttentionForm, Prefill};
 use rehearsal::config::routing::Balance;
 use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
-use rehearsal::config::{Bytes, EngineConfig, Offload};
+use rehearsal::config::{Bytes, EngineConfig, Fault, Offload};
 use rehearsal::data::example::{Batch, Prompt, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
 use rehearsal::engine::phase::*;
@@ -261,6 +261,37 @@ fn a_budget_is_kept_or_refused_by_name() {
         .and_then(|_| tight.train(&batch()));
     let text = refused.unwrap_err().to_string();
     assert!(text.contains("engine.budget"), "{text}");
+}
+
+#[test]
+fn a_rollout_whose_cache_exceeds_the_budget_is_refused_with_the_most_that_fits() {
+    let (folder, other) = (TempDir::new().unwrap(), TempDir::new().unwrap());
+    let entered = |engine: &mut HybridEngine| {
+        engine.prepare(&stage(None)).unwrap();
+        engine.enter_phase(Phase::Generate).unwrap();
+    };
+    let mut roomy = engine(&folder, |e| e.offload = Some(Offload::ALL.to_vec()));
+    entered(&mut roomy);
+    let resident = roomy.holdings().held;
+    // What waits in the pool makes room for a cache.
+    let resident: u64 =
+        resident.iter().filter(|(k, _)| !k.starts_with("pool")).map(|(_, b)| b).sum();
+    let mut tight = engine(&other, |e| e.budget = Some(Bytes(resident + (4 << 10))));
+    entered(&mut tight);
+    let long = GenerateJob { max_new_tokens: 40, ..job(0) };
+    let refused = tight.generate(&long, &mut |_| ()).unwrap_err();
+    assert_eq!(refused.downcast_ref::<Fault>().unwrap().exit_code(), 4);
+    let text = refused.to_string();
+    let most = text.split_once("at most ").unwrap().1.split_once(" new tokens").unwrap().0;
+    let most: usize = most.parse().unwrap();
+    assert!((1..40).contains(&most) && text.contains("5 + 40 tokens"), "{text}");
+    // One more than that is refused for the same reason, and that many is not.
+    let told = |max_new_tokens| {
+        let job = GenerateJob { max_new_tokens, ..job(0) };
+        let outcome = tight.generate(&job, &mut |_| ());
+        outcome.err().is_some_and(|error| error.to_string().contains("of latent cache"))
+    };
+    assert_eq!([most, most + 1].map(told), [false, true], "{text}");
 }
 
 /// Settings of the paper's loss without a KL term.

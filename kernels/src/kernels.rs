@@ -22,6 +22,10 @@ pub use crate::packed::{HeadColumns, Pack, Packed, Product};
 
 pub use crate::attention::{AttentionShape, DecodeBatch};
 
+/// Columns by which rows of as many as a vocabulary lie further apart than they are wide: rows a power of two apart would
+/// share the lines of a cache.
+pub const ROW_GAP: usize = 16;
+
 /// Result of an operation that may need memory.
 pub type Result<T> = std::result::Result<T, OutOfMemory>;
 
@@ -365,7 +369,7 @@ pub trait Kernels: Send + Sync {
 
     // --- head ---------------------------------------------------------------------------------------
     /// For rows x `[R, d]` and `targets U32 [R, 1]`: log-softmax(x W / T) at the target and the entropy, each `[R, 1]`.
-    /// `kept [R, V]` takes the probabilities for the backward pass; without it no more than a tile of them is ever held.
+    /// `kept [R, V]` (with [`ROW_GAP`] between its rows) takes the probabilities for the backward pass; without it no more than a tile of them is ever held.
     fn head_logprob(
         &self,
         x: &Buffer,

@@ -37,8 +37,8 @@ pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use format::{CacheFormat, CacheLayout, CacheSpec, WeightFormat};
 pub use kernels::{
-    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, RopeTable, SampleRow, Sampled,
-    Store,
+    AdamW, HeadColumns, Kernels, Pack, Packed, Pairing, Product, ROW_GAP, RopeTable, SampleRow,
+    Sampled, Store,
 };
 pub use machine::{Machine, Rates};
 pub use profiled::{ActivityProfile, Profile, Profiled};

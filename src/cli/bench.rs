@@ -16,9 +16,9 @@ use crate::checkpoint::read_model_config;
 use crate::config::stage::{Deviation, GrpoStage, LengthNorm, OptimizerConfig, RatioLevel};
 use crate::config::{Bytes, Dtype, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
+use crate::engine::Profile;
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
 use crate::engine::utilisation::useful_share;
-use crate::engine::{Profile, weight_format};
 use crate::plan::cache_bytes_per_token;
 use crate::plan::limit::{self, Sampling};
 use anyhow::Result;
@@ -370,16 +370,9 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
         "prefill_tokens_per_second": report.prompt_tokens as f64 / report.prefill_seconds.max(1e-9),
         "decode_tokens_per_second": decoded / (report.seconds - report.prefill_seconds).max(1e-9),
     });
-    let sampling = Sampling {
-        prompts: batch / samples,
-        samples,
-        prompt_tokens: args.prompt_tokens,
-        new_tokens: args.new_tokens,
-        decode_batch: EngineConfig::default().decode_batch,
-        weight_bytes: weight_format(args.formats.dtype).code_bytes() as f64,
-        cache_bytes: engine.cache_bytes_per_token().unwrap_or_default(),
-        integers: args.formats.dtype == Dtype::Int8,
-    };
+    let shape = [batch / samples, samples, args.prompt_tokens, args.new_tokens];
+    let cache_bytes = engine.cache_bytes_per_token().unwrap_or_default();
+    let sampling = Sampling::new(shape, args.formats.dtype, cache_bytes);
     let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
     let seconds = sampling.seconds(&config, &outcome.machine);
     outcome.figures[LIMIT] = json!(sampling.new_tokens() / seconds);
@@ -410,16 +403,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     };
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
     let profile = counting(args.profile, args.threads.count());
-    let sampling = Sampling {
-        prompts: args.prompts,
-        samples: args.group,
-        prompt_tokens: args.prompt_tokens,
-        new_tokens: args.new_tokens,
-        decode_batch: EngineConfig::default().decode_batch,
-        weight_bytes: weight_format(args.rollout_dtype).code_bytes() as f64,
-        cache_bytes: cache_bytes_per_token(&config) as f64,
-        integers: args.rollout_dtype == Dtype::Int8,
-    };
+    let shape = [args.prompts, args.group, args.prompt_tokens, args.new_tokens];
+    let sampling = Sampling::new(shape, args.rollout_dtype, cache_bytes_per_token(&config) as f64);
     let (threads, exact) = (args.threads.count(), args.exact);
     // The budget is what is free: as in a run without one, nothing has to make room.
     let offload = Some(Vec::new());

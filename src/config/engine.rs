@@ -49,6 +49,15 @@ impl EngineConfig {
     pub fn offloads_any(&self) -> bool {
         Offload::ALL.into_iter().any(|what| self.offloads(what))
     }
+
+    /// Form of attention in which a `grpo` stage trains and scores, and that of its sampler's prompts. New tokens are
+    /// absorbed in either mode.
+    pub fn grpo_forms(&self) -> (AttentionForm, Prefill) {
+        match self.exact {
+            true => (AttentionForm::Absorbed, Prefill::Absorbed),
+            false => (self.attention, Prefill::ByCost),
+        }
+    }
 }
 
 impl Default for EngineConfig {
@@ -65,17 +74,6 @@ impl Default for EngineConfig {
             deadline_seconds: 600,
             restarts: 3,
             restart_window_seconds: 60,
-        }
-    }
-}
-
-impl EngineConfig {
-    /// Form of attention in which a `grpo` stage trains and scores, and that of its sampler's prompts. New tokens are
-    /// absorbed in either mode.
-    pub fn grpo_forms(&self) -> (AttentionForm, Prefill) {
-        match self.exact {
-            true => (AttentionForm::Absorbed, Prefill::Absorbed),
-            false => (self.attention, Prefill::ByCost),
         }
     }
 }

@@ -7,7 +7,7 @@
 //! | Score    | resident       | one model scored | parked   | -         | -     | one at a time  |
 //! | Train    | resident       | training         | resident | yes       | -     | parked         |
 //!
-//! "Parked" is in a file if `engine.offload` names it, else still resident. Packed weights carry the policy version;
+//! "Parked" is in a file if `engine.offload` wants it off the device, else still resident. Packed weights carry the policy version;
 //! the sampler refuses another one before its first token.
 
 use super::formats::Formats;

@@ -7,13 +7,10 @@ use super::norm::{Norm, Normed};
 use super::params::{Gradients, Params};
 use super::pass::{Pass, floats};
 use crate::config::ModelConfig;
-use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Store, WeightFormat};
+use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, ROW_GAP, Store, WeightFormat};
 
 /// Probabilities that are kept for a backward pass at most.
 const MOST_KEPT: usize = 32 << 20;
-
-/// Columns that lie between a row's probabilities and the next row's: rows a power of two apart share lines of a cache.
-const APART: usize = 16;
 
 /// The packed heads of a model.
 pub struct Heads {
@@ -89,7 +86,7 @@ impl Heads {
         let [mut logprob, mut entropy] = [pass.floats(rows.len(), 1)?, pass.floats(rows.len(), 1)?];
         let vocabulary = self.vocabulary.outputs();
         let mut kept = match keep && rows.len() * vocabulary <= MOST_KEPT {
-            true => Some(pass.floats(rows.len(), vocabulary + APART)?),
+            true => Some(pass.floats(rows.len(), vocabulary + ROW_GAP)?),
             false => None,
         };
         let head = self.vocabulary.packed();

@@ -4,8 +4,8 @@
 //! whichever is longer, and nothing else: no norms, no softmax, no optimizer, no waiting. Training is counted by its
 //! products alone. Prompts go through once, in expanded form; decoded tokens are absorbed.
 
-use crate::config::ModelConfig;
-use crate::engine::Machine;
+use crate::config::{Dtype, EngineConfig, ModelConfig};
+use crate::engine::{Machine, weight_format};
 use crate::model::cost::{decode_flops, forward_flops, weights_read};
 use crate::model::flops_per_token;
 
@@ -31,6 +31,25 @@ pub struct Sampling {
 }
 
 impl Sampling {
+    /// Prompts, samples of each, tokens of a prompt and new tokens, from weights of `dtype` with a cache of so many bytes a
+    /// token, as many at once as decode where nobody says how many.
+    pub fn new(
+        [prompts, samples, prompt_tokens, new_tokens]: [usize; 4],
+        dtype: Dtype,
+        cache_bytes: f64,
+    ) -> Sampling {
+        Sampling {
+            prompts,
+            samples,
+            prompt_tokens,
+            new_tokens,
+            decode_batch: EngineConfig::default().decode_batch,
+            weight_bytes: weight_format(dtype).code_bytes() as f64,
+            cache_bytes,
+            integers: dtype == Dtype::Int8,
+        }
+    }
+
     /// Tokens that are drawn.
     pub fn new_tokens(&self) -> f64 {
         (self.prompts * self.samples * self.new_tokens) as f64

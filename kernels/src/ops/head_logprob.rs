@@ -16,7 +16,7 @@ use super::linear::{linear, linear_backward_weight};
 use super::work::split;
 use super::{Cx, Isa};
 use crate::buffer::{Buffer, DType, Mat};
-use crate::kernels::{Packed, Product, Result, Store};
+use crate::kernels::{Packed, Product, ROW_GAP, Result, Store};
 use std::ops::Range;
 
 /// Rows of a tile.
@@ -43,7 +43,7 @@ pub(crate) fn head_logprob(
     check(x, head, &[targets, logprob, entropy], kept.as_deref());
     let targets = targets.host::<u32>();
     let (logprob, entropy) = (logprob.host_mut::<f32>(), entropy.host_mut::<f32>());
-    let result = |row: usize, logit: f32, distribution: &Distribution| {
+    let result = |row: usize, logit: f32, _: &mut [f32], distribution: &Distribution| {
         // SAFETY: a row belongs to one piece.
         unsafe {
             logprob.shared_row_mut(row)[0] = distribution.logprob(logit);
@@ -109,7 +109,7 @@ pub(crate) fn head_logprob_backward(
                 let mut tile = tile.rows_of_mut(0..rows.len());
                 let mut tile = tile.cols_of_mut(0..vocabulary);
                 let x = x.rows_of(rows.clone());
-                softmax.probabilities(&x, rows.start, &mut tile, &|_, _, _| ());
+                softmax.probabilities(&x, rows.start, &mut tile, &|_, _, _, _| ());
                 descend(rows, &mut tile);
             }
         }
@@ -122,10 +122,9 @@ fn tiles(rows: usize) -> impl Iterator<Item = Range<usize>> {
     (0..rows).step_by(ROWS).map(move |first| first..rows.min(first + ROWS))
 }
 
-/// Memory of a tile's logits. A row has some columns more: rows a power of two apart would fall onto the same lines of
-/// the first cache.
+/// Memory of a tile's logits, in rows of [`ROW_GAP`] columns more.
 fn tile(cx: &Cx, rows: usize, vocabulary: usize) -> Result<Buffer> {
-    cx.arena.buffer(cx.scratch, DType::F32, rows.min(ROWS), vocabulary + LANES)
+    cx.arena.buffer(cx.scratch, DType::F32, rows.min(ROWS), vocabulary + ROW_GAP)
 }
 
 /// What the passes over rows of logits share. Rows and targets are counted from the call's first.
@@ -136,45 +135,31 @@ struct Softmax<'a> {
     temperature: f64,
 }
 
-/// What becomes of a row: its number, its target's logit, its distribution.
-type OnRow<'a> = &'a (dyn Fn(usize, f32, &Distribution) + Sync);
+/// What becomes of a row: its number, its target's logit, its masses, its distribution.
+type OnRow<'a> = &'a (dyn Fn(usize, f32, &mut [f32], &Distribution) + Sync);
 
 impl Softmax<'_> {
-    /// Leaves the unscaled masses of x's logits in `logits`.
-    fn reduce(&self, x: &Buffer, first: usize, logits: &mut Buffer, on_row: OnRow<'_>) {
-        self.each_row(x, first, logits, &|row, target, logits| {
-            let logit = logits[target];
-            on_row(row, logit, &Distribution::of(self.cx.isa, logits, self.temperature));
-        });
-    }
-
     /// Leaves the probabilities of x's logits in `logits`.
     fn probabilities(&self, x: &Buffer, first: usize, logits: &mut Buffer, on_row: OnRow<'_>) {
-        self.each_row(x, first, logits, &|row, target, logits| {
-            let logit = logits[target];
-            let distribution = Distribution::of(self.cx.isa, logits, self.temperature);
+        self.reduce(x, first, logits, &|row, logit, masses, distribution| {
             let factor = (1.0 / distribution.sum) as f32;
             // SAFETY: `isa` was detected.
-            unsafe { self.cx.isa.run(Scale { row: logits, factor }) };
-            on_row(row, logit, &distribution);
+            unsafe { self.cx.isa.run(Scale { row: masses, factor }) };
+            on_row(row, logit, masses, distribution);
         });
     }
 
-    /// Calls `call(row, target, logits)` for the logits of every row of x.
-    fn each_row(
-        &self,
-        x: &Buffer,
-        first: usize,
-        logits: &mut Buffer,
-        call: &(dyn Fn(usize, usize, &mut [f32]) + Sync),
-    ) {
+    /// Leaves the unscaled masses of x's logits in `logits`.
+    fn reduce(&self, x: &Buffer, first: usize, logits: &mut Buffer, on_row: OnRow<'_>) {
         linear(self.cx, x, self.head, logits, Store::Set);
         let logits = logits.host_mut::<f32>();
         split(self.cx, logits.rows, 1, COST * logits.cols, &|range| {
             for row in range {
-                let target = self.targets.row(first + row)[0] as usize;
                 // SAFETY: a row belongs to one piece.
-                call(first + row, target, unsafe { logits.shared_row_mut(row) });
+                let masses = unsafe { logits.shared_row_mut(row) };
+                let logit = masses[self.targets.row(first + row)[0] as usize];
+                let distribution = Distribution::of(self.cx.isa, masses, self.temperature);
+                on_row(first + row, logit, masses, &distribution);
             }
         });
     }

@@ -200,17 +200,11 @@ impl Decode<'_> {
         for first in (0..blocks * BLOCK).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let to = (run.rows.start - rows.start) * heads;
-                if let Some(keys) = self.own(run) {
+                if let Some(own) = self.own(run) {
                     // SAFETY: the run's scores are rows of this group's scratch.
                     unsafe {
                         let c = scores.pointer().add(to * longest + first);
-                        self.own_scores(
-                            cx.isa,
-                            run,
-                            &keys[..run.count.div_ceil(LANES)],
-                            c,
-                            longest,
-                        );
+                        self.own_scores(cx.isa, run, &own, c, longest);
                     }
                     return;
                 }
@@ -236,12 +230,11 @@ impl Decode<'_> {
         for first in (0..blocks * BLOCK).step_by(BLOCK) {
             self.each_run(&rows, first, |run| {
                 let at = (run.rows.start - rows.start) * heads;
-                if let Some(keys) = self.own(run) {
+                if let Some(own) = self.own(run) {
                     // SAFETY: as above, and a group's output rows are its own.
                     unsafe {
                         let weights = scores.pointer().add(at * longest + first);
-                        let keys = &keys[..run.count.div_ceil(LANES)];
-                        self.own_values(cx.isa, run, keys, weights, longest, first > 0);
+                        self.own_values(cx.isa, run, &own, weights, longest, first > 0);
                     }
                     return;
                 }

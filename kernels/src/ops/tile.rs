@@ -20,7 +20,7 @@ use std::mem::MaybeUninit;
 /// Columns of a panel of B.
 pub(crate) const PANEL: usize = 32;
 /// Rows of A in one block.
-pub(crate) const BLOCK_ROWS: usize = 96;
+pub(super) const BLOCK_ROWS: usize = 96;
 /// Steps of p in one block.
 pub(super) const BLOCK_DEPTH: usize = 256;
 /// Rows of tiles from which copying a panel of B pays.

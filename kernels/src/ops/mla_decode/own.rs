@@ -11,6 +11,14 @@ use super::{Cached, Decode, Run};
 use crate::buffer::{Mat, MatMut};
 use crate::kernels::AttentionShape;
 
+/// A block of keys that one row alone reads, where they lie.
+pub(super) struct Own<'a> {
+    cache: &'a Mat<'a, f32>,
+    /// First key of each vector; beyond `vectors` they mean nothing.
+    first: [*const f32; BLOCK / LANES],
+    vectors: usize,
+}
+
 impl Decode<'_> {
     /// True if a key is one run of floats and each page has whole vectors of keys.
     pub(super) fn is_plain(&self) -> bool {
@@ -19,11 +27,16 @@ impl Decode<'_> {
             && self.page_tokens.is_multiple_of(LANES)
     }
 
-    /// First keys of the vectors of a block that one row alone reads, if they can be read where they lie.
-    pub(super) fn own(&self, run: &Run) -> Option<[*const f32; BLOCK / LANES]> {
+    /// A run's keys, if one row alone reads them and they can be read where they lie.
+    pub(super) fn own(&self, run: &Run) -> Option<Own<'_>> {
         let Cached::Floats(cache) = &self.cache else { return None };
-        (run.rows.len() == 1 && self.is_plain())
-            .then(|| std::array::from_fn(|i| cache.row(run.slots[i * LANES]).as_ptr()))
+        let first = |i| cache.row(run.slots[i * LANES]).as_ptr();
+        let vectors = run.count.div_ceil(LANES);
+        (run.rows.len() == 1 && self.is_plain()).then(|| Own {
+            cache,
+            first: std::array::from_fn(first),
+            vectors,
+        })
     }
 
     /// Scores of a run of one row.
@@ -34,23 +47,20 @@ impl Decode<'_> {
         &self,
         isa: Isa,
         run: &Run,
-        keys: &[*const f32],
+        own: &Own<'_>,
         scores: *mut f32,
         stride: usize,
     ) {
-        let Cached::Floats(cache) = &self.cache else { return };
         let AttentionShape { heads, sharing, head_stride, .. } = *self.shape;
         let (query, width) = (self.q.row(run.rows.start), self.shape.query_width());
         for key in 0..heads / sharing {
-            let keys: [*const f32; BLOCK / LANES] = std::array::from_fn(|i| {
-                keys[i.min(keys.len() - 1)].wrapping_add(key * head_stride)
-            });
+            let keys = own.first.map(|first| first.wrapping_add(key * head_stride));
             let job = BlockScores {
                 heads: sharing,
                 width,
                 q: query[key * sharing * width..].as_ptr(),
-                keys: &keys[..run.count.div_ceil(LANES)],
-                stride: cache.stride,
+                keys: &keys[..own.vectors],
+                stride: own.cache.stride,
                 scores: (scores.wrapping_add(key * sharing * stride), stride),
             };
             // SAFETY: pages of whole vectors lie in the cache; the caller's promise; `isa` was detected.
@@ -66,12 +76,11 @@ impl Decode<'_> {
         &self,
         isa: Isa,
         run: &Run,
-        keys: &[*const f32],
+        own: &Own<'_>,
         weights: *const f32,
         stride: usize,
         adds: bool,
     ) {
-        let Cached::Floats(cache) = &self.cache else { return };
         let AttentionShape { heads, sharing, head_stride, value_offset, value_width, .. } =
             *self.shape;
         // SAFETY: the caller's promise.
@@ -81,9 +90,9 @@ impl Decode<'_> {
             let values = Values {
                 weights: weights.wrapping_add(head * stride),
                 padded: stride,
-                keys,
+                keys: &own.first[..own.vectors],
                 offset: key * head_stride + value_offset,
-                stride: cache.stride,
+                stride: own.cache.stride,
                 seen: run.count,
                 out: out[head * value_width..].as_mut_ptr(),
                 row: value_width,

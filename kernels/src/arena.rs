@@ -14,6 +14,7 @@ use crate::slab::Slab;
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// What an allocation is for.
@@ -85,8 +86,8 @@ struct State {
     held: u64,
     high_water: u64,
     owners: Vec<Holding>,
-    /// Idle regions by size; a size stays when its last region leaves.
-    pool: BTreeMap<usize, Vec<Mapping>>,
+    /// Idle regions by size, which know no arena; a size stays when its last region leaves.
+    pool: BTreeMap<usize, Vec<Arc<Region>>>,
     pooled: u64,
 }
 
@@ -214,17 +215,19 @@ impl Arena {
         state.trim();
     }
 
-    fn region(&self, owner: Owner, bytes: usize) -> Result<Arc<Region>, OutOfMemory> {
+    fn region(&self, owner: Owner, bytes: usize) -> Result<Hold, OutOfMemory> {
         let mut state = self.lock();
         let kind = state.owners[owner.0 as usize].kind;
         let pooled = kind.is_pooled();
         let size = if kind.is_ragged() { size_class(bytes) } else { pages(bytes) };
-        let mapping = state.take(owner, size, pooled)?;
+        let mut region = state.take(owner, size, pooled)?;
         let holding = &mut state.owners[owner.0 as usize];
-        holding.bytes += mapping.bytes as u64;
+        holding.bytes += region.bytes() as u64;
         holding.largest = holding.largest.max(bytes as u64);
         drop(state);
-        Ok(Arc::new(Region { mapping: Some(mapping), owner, pooled, arena: self.clone() }))
+        let idle = Arc::get_mut(&mut region).expect("nobody holds an idle region");
+        (idle.owner, idle.pooled, idle.arena) = (owner, pooled, Some(self.clone()));
+        Ok(Hold(Some(region)))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -233,12 +236,17 @@ impl Arena {
 }
 
 impl State {
-    fn take(&mut self, owner: Owner, size: usize, pooled: bool) -> Result<Mapping, OutOfMemory> {
+    fn take(
+        &mut self,
+        owner: Owner,
+        size: usize,
+        pooled: bool,
+    ) -> Result<Arc<Region>, OutOfMemory> {
         if pooled {
             let mut fitting = self.pool.range_mut(size..=size + size / 2);
-            if let Some(mapping) = fitting.find_map(|(_, regions)| regions.pop()) {
-                self.pooled -= mapping.bytes as u64;
-                return Ok(mapping);
+            if let Some(region) = fitting.find_map(|(_, regions)| regions.pop()) {
+                self.pooled -= region.bytes() as u64;
+                return Ok(region);
             }
             self.evict(size);
         }
@@ -255,7 +263,7 @@ impl State {
         let mapping = mapping.ok_or_else(|| self.refusal(owner, size, None))?;
         self.held += size as u64;
         self.high_water = self.high_water.max(self.held);
-        Ok(mapping)
+        Ok(Arc::new(Region { mapping, owner, pooled, arena: None }))
     }
 
     /// Gives smaller pooled regions back to the system, the largest first, until they make up for `size`.
@@ -264,9 +272,9 @@ impl State {
         let smaller = self.pool.range_mut(..size).rev().map(|(_, regions)| regions);
         for regions in smaller {
             while given < size
-                && let Some(mapping) = regions.pop()
+                && let Some(region) = regions.pop()
             {
-                given += mapping.bytes;
+                given += region.bytes();
             }
         }
         self.pooled -= given as u64;
@@ -342,25 +350,21 @@ impl Drop for Mapping {
     }
 }
 
-/// One allocation; goes back to the pool or to the system when the last buffer on it is dropped.
+/// One allocation. In the pool it knows no arena.
 pub(crate) struct Region {
-    mapping: Option<Mapping>,
+    mapping: Mapping,
     owner: Owner,
     pooled: bool,
-    arena: Arena,
+    arena: Option<Arena>,
 }
 
 impl Region {
     pub(crate) fn address(&self) -> usize {
-        self.mapping().address
+        self.mapping.address
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.mapping().bytes
-    }
-
-    fn mapping(&self) -> &Mapping {
-        self.mapping.as_ref().expect("a region has its mapping until it is dropped")
+        self.mapping.bytes
     }
 
     fn clear(&self) {
@@ -371,17 +375,35 @@ impl Region {
 
 impl Drop for Region {
     fn drop(&mut self) {
-        let Some(mapping) = self.mapping.take() else { return };
-        let size = mapping.bytes;
-        let mut state = self.arena.lock();
-        state.owners[self.owner.0 as usize].bytes -= size as u64;
-        if self.pooled {
-            state.pool.entry(size).or_default().push(mapping);
-            state.pooled += size as u64;
-        } else {
-            state.held -= size as u64;
-            drop(mapping);
-        }
+        let Some(arena) = self.arena.take() else { return };
+        let mut state = arena.lock();
+        state.owners[self.owner.0 as usize].bytes -= self.bytes() as u64;
+        state.held -= self.bytes() as u64;
+    }
+}
+
+/// A buffer's hold on its region. The last one gives it to the pool as it is, so that the next buffer asks no heap
+/// for anything; where two last ones go at the same moment, back to the system.
+#[derive(Clone)]
+pub(crate) struct Hold(Option<Arc<Region>>);
+
+impl Deref for Hold {
+    type Target = Region;
+    fn deref(&self) -> &Region {
+        self.0.as_ref().expect("a hold has its region until it is dropped")
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let Some(mut region) = self.0.take() else { return };
+        let Some(last) = Arc::get_mut(&mut region).filter(|region| region.pooled) else { return };
+        let Some(arena) = last.arena.take() else { return };
+        let (owner, size) = (last.owner, last.bytes());
+        let mut state = arena.lock();
+        state.owners[owner.0 as usize].bytes -= size as u64;
+        state.pool.entry(size).or_default().push(region);
+        state.pooled += size as u64;
     }
 }
 

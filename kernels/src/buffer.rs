@@ -8,10 +8,9 @@
 //!   * offset + ((rows - 1) * stride + cols) * size <= bytes of the region
 //!   * cols <= stride; two live mutable views never overlap (the borrow checker keeps it)
 
-use crate::arena::Region;
+use crate::arena::Hold;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
-use std::sync::Arc;
 
 /// Element type of a buffer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
@@ -39,7 +38,7 @@ impl DType {
 
 /// `rows x cols` elements in an arena. Dropping the last handle gives the memory back.
 pub struct Buffer {
-    region: Arc<Region>,
+    region: Hold,
     offset_bytes: usize,
     dtype: DType,
     rows: usize,
@@ -75,7 +74,7 @@ impl DerefMut for ViewMut<'_> {
 
 impl Buffer {
     pub(crate) fn new(
-        region: Arc<Region>,
+        region: Hold,
         offset_bytes: usize,
         dtype: DType,
         rows: usize,
@@ -286,7 +285,13 @@ impl<'a, T> Mat<'a, T> {
     }
 }
 
-impl<T> MatMut<'_, T> {
+impl<'a, T> MatMut<'a, T> {
+    /// Rows of `cols` numbers, one after another.
+    pub fn of(numbers: &'a mut [T], cols: usize) -> MatMut<'a, T> {
+        let rows = numbers.len() / cols;
+        MatMut { pointer: numbers.as_mut_ptr(), rows, cols, stride: cols, life: PhantomData }
+    }
+
     /// Row `i`.
     pub fn row(&self, i: usize) -> &[T] {
         assert!(i < self.rows);

@@ -91,7 +91,7 @@ pub struct SampleRow {
 }
 
 /// A sampled token.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Sampled {
     /// Token id.
     pub token: u32,

@@ -4,17 +4,16 @@
 //!   * tensors lie one after another without gaps, so neighbours of one width form one matrix
 //!   * a slab comes back from its file bit for bit, or with an error
 
-use crate::arena::{Arena, OutOfMemory, Owner, Region};
+use crate::arena::{Arena, Hold, OutOfMemory, Owner};
 use crate::buffer::{Buffer, DType, View, ViewMut};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 /// The tensors of one model and kind in one region, one after another.
 pub struct Slab {
-    region: Arc<Region>,
+    region: Hold,
     dtype: DType,
     shapes: Vec<(usize, usize)>,
     starts: Vec<usize>,
@@ -22,7 +21,7 @@ pub struct Slab {
 
 impl Slab {
     /// Zeroed tensors over `region`, which no buffer shares yet.
-    pub(crate) fn new(region: Arc<Region>, dtype: DType, shapes: &[(usize, usize)]) -> Slab {
+    pub(crate) fn new(region: Hold, dtype: DType, shapes: &[(usize, usize)]) -> Slab {
         let mut starts = vec![0];
         for (rows, cols) in shapes {
             starts.push(starts[starts.len() - 1] + rows * cols);

@@ -119,7 +119,7 @@ async fn score_groups(
 fn score_job(role: Role, groups: &[JudgedGroup], temperature: f64) -> ScoreJob {
     let (mut sequences, mut first) = (Vec::new(), Vec::new());
     for JudgedGroup { group, .. } in groups {
-        for rollout in &group.rollouts {
+        for rollout in group.rollouts.iter() {
             sequences.push([group.prompt.tokens.as_slice(), &rollout.tokens].concat());
             first.push(group.prompt.tokens.len());
         }
@@ -163,8 +163,12 @@ mod tests {
             tokens: vec![7, 8],
             answer: None,
         };
-        let group =
-            Group { slot: 0, prompt, policy_version: 0, rollouts: vec![reply("", Stop::Eos)] };
+        let group = Group {
+            slot: 0,
+            prompt: prompt.into(),
+            policy_version: 0,
+            rollouts: [reply("", Stop::Eos)].into(),
+        };
         let job =
             score_job(Role::Reference, &[JudgedGroup { group, components: vec![vec![]] }], 0.5);
         assert_eq!(

@@ -117,7 +117,12 @@ mod tests {
             text: text.to_string(),
         };
         ScoredGroup {
-            group: Group { slot: 0, prompt, policy_version: 1, rollouts: vec![rollout] },
+            group: Group {
+                slot: 0,
+                prompt: prompt.into(),
+                policy_version: 1,
+                rollouts: [rollout].into(),
+            },
             components: vec![vec![Some(1.0)]],
             rewards: vec![1.0],
             advantages: vec![0.0],

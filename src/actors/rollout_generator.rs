@@ -207,7 +207,12 @@ impl Round {
                 None => rollout.tokens.last().map_or(0, |token| token % 2).to_string(),
             };
         }
-        Group { slot: group.slot, prompt, policy_version: group.policy_version, rollouts }
+        Group {
+            slot: group.slot,
+            prompt: Arc::new(prompt),
+            policy_version: group.policy_version,
+            rollouts: rollouts.into(),
+        }
     }
 
     fn finish(&self, generated: Generated) -> Result<GeneratedGroups, Failure> {

@@ -54,28 +54,23 @@ pub fn generate(
         "the packed weights are policy version {packed}, the job wants {wanted}; pack them again first"
     );
     let mut scheduler = Scheduler::new(job, limits)?;
-    let mut report = GenerateReport::default();
+    let (mut report, mut plan) = (GenerateReport::default(), Plan::default());
     while !scheduler.is_done() {
         scheduler.admit();
-        let (plan, sampled) = match scheduler.prefill() {
-            Some(plan) => {
-                let prefill_began = Instant::now();
-                forward.enter(Activity::Prefill);
-                let sampled = execute(forward, &plan)?;
-                report.prefill_seconds += prefill_began.elapsed().as_secs_f64();
-                report.prompt_tokens += plan.rows.len() as u64;
-                (plan, sampled)
-            }
-            None => {
-                forward.enter(Activity::Decode);
-                let plan = scheduler.decode();
-                let pass_began = Instant::now();
-                let sampled = execute(forward, &plan)?;
-                let seconds = pass_began.elapsed().as_secs_f64();
-                report.count(plan.rows.len() as u64, seconds, plan.cached_tokens);
-                (plan, sampled)
-            }
-        };
+        let is_prefill = scheduler.prefill(&mut plan);
+        forward.enter(if is_prefill { Activity::Prefill } else { Activity::Decode });
+        if !is_prefill {
+            scheduler.decode(&mut plan);
+        }
+        let pass_began = Instant::now();
+        let sampled = execute(forward, &plan)?;
+        let (rows, seconds) = (plan.rows.len() as u64, pass_began.elapsed().as_secs_f64());
+        if is_prefill {
+            report.prefill_seconds += seconds;
+            report.prompt_tokens += rows;
+        } else {
+            report.count(rows, seconds, plan.cached_tokens);
+        }
         report.new_tokens += sampled.len() as u64;
         scheduler.record(&plan, &sampled).into_iter().for_each(&mut *on_group);
     }

@@ -83,7 +83,7 @@ impl Machine {
         self.passes.set(self.passes.get() + 1);
         self.rows += rows.len();
         self.widest = self.widest.max(rows.len());
-        self.batch = self.batch.max(rows.tables.len());
+        self.batch = self.batch.max(rows.sequences());
         let mut first = 0;
         for run in rows.sequence.chunk_by(|a, b| a == b) {
             self.runs.push((rows.positions[first], run.len()));
@@ -92,7 +92,7 @@ impl Machine {
         let mut seen = Vec::new();
         for row in 0..rows.len() {
             let (length, table) =
-                (rows.length[row] as usize, &rows.tables[rows.sequence[row] as usize]);
+                (rows.length[row] as usize, rows.table(rows.sequence[row] as usize));
             let slot = |j: usize| {
                 table[j / self.page_tokens] as usize * self.page_tokens + j % self.page_tokens
             };

@@ -22,10 +22,13 @@ use crate::model::cache::DecodeRows;
 use crate::rl::rollout::Stop;
 use anyhow::Result;
 use rehearsal_kernels::{SampleRow, Sampled};
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 
 /// Prompt rows that go through the model at once, and tokens from one cut of a prompt to the next.
 const PREFILL_ROWS: usize = 512;
+
+/// Tokens, or pages, that a sequence's lists have room for from the start.
+const RESERVED: usize = 512;
 
 /// The first `tokens` entries of a page, to be copied before the rows run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +55,17 @@ pub struct Plan {
     drawn: Vec<Drawn>,
 }
 
+impl Plan {
+    /// Takes everything out; the lists keep their memory.
+    fn clear(&mut self) {
+        self.copies.clear();
+        self.rows.clear();
+        self.sampling.clear();
+        self.cached_tokens = 0;
+        self.drawn.clear();
+    }
+}
+
 /// What a sampled token is.
 #[derive(Clone, Copy, Debug)]
 enum Drawn {
@@ -72,6 +86,9 @@ pub struct Scheduler<'a> {
     /// Rollouts with a first token and no pages yet.
     ready: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    /// Claims of the running sequences, when they are asked for; and of each request, whether the pass has a row of it.
+    claims: Vec<Claim>,
+    seen: Vec<bool>,
 }
 
 impl<'a> Scheduler<'a> {
@@ -91,6 +108,8 @@ impl<'a> Scheduler<'a> {
             groups: BTreeMap::new(),
             ready: VecDeque::new(),
             running: Vec::new(),
+            claims: Vec::new(),
+            seen: vec![false; job.requests.len()],
         };
         scheduler.check()?;
         Ok(scheduler)
@@ -114,11 +133,11 @@ impl<'a> Scheduler<'a> {
             let (prompt_pages, growth) = (self.prompt_pages(request), self.growth(request));
             let has_room = self.running.len() + unstarted < self.limits.decode_batch
                 && prompt_pages <= self.pages.free()
-                && is_safe(
-                    self.pages.free() - prompt_pages,
-                    self.claims(),
-                    growth.max(self.largest_unstarted()),
-                );
+                && {
+                    let growth = growth.max(self.largest_unstarted());
+                    self.list_claims();
+                    is_safe(self.pages.free() - prompt_pages, &mut self.claims, growth)
+                };
             if !has_room {
                 break;
             }
@@ -134,11 +153,11 @@ impl<'a> Scheduler<'a> {
         }
     }
 
-    /// The next rows of admitted prompts, if any are not in the cache yet. A prompt is cut at multiples of
+    /// Plans the next rows of admitted prompts; false if all are in the cache. A prompt is cut at multiples of
     /// PREFILL_ROWS and nowhere else, whatever shares the pass. Its last row is wanted once per sample: each
     /// draws its first token there.
-    pub fn prefill(&mut self) -> Option<Plan> {
-        let mut plan = Plan::default();
+    pub fn prefill(&mut self, plan: &mut Plan) -> bool {
+        plan.clear();
         for (request, group) in &mut self.groups {
             let asked = &self.job.requests[*request];
             let end = asked.tokens.len().min(group.prefilled + PREFILL_ROWS);
@@ -158,18 +177,18 @@ impl<'a> Scheduler<'a> {
                 }
             }
         }
-        (!plan.rows.is_empty()).then_some(plan)
+        !plan.rows.is_empty()
     }
 
-    /// One row per running rollout that has a page for it.
-    pub fn decode(&mut self) -> Plan {
+    /// Plans one row per running rollout that has a page for it.
+    pub fn decode(&mut self, plan: &mut Plan) {
+        plan.clear();
         while self.running.len() < self.limits.decode_batch
             && let Some(sequence) = self.ready.pop_front()
         {
             self.start(sequence);
         }
-        let mut plan = Plan::default();
-        let mut seen = BTreeSet::new();
+        self.seen.fill(false);
         for place in 0..self.running.len() {
             if !self.make_room(place, &mut plan.copies) {
                 continue;
@@ -179,15 +198,14 @@ impl<'a> Scheduler<'a> {
             plan.rows.push(sequence.last(), sequence.cached, self.limits.page_tokens);
             plan.rows.want_last();
             let shared = sequence.shared * self.limits.page_tokens;
-            let is_first = seen.insert(sequence.request);
-            let unseen = sequence.cached + 1 - if is_first { 0 } else { shared };
+            let seen = std::mem::replace(&mut self.seen[sequence.request], true);
+            let unseen = sequence.cached + 1 - if seen { shared } else { 0 };
             plan.cached_tokens += unseen as u64;
             let prompt = self.job.requests[sequence.request].prompt;
             plan.sampling.push(draw(self.job, prompt, sequence.sample, sequence.tokens.len()));
             plan.drawn.push(Drawn::Next { place });
         }
         assert!(!plan.rows.is_empty(), "the banker's rule lets some sequence run");
-        plan
     }
 
     /// Takes in the tokens drawn for a plan; returns the groups whose last rollout ended.
@@ -202,10 +220,14 @@ impl<'a> Scheduler<'a> {
                 }
             }
         }
-        for sequence in std::mem::take(&mut self.running) {
+        let mut place = 0;
+        while let Some(sequence) = self.running.get(place) {
             match ending(self.job, sequence.limit, sequence.last(), sequence.tokens.len()) {
-                Some(stop) => self.retire(sequence, stop),
-                None => self.running.push(sequence),
+                Some(stop) => {
+                    let sequence = self.running.remove(place);
+                    self.retire(sequence, stop);
+                }
+                None => place += 1,
             }
         }
         let mut complete = Vec::new();
@@ -226,8 +248,8 @@ impl<'a> Scheduler<'a> {
         let mut sequence = Sequence {
             request,
             sample,
-            tokens: Vec::new(),
-            logprobs: Vec::new(),
+            tokens: Vec::with_capacity(limit.min(RESERVED)),
+            logprobs: Vec::with_capacity(limit.min(RESERVED)),
             limit,
             pages: Vec::new(),
             cached: prompt,
@@ -257,7 +279,8 @@ impl<'a> Scheduler<'a> {
     /// Gives a ready rollout its prompt's pages. That takes no page and breaks no promise: room for
     /// the largest unstarted rollout is always kept.
     fn start(&mut self, mut sequence: Sequence) {
-        sequence.pages = self.groups[&sequence.request].pages.clone();
+        sequence.pages.reserve(sequence.most_pages.min(RESERVED));
+        sequence.pages.extend_from_slice(&self.groups[&sequence.request].pages);
         for page in &sequence.pages {
             self.pages.share(*page);
         }
@@ -287,12 +310,11 @@ impl<'a> Scheduler<'a> {
             self.running[place].own = self.running[place].own.max(1);
             return true;
         }
-        let mut claims = self.claims();
-        claims[place].need -= 1;
-        claims[place].own += 1;
-        if self.pages.free() == 0
-            || !is_safe(self.pages.free() - 1, claims, self.largest_unstarted())
-        {
+        self.list_claims();
+        self.claims[place].need -= 1;
+        self.claims[place].own += 1;
+        let last = self.largest_unstarted();
+        if self.pages.free() == 0 || !is_safe(self.pages.free() - 1, &mut self.claims, last) {
             return false;
         }
         let to = self.pages.alloc().expect("counted above");
@@ -313,11 +335,10 @@ impl<'a> Scheduler<'a> {
         true
     }
 
-    fn claims(&self) -> Vec<Claim> {
-        self.running
-            .iter()
-            .map(|sequence| Claim { need: sequence.need(), own: sequence.own })
-            .collect()
+    fn list_claims(&mut self) {
+        let claim = |sequence: &Sequence| Claim { need: sequence.need(), own: sequence.own };
+        self.claims.clear();
+        self.claims.extend(self.running.iter().map(claim));
     }
 
     /// Pages that the most demanding rollout that has not started would take.
@@ -394,7 +415,7 @@ struct Claim {
 /// The banker's rule for one resource: true if all claims can be met one after another, each giving
 /// back its own pages at its end, and `last` pages after that. The smallest need first is as good
 /// as any order.
-fn is_safe(free: usize, mut claims: Vec<Claim>, last: usize) -> bool {
+fn is_safe(free: usize, claims: &mut [Claim], last: usize) -> bool {
     claims.sort_unstable_by_key(|claim| claim.need);
     let mut free = free;
     for claim in claims {
@@ -429,8 +450,9 @@ mod tests {
         fn the_bankers_rule_finds_an_order_if_there_is_one(
             free in 0usize..6, claims in prop::collection::vec((0usize..8, 0usize..4), 0..6), last in 0usize..12,
         ) {
-            let asked = claims.iter().map(|(need, own)| Claim { need: *need, own: *own }).collect();
-            prop_assert_eq!(is_safe(free, asked, last), has_an_order(free, &claims, last));
+            let asked = claims.iter().map(|(need, own)| Claim { need: *need, own: *own });
+            let mut asked: Vec<Claim> = asked.collect();
+            prop_assert_eq!(is_safe(free, &mut asked, last), has_an_order(free, &claims, last));
         }
     }
 }

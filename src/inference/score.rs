@@ -51,6 +51,7 @@ pub fn read_decoded(
     let mut waiting: VecDeque<usize> =
         (0..sequences.len()).filter(|i| sequences[*i].len() > 1).collect();
     let mut running: Vec<Reading> = Vec::new();
+    let mut rows = DecodeRows::default();
     while !(waiting.is_empty() && running.is_empty()) {
         while running.len() < limits.decode_batch
             && let Some(index) = waiting.front().copied()
@@ -64,7 +65,7 @@ pub fn read_decoded(
             running.push(Reading { index, pages, cached: 0 });
         }
         assert!(!running.is_empty(), "an empty cache has room for every checked sequence");
-        let mut rows = DecodeRows::default();
+        rows.clear();
         for reading in &running {
             let tokens = &sequences[reading.index];
             rows.begin(&reading.pages[..=reading.cached / limits.page_tokens]);

@@ -25,8 +25,10 @@ pub struct DecodeRows {
     pub sequence: Vec<u32>,
     /// Cached tokens that it sees, itself included.
     pub length: Vec<u32>,
-    /// Page numbers of each sequence.
-    pub tables: Vec<Vec<u32>>,
+    /// Page numbers of all sequences, one sequence after another.
+    pages: Vec<u32>,
+    /// Where each sequence's pages begin.
+    tables: Vec<u32>,
     /// Rows whose logits are wanted, in the order wanted; a row may be wanted more than once.
     pub wanted: Vec<u32>,
 }
@@ -34,12 +36,14 @@ pub struct DecodeRows {
 impl DecodeRows {
     /// Adds the sequence that the next rows belong to.
     pub fn begin(&mut self, pages: &[u32]) {
-        self.tables.push(pages.to_vec());
+        self.tables.push(self.pages.len() as u32);
+        self.pages.extend_from_slice(pages);
     }
 
     /// Adds a row to the sequence last begun, whose pages must reach to `position`.
     pub fn push(&mut self, token: u32, position: usize, page_tokens: usize) {
-        let table = self.tables.last().expect("a row belongs to a sequence that was begun");
+        assert!(!self.tables.is_empty(), "a row belongs to a sequence that was begun");
+        let table = self.table(self.tables.len() - 1);
         let slot = table[position / page_tokens] as usize * page_tokens + position % page_tokens;
         self.tokens.push(token);
         self.positions.push(position as u32);
@@ -51,6 +55,25 @@ impl DecodeRows {
     /// Wants the logits of the row last added.
     pub fn want_last(&mut self) {
         self.wanted.push(self.tokens.len() as u32 - 1);
+    }
+
+    /// Number of sequences.
+    pub fn sequences(&self) -> usize {
+        self.tables.len()
+    }
+
+    /// Page numbers of a sequence.
+    pub fn table(&self, sequence: usize) -> &[u32] {
+        let end = self.tables.get(sequence + 1).map_or(self.pages.len(), |next| *next as usize);
+        &self.pages[self.tables[sequence] as usize..end]
+    }
+
+    /// Takes all rows out; the lists keep their memory.
+    pub fn clear(&mut self) {
+        let DecodeRows { tokens, positions, slots, sequence, length, pages, tables, wanted } = self;
+        for list in [tokens, positions, slots, sequence, length, pages, tables, wanted] {
+            list.clear();
+        }
     }
 
     /// Number of rows.

@@ -106,13 +106,14 @@ impl SamplerRows {
 
 /// The page tables as one index matrix, short ones padded with page 0 (never read past a row's length).
 fn page_tables(kernels: &dyn Kernels, rows: &DecodeRows) -> Result<Buffer, OutOfMemory> {
-    let width = rows.tables.iter().map(Vec::len).max().unwrap_or(0).max(1);
-    let mut flat = Vec::with_capacity(rows.tables.len() * width);
-    for table in &rows.tables {
+    let tables = (0..rows.sequences()).map(|sequence| rows.table(sequence));
+    let width = tables.clone().map(<[u32]>::len).max().unwrap_or(0).max(1);
+    let mut flat = Vec::with_capacity(rows.sequences() * width);
+    for table in tables {
         flat.extend_from_slice(table);
         flat.resize(flat.len().next_multiple_of(width), 0);
     }
-    let mut buffer = index_buffer(kernels, rows.tables.len(), width)?;
+    let mut buffer = index_buffer(kernels, rows.sequences(), width)?;
     kernels.upload_indices(&flat, &mut buffer);
     Ok(buffer)
 }
@@ -141,18 +142,17 @@ fn plan(
 }
 
 /// Rows of one sequence whose positions follow each other.
-fn chunks(rows: &DecodeRows) -> Vec<Range<usize>> {
-    let mut chunks: Vec<Range<usize>> = Vec::new();
-    for row in 0..rows.len() {
-        let follows = row > 0
-            && rows.sequence[row] == rows.sequence[row - 1]
-            && rows.length[row] == rows.length[row - 1] + 1;
-        match chunks.last_mut().filter(|_| follows) {
-            Some(chunk) => chunk.end = row + 1,
-            None => chunks.push(row..row + 1),
-        }
-    }
-    chunks
+fn chunks(rows: &DecodeRows) -> impl Iterator<Item = Range<usize>> {
+    let follows = |row: usize| {
+        rows.sequence[row] == rows.sequence[row - 1] && rows.length[row] == rows.length[row - 1] + 1
+    };
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let end = (first + 1..rows.len()).find(|row| !follows(*row)).unwrap_or(rows.len());
+        let chunk = first..end;
+        first = end;
+        (!chunk.is_empty()).then_some(chunk)
+    })
 }
 
 impl Context {
@@ -163,7 +163,7 @@ impl Context {
         row: usize,
         page_tokens: usize,
     ) -> Result<Context, OutOfMemory> {
-        let table = &rows.tables[rows.sequence[row] as usize];
+        let table = rows.table(rows.sequence[row] as usize);
         let slot = |token: usize| {
             table[token / page_tokens] * page_tokens as u32 + (token % page_tokens) as u32
         };

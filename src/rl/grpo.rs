@@ -123,7 +123,8 @@ fn weight(apart: f64, limit: f64) -> f64 {
 }
 
 fn per_token(settings: &GrpoSettings, advantage: f64, factor: f64, parts: &Parts) -> TokenLoss {
-    let mut total = TokenLoss::default();
+    let coefficients = Vec::with_capacity(parts.log_ratios.len());
+    let mut total = TokenLoss { coefficients, ..TokenLoss::default() };
     for (index, (log_ratio, weight)) in parts.log_ratios.iter().zip(&parts.weights).enumerate() {
         let policy = surrogate(advantage, *log_ratio, settings.clip).times(*weight);
         let kl = parts.gaps.get(index).map_or(Term::default(), |gap| k3(*gap));

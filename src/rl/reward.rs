@@ -63,7 +63,8 @@ mod tests {
 
     fn judged(components: Vec<Vec<Option<f64>>>) -> JudgedGroup {
         let prompt = Prompt { index: 0, text: String::new(), tokens: vec![1], answer: None };
-        let group = Group { slot: 4, prompt, policy_version: 1, rollouts: Vec::new() };
+        let group =
+            Group { slot: 4, prompt: prompt.into(), policy_version: 1, rollouts: [].into() };
         JudgedGroup { group, components }
     }
 

@@ -6,6 +6,7 @@
 
 use crate::data::example::Prompt;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// Why a reply ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,17 +33,17 @@ pub struct Rollout {
     pub text: String,
 }
 
-/// The rollouts of one prompt in one step.
+/// The rollouts of one prompt in one step. Copies share prompt and rollouts: several actors' messages carry them.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Group {
     /// Position of the prompt in the step: the group's id within it.
     pub slot: u32,
     /// The prompt.
-    pub prompt: Prompt,
+    pub prompt: Arc<Prompt>,
     /// Policy version that sampled it.
     pub policy_version: u64,
     /// G rollouts.
-    pub rollouts: Vec<Rollout>,
+    pub rollouts: Arc<[Rollout]>,
 }
 
 /// A group with the components of each rollout's reward.

@@ -41,7 +41,7 @@ pub struct ComponentStatistics {
 
 /// Statistics of a step's groups; `names` are the components' in their order.
 pub fn step_statistics(names: &[String], groups: &[ScoredGroup]) -> StepStatistics {
-    let rollouts = || groups.iter().flat_map(|scored| &scored.group.rollouts);
+    let rollouts = || groups.iter().flat_map(|scored| scored.group.rollouts.iter());
     let share = |count: usize| count as f64 / rollouts().count().max(1) as f64;
     let rewards: Vec<f64> = groups.iter().flat_map(|scored| &scored.rewards).copied().collect();
     let (reward_mean, reward_deviation) = mean_and_deviation(&rewards, Deviation::Population);
@@ -90,9 +90,14 @@ mod tests {
             text: String::new(),
         };
         let prompt = Prompt { index: 0, text: String::new(), tokens: vec![1], answer: None };
-        let rollouts = lengths.iter().enumerate().map(rollout).collect();
+        let rollouts: Vec<Rollout> = lengths.iter().enumerate().map(rollout).collect();
         ScoredGroup {
-            group: Group { slot, prompt, policy_version: 3, rollouts },
+            group: Group {
+                slot,
+                prompt: prompt.into(),
+                policy_version: 3,
+                rollouts: rollouts.into(),
+            },
             components: components.iter().map(|row| row.map(Some).to_vec()).collect(),
             rewards: components.iter().map(|row| row[0] + row[1]).collect(),
             advantages: vec![0.0; lengths.len()],

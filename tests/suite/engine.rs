@@ -325,9 +325,9 @@ pub fn scored(groups: Vec<TokenGroup>, advantages: &[f64]) -> Vec<ScoredGroup> {
             reference: Vec::new(),
             group: Group {
                 slot: group.slot,
-                prompt,
+                prompt: prompt.into(),
                 policy_version: group.policy_version,
-                rollouts: group.rollouts,
+                rollouts: group.rollouts.into(),
             },
         }
     };

@@ -20,6 +20,7 @@ mod experts;
 mod faults;
 mod formats;
 mod gguf;
+mod heap;
 mod hostile_files;
 mod interop;
 mod model;

@@ -233,19 +233,14 @@ fn a_token_sees_neither_the_future_nor_another_document() {
 fn decoded_logits(tiny: &Tiny<'_>, document: &[u32]) -> Vec<Buffer> {
     let (kernels, packed) = (tiny.kernels, tiny.pack(Absorbed, false));
     let mut cache = LatentCache::new(kernels, &tiny.model.config, CacheFormat::F32, 8, 4).unwrap();
-    let table = vec![5, 2, 7, 0, 1, 3];
     let chunks = std::iter::once(0..9).chain((9..document.len()).map(|i| i..i + 1));
     let decode = |chunk: std::ops::Range<usize>| {
-        let slot = |i: usize| table[i / 4] * 4 + (i % 4) as u32;
-        let rows = DecodeRows {
-            tokens: document[chunk.clone()].to_vec(),
-            positions: chunk.clone().map(|i| i as u32).collect(),
-            slots: chunk.clone().map(slot).collect(),
-            sequence: vec![0; chunk.len()],
-            length: chunk.clone().map(|i| i as u32 + 1).collect(),
-            tables: vec![table.clone()],
-            wanted: (0..chunk.len() as u32).collect(),
-        };
+        let mut rows = DecodeRows::default();
+        rows.begin(&[5, 2, 7, 0, 1, 3]);
+        for position in chunk {
+            rows.push(document[position], position, 4);
+            rows.want_last();
+        }
         tiny.model.decode(kernels, &tiny.params, &packed, &mut cache, &rows).unwrap()
     };
     chunks.map(decode).collect()

@@ -79,7 +79,7 @@ fn scored(groups: Vec<TokenGroup>) -> (Vec<ScoredGroup>, f64) {
             advantages: rewards.iter().map(|reward| (reward - mean) / 0.15).collect(),
             rewards,
             reference: Vec::new(),
-            group: Group { slot, prompt, policy_version, rollouts },
+            group: Group { slot, prompt: prompt.into(), policy_version, rollouts: rollouts.into() },
         }
     };
     let groups: Vec<ScoredGroup> = groups.into_iter().map(&mut scored).collect();

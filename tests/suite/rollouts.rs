@@ -60,7 +60,7 @@ fn scored(groups: Vec<TokenGroup>, advantage: impl Fn(u32, usize) -> f64) -> Vec
             rewards: vec![0.0; count],
             advantages: (0..count).map(|sample| advantage(slot, sample)).collect(),
             reference: Vec::new(),
-            group: Group { slot, prompt, policy_version, rollouts },
+            group: Group { slot, prompt: prompt.into(), policy_version, rollouts: rollouts.into() },
         }
     };
     groups.into_iter().map(scored).collect()

@@ -25,20 +25,14 @@ pub(crate) fn linear_experts(
     assert_eq!(x.rows(), y.rows(), "slots of an expert layer");
     let slots = x.rows();
     let (x, y) = (x.host::<f32>(), y.host_mut::<f32>());
-    let terms: Vec<Term> = spans(routes, slots)
-        .map(|(expert, span)| Term {
-            shape: [span.len(), weight.outputs, weight.inputs],
-            left: Left {
-                at: x.pointer().wrapping_add(span.start * x.stride),
-                row: x.stride,
-                col: 1,
-            },
-            right: pack::panels(weight, expert),
-            out: Out { at: y.pointer().wrapping_add(span.start * y.stride), row: y.stride },
-        })
-        .collect();
+    let terms = spans(routes, slots).map(|(expert, span)| Term {
+        shape: [span.len(), weight.outputs, weight.inputs],
+        left: Left { at: x.pointer().wrapping_add(span.start * x.stride), row: x.stride, col: 1 },
+        right: pack::panels(weight, expert),
+        out: Out { at: y.pointer().wrapping_add(span.start * y.stride), row: y.stride },
+    });
     // SAFETY: the spans are disjoint rows of x and y.
-    unsafe { products(cx, &terms, Store::Set) };
+    unsafe { products(cx, terms, Store::Set) };
 }
 
 /// See [`Kernels::linear_experts_backward_weight`](crate::Kernels::linear_experts_backward_weight).
@@ -54,11 +48,10 @@ pub(crate) fn linear_experts_backward_weight(
     assert_eq!(dy.rows(), x.rows(), "slots of an expert layer");
     let slots = x.rows();
     let (dy, x, dw) = (dy.host::<f32>(), x.host::<f32>(), dw.host_mut::<f32>());
-    let terms: Vec<Term> = spans(routes, slots)
-        .map(|(expert, span)| outer(&dy, 0..dy.cols, &x, 0..x.cols, span, &dw, expert * dy.cols))
-        .collect();
+    let terms = spans(routes, slots)
+        .map(|(expert, span)| outer(&dy, 0..dy.cols, &x, 0..x.cols, span, &dw, expert * dy.cols));
     // SAFETY: the spans are rows of dy and x, the experts' blocks disjoint rows of dw.
-    unsafe { products(cx, &terms, Store::Add) };
+    unsafe { products(cx, terms, Store::Add) };
 }
 
 /// Experts that have slots, with their slots.

@@ -8,6 +8,7 @@ use super::work::{Side, Term, products};
 use super::{Cx, pack};
 use crate::buffer::{Buffer, Mat, MatMut};
 use crate::kernels::{HeadColumns, Pack, Packed, Product, Store};
+use std::iter::once;
 use std::ops::Range;
 
 /// See [`Kernels::linear`](crate::Kernels::linear).
@@ -17,7 +18,7 @@ pub(crate) fn linear(cx: &Cx, x: &Buffer, weight: &Packed, y: &mut Buffer, store
     let (x, y) = (x.host::<f32>(), y.host_mut::<f32>());
     let term = forward(&x, 0, weight, 0, &y, 0);
     // SAFETY: the shapes fit; y is borrowed exclusively, so it overlaps nothing.
-    unsafe { products(cx, &[term], store) };
+    unsafe { products(cx, once(term), store) };
 }
 
 /// See [`Kernels::linear_heads`](crate::Kernels::linear_heads).
@@ -34,15 +35,13 @@ pub(crate) fn linear_heads(
     assert!(heads == 1 || columns.output_stride >= weight.outputs, "heads write disjoint columns");
     assert_eq!(x.rows(), y.rows(), "rows of a linear layer");
     let (x, y) = (x.host::<f32>(), y.host_mut::<f32>());
-    let terms: Vec<Term> = (0..heads)
-        .map(|h| {
-            let input = columns.input_first + h * columns.input_stride;
-            let output = columns.output_first + h * columns.output_stride;
-            forward(&x, input, weight, h, &y, output)
-        })
-        .collect();
+    let terms = (0..heads).map(|h| {
+        let input = columns.input_first + h * columns.input_stride;
+        let output = columns.output_first + h * columns.output_stride;
+        forward(&x, input, weight, h, &y, output)
+    });
     // SAFETY: the column blocks lie inside x and y, those of y are disjoint.
-    unsafe { products(cx, &terms, store) };
+    unsafe { products(cx, terms, store) };
 }
 
 /// Rows of x from column `input` on, times one group of `weight`, into y from column `output` on.
@@ -81,7 +80,7 @@ pub(crate) fn linear_backward_weight(cx: &Cx, dy: &Buffer, x: &Buffer, dw: &mut 
     let (dy, x, dw) = (dy.host::<f32>(), x.host::<f32>(), dw.host_mut::<f32>());
     let term = outer(&dy, 0..dy.cols, &x, 0..x.cols, 0..dy.rows, &dw, 0);
     // SAFETY: the shapes fit; dw is borrowed exclusively.
-    unsafe { products(cx, &[term], Store::Add) };
+    unsafe { products(cx, once(term), Store::Add) };
 }
 
 /// See [`Kernels::linear_heads_backward_weight`](crate::Kernels::linear_heads_backward_weight).
@@ -106,20 +105,18 @@ pub(crate) fn linear_heads_backward_weight(
     );
     assert_eq!(dy.rows(), x.rows(), "rows of a weight gradient");
     let (dy, x, dw) = (dy.host::<f32>(), x.host::<f32>(), dw.host_mut::<f32>());
-    let terms: Vec<Term> = (0..groups)
-        .map(|h| {
-            let input = columns.input_first + h * columns.input_stride;
-            let output = columns.output_first + h * columns.output_stride;
-            let (input, output) = (input..input + inputs, output..output + outputs);
-            let row = first_row + h * group_stride;
-            match product {
-                Product::Transposed => outer(&dy, output, &x, input, 0..dy.rows, &dw, row),
-                Product::Plain => outer(&x, input, &dy, output, 0..dy.rows, &dw, row),
-            }
-        })
-        .collect();
+    let terms = (0..groups).map(|h| {
+        let input = columns.input_first + h * columns.input_stride;
+        let output = columns.output_first + h * columns.output_stride;
+        let (input, output) = (input..input + inputs, output..output + outputs);
+        let row = first_row + h * group_stride;
+        match product {
+            Product::Transposed => outer(&dy, output, &x, input, 0..dy.rows, &dw, row),
+            Product::Plain => outer(&x, input, &dy, output, 0..dy.rows, &dw, row),
+        }
+    });
     // SAFETY: the column blocks lie inside dy and x, the row blocks inside dw; they are disjoint.
-    unsafe { products(cx, &terms, Store::Add) };
+    unsafe { products(cx, terms, Store::Add) };
 }
 
 /// dw[row + i][j] gets Σ over `rows` of left[t][left_cols[i]] right[t][right_cols[j]].

@@ -22,6 +22,7 @@ use super::{Cx, Isa};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
 use crate::format::{CacheFormat, CacheLayout, CacheSpec};
 use crate::kernels::{AttentionShape, DecodeBatch, Result, Store};
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Query rows times heads in one group.
@@ -88,6 +89,19 @@ fn check(
         );
     }
     assert!(batch.page_tokens > 0, "decode: tokens of a page");
+}
+
+/// What a thread lists of a group of rows; it keeps its memory.
+#[derive(Default)]
+struct Lists {
+    /// Addresses of a row's keys, a vector of them apart.
+    keys: Vec<*const f32>,
+    /// Sums of a family's softmaxes.
+    sums: Vec<f32>,
+}
+
+thread_local! {
+    static LISTS: Cell<Lists> = const { Cell::new(Lists { keys: Vec::new(), sums: Vec::new() }) };
 }
 
 struct Decode<'a> {
@@ -166,7 +180,7 @@ impl Decode<'_> {
         let mut scores = cx.arena.buffer(cx.scratch, DType::F32, shape.0, shape.1)?;
         let (mut panel, mut scores) = (panel.host_mut::<f32>(), scores.host_mut::<f32>());
         let mut first = rows.start;
-        let mut keys = Vec::with_capacity(longest / LANES + BLOCK / LANES);
+        let mut lists = LISTS.take();
         for row in rows.clone() {
             // Rows that share no page go one by one: their second look at the cache is at a near one.
             if row + 1 == rows.end
@@ -174,13 +188,17 @@ impl Decode<'_> {
             {
                 match &self.cache {
                     Cached::Floats(cache) if row == first && self.is_plain() => {
-                        self.alone(cx.isa, cache, row, rows.end, &mut keys, &mut scores);
+                        self.alone(cx.isa, cache, row, rows.end, &mut lists.keys, &mut scores);
                     }
-                    _ => self.family(cx, first..row + 1, rows.end, panel.row_mut(0), &mut scores),
+                    _ => {
+                        let scratch = (panel.row_mut(0), &mut lists.sums);
+                        self.family(cx, first..row + 1, rows.end, scratch, &mut scores);
+                    }
                 }
                 first = row + 1;
             }
         }
+        LISTS.set(lists);
         Ok(())
     }
 
@@ -190,7 +208,7 @@ impl Decode<'_> {
         cx: &Cx,
         rows: Range<usize>,
         end: usize,
-        scratch: &mut [f32],
+        (scratch, sums): (&mut [f32], &mut Vec<f32>),
         scores: &mut MatMut<'_, f32>,
     ) {
         let heads = self.shape.heads;
@@ -220,7 +238,7 @@ impl Decode<'_> {
                 }
             });
         }
-        let mut sums = Vec::with_capacity(rows.len() * heads);
+        sums.clear();
         for i in 0..rows.len() * heads {
             let row = rows.start + i / heads;
             assert!(self.seen(row) > 0, "decode: row {row} sees no token");
@@ -246,7 +264,7 @@ impl Decode<'_> {
                 }
             });
         }
-        for (i, sum) in sums.into_iter().enumerate() {
+        for (i, sum) in sums.drain(..).enumerate() {
             // SAFETY: a group's output rows are its own.
             let row = unsafe { self.o.shared_row_mut(rows.start + i / heads) };
             let width = self.shape.value_width;

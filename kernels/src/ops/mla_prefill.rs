@@ -77,16 +77,16 @@ impl Prefill<'_> {
             (buffer(most.next_multiple_of(BLOCK))?, buffer(shape.value_width)?);
         let (mut scores, mut part) = (scores.host_mut::<f32>(), part.host_mut::<f32>());
         self.inputs.scores(self.keys, (0, head), &rows, &mut scores);
-        let mut softmaxes = Vec::with_capacity(rows.len());
+        let mut softmaxes = [const { None }; ROWS];
         for (i, row) in rows.clone().enumerate() {
             let row_scores = scores.row_mut(i);
-            softmaxes.push(match (self.seen)(row) {
+            softmaxes[i] = match (self.seen)(row) {
                 0 => {
                     row_scores.fill(0.0);
                     None
                 }
                 seen => Some(softmax(cx.isa, row_scores, seen, shape.scale)),
-            });
+            };
         }
         let (value, stride) = self.inputs.value(head, 0);
         // SAFETY: the range has `most` values, and the outputs are this block's own.

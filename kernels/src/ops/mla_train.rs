@@ -174,16 +174,14 @@ impl<'a> Inputs<'a> {
 
 /// Blocks of up to ROWS rows: (segment, rows).
 fn blocks(segments: &[Segment]) -> Vec<(usize, Range<usize>)> {
-    let cut = |(index, segment): (usize, &Segment)| {
+    let count = segments.iter().map(|segment| segment.rows.len().div_ceil(ROWS)).sum();
+    let mut blocks = Vec::with_capacity(count);
+    for (index, segment) in segments.iter().enumerate() {
         let end = segment.rows.end;
-        segment
-            .rows
-            .clone()
-            .step_by(ROWS)
-            .map(move |row| (index, row..end.min(row + ROWS)))
-            .collect::<Vec<_>>()
-    };
-    segments.iter().enumerate().flat_map(cut).collect()
+        let rows = segment.rows.clone().step_by(ROWS);
+        blocks.extend(rows.map(|row| (index, row..end.min(row + ROWS))));
+    }
+    blocks
 }
 
 /// Runs fallible pieces of `cost` operations each on the pool and returns their first error.

@@ -14,6 +14,7 @@ use super::work::split;
 use super::{Cx, Isa};
 use crate::buffer::Buffer;
 use crate::routing::RouterSpec;
+use std::cell::Cell;
 
 /// Added to the sum of the chosen scores by `norm_topk_prob`, as in the published code.
 const TINY: f32 = 1e-20;
@@ -39,7 +40,8 @@ pub(crate) fn router(
     let (scores, experts, weights) =
         (scores.host_mut::<f32>(), experts.host_mut::<u32>(), weights.host_mut::<f32>());
     split(cx, rows, 1, COST * count, &|rows| {
-        let mut masked = vec![0.0; count];
+        let mut lists = LISTS.take();
+        lists.masked.resize(count, 0.0);
         for row in rows {
             // SAFETY: a row belongs to one piece.
             let (scores, experts, weights) = unsafe {
@@ -51,11 +53,25 @@ pub(crate) fn router(
             };
             scores.copy_from_slice(logits.row(row));
             softmax(cx.isa, scores);
-            keep_groups(spec, scores, &mut masked);
-            choose(&mut masked, experts);
+            keep_groups(spec, scores, &mut lists);
+            choose(&mut lists.masked, experts);
             weigh(spec, scores, experts, weights);
         }
+        LISTS.set(lists);
     });
+}
+
+/// What a thread lists of a row; it keeps its memory.
+#[derive(Default)]
+struct Lists {
+    /// Scores of the experts that may still be chosen.
+    masked: Vec<f32>,
+    /// The highest score of each group.
+    worth: Vec<f32>,
+}
+
+thread_local! {
+    static LISTS: Cell<Lists> = const { Cell::new(Lists { masked: Vec::new(), worth: Vec::new() }) };
 }
 
 /// See [`Kernels::router_backward`](crate::Kernels::router_backward).
@@ -127,17 +143,19 @@ fn softmax(isa: Isa, row: &mut [f32]) {
 }
 
 /// Copies the scores of the groups with the highest maximum and masks all others.
-fn keep_groups(spec: &RouterSpec, scores: &[f32], masked: &mut [f32]) {
+fn keep_groups(spec: &RouterSpec, scores: &[f32], lists: &mut Lists) {
+    let Lists { masked, worth } = lists;
     if spec.top_groups == spec.groups {
         masked.copy_from_slice(scores);
         return;
     }
     let width = scores.len() / spec.groups;
     let best = |group: &[f32]| group.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut worth: Vec<f32> = scores.chunks(width).map(best).collect();
+    worth.clear();
+    worth.extend(scores.chunks(width).map(best));
     masked.fill(f32::NEG_INFINITY);
     for _ in 0..spec.top_groups {
-        let group = first_largest(&worth);
+        let group = first_largest(worth);
         worth[group] = f32::NEG_INFINITY;
         let columns = group * width..(group + 1) * width;
         masked[columns.clone()].copy_from_slice(&scores[columns]);

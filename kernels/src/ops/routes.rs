@@ -24,7 +24,10 @@ const COST: usize = 12;
 pub(crate) fn routes(cx: &Cx, experts: &Buffer, count: usize) -> Result<Routes> {
     let (rows, choices) = (experts.rows(), experts.cols());
     let experts = experts.host::<u32>();
-    let mut next = starts(experts, count);
+    let mut next = cx.arena.buffer(cx.scratch, DType::U32, 1, count + 1)?;
+    let mut next = next.host_mut::<u32>();
+    let next = next.row_mut(0);
+    starts(experts, next);
     let mut routes = Routes {
         experts: count,
         offsets: cx.arena.buffer(cx.scratch, DType::U32, count + 1, 1)?,
@@ -52,8 +55,9 @@ pub(crate) fn routes(cx: &Cx, experts: &Buffer, count: usize) -> Result<Routes> 
 }
 
 /// First slot of each expert, and the total.
-fn starts(experts: Mat<'_, u32>, count: usize) -> Vec<u32> {
-    let mut starts = vec![0; count + 1];
+fn starts(experts: Mat<'_, u32>, starts: &mut [u32]) {
+    let count = starts.len() - 1;
+    starts.fill(0);
     for row in 0..experts.rows {
         for &expert in experts.row(row).iter().filter(|expert| **expert != DROPPED) {
             assert!((expert as usize) < count, "routes: expert {expert} of {count}");
@@ -63,7 +67,6 @@ fn starts(experts: Mat<'_, u32>, count: usize) -> Vec<u32> {
     for expert in 0..count {
         starts[expert + 1] += starts[expert];
     }
-    starts
 }
 
 /// See [`Kernels::count_routes`](crate::Kernels::count_routes).

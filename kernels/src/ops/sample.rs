@@ -15,10 +15,10 @@ use super::head_logprob::Distribution;
 use super::lanes::{LANES, Lanes, OnLanes};
 use super::work::split;
 use super::{Cx, Isa};
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, MatMut};
 use crate::kernels::{SampleRow, Sampled};
+use std::cell::Cell;
 use std::cmp::Ordering;
-use std::sync::Mutex;
 
 /// Operations per logit without truncation.
 const COST: usize = 40;
@@ -31,26 +31,46 @@ pub(crate) fn sample(cx: &Cx, logits: &Buffer, rows: &[SampleRow]) -> Vec<Sample
     assert_eq!(logits.rows(), rows.len(), "sample: one way to sample for each row");
     assert!(logits.cols() > 0, "sample: no tokens");
     let logits = logits.host::<f32>();
-    let parts = Mutex::new(Vec::new());
+    let mut sampled = vec![Sampled::default(); rows.len()];
+    let to = MatMut::of(&mut sampled, 1);
     split(cx, rows.len(), 1, COST * logits.cols, &|range| {
-        let mut scratch = vec![0.0; logits.cols];
-        let drawn = |row| draw(cx, logits.row(row), &rows[row], &mut scratch);
-        let part = (range.start, range.map(drawn).collect::<Vec<_>>());
-        parts.lock().unwrap_or_else(|e| e.into_inner()).push(part);
+        let mut scratch = SCRATCH.take();
+        for row in range {
+            let drawn = draw(cx, logits.row(row), &rows[row], &mut scratch);
+            // SAFETY: a row belongs to one piece.
+            unsafe { to.shared_row_mut(row)[0] = drawn };
+        }
+        SCRATCH.set(scratch);
     });
-    let mut parts = parts.into_inner().unwrap_or_else(|e| e.into_inner());
-    parts.sort_by_key(|(first, _)| *first);
-    parts.into_iter().flat_map(|(_, part)| part).collect()
+    sampled
 }
 
-fn draw(cx: &Cx, logits: &[f32], row: &SampleRow, masses: &mut [f32]) -> Sampled {
-    masses.copy_from_slice(logits);
+/// What a thread needs to draw a token; it keeps its memory.
+#[derive(Default)]
+struct Scratch {
+    /// A mass for each token.
+    masses: Vec<f32>,
+    /// Sums of SPAN masses.
+    spans: Vec<f64>,
+    /// Tokens by falling logit.
+    order: Vec<usize>,
+}
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> =
+        const { Cell::new(Scratch { masses: Vec::new(), spans: Vec::new(), order: Vec::new() }) };
+}
+
+fn draw(cx: &Cx, logits: &[f32], row: &SampleRow, scratch: &mut Scratch) -> Sampled {
+    let Scratch { masses, spans, order } = scratch;
+    masses.clear();
+    masses.extend_from_slice(logits);
     let distribution = Distribution::of(cx.isa, masses, row.temperature);
     let token = if row.temperature == 0.0 {
         first_largest(logits)
     } else {
-        truncate(logits, row, masses);
-        invert(cx.isa, masses, row.uniform)
+        truncate(logits, row, masses, order);
+        invert(cx.isa, masses, spans, row.uniform)
     };
     Sampled { token: token as u32, logprob: f64::from(distribution.logprob(logits[token])) }
 }
@@ -66,7 +86,7 @@ fn first_largest(logits: &[f32]) -> usize {
 }
 
 /// Clears the masses of all tokens outside top-k and nucleus.
-fn truncate(logits: &[f32], row: &SampleRow, masses: &mut [f32]) {
+fn truncate(logits: &[f32], row: &SampleRow, masses: &mut [f32], order: &mut Vec<usize>) {
     let count = if row.top_k == 0 { logits.len() } else { row.top_k.min(logits.len()) };
     if count == logits.len() && row.top_p >= 1.0 {
         return;
@@ -75,10 +95,11 @@ fn truncate(logits: &[f32], row: &SampleRow, masses: &mut [f32]) {
     let falling = |a: &usize, b: &usize| -> Ordering {
         (logits[*b] + 0.0).total_cmp(&(logits[*a] + 0.0)).then(a.cmp(b))
     };
-    let mut order: Vec<usize> = (0..logits.len()).collect();
+    order.clear();
+    order.extend(0..logits.len());
     if count < order.len() {
         order.select_nth_unstable_by(count, falling);
-        order.split_off(count).into_iter().for_each(|token| masses[token] = 0.0);
+        order.drain(count..).for_each(|token| masses[token] = 0.0);
     }
     if row.top_p < 1.0 {
         order.sort_unstable_by(falling);
@@ -96,13 +117,13 @@ fn truncate(logits: &[f32], row: &SampleRow, masses: &mut [f32]) {
 
 /// The first token at which the running sum of masses passes `uniform` of their total. Sums of whole spans lead
 /// to the span, its masses one by one to the token.
-fn invert(isa: Isa, masses: &[f32], uniform: f64) -> usize {
+fn invert(isa: Isa, masses: &[f32], spans: &mut Vec<f64>, uniform: f64) -> usize {
+    spans.clear();
     // SAFETY: `isa` was detected; the job is safe code.
-    let spans: Vec<f64> =
-        masses.chunks(SPAN).map(|masses| unsafe { isa.run(Sum { masses }) }).collect();
+    spans.extend(masses.chunks(SPAN).map(|masses| unsafe { isa.run(Sum { masses }) }));
     let goal = uniform * spans.iter().sum::<f64>();
     let (mut before, mut last) = (0.0, 0);
-    for (span, (masses, total)) in masses.chunks(SPAN).zip(&spans).enumerate() {
+    for (span, (masses, total)) in masses.chunks(SPAN).zip(spans.iter()).enumerate() {
         let mut sum = before;
         before += total;
         if *total > 0.0 {

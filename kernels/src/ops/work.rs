@@ -11,6 +11,7 @@ use super::tile::{BLOCK_ROWS, Left, Out, PANEL, Right, multiply};
 use super::unpack::{Codes, multiply_codes};
 use crate::buffer::MatMut;
 use crate::kernels::Store;
+use std::cell::Cell;
 use std::ops::Range;
 
 /// Operations of a product below which a piece is not worth another thread: it takes half a microsecond to a
@@ -155,21 +156,35 @@ impl Term {
     }
 }
 
+thread_local! {
+    /// The terms and blocks of the products that this thread began, which keep their memory.
+    static TERMS: Cell<Vec<Term>> = const { Cell::new(Vec::new()) };
+    static BLOCKS: Cell<Vec<Place>> = const { Cell::new(Vec::new()) };
+}
+
 /// Computes all products; their outputs are disjoint.
 ///
 /// # Safety
 /// The addresses of every term are good for its shape, and no output overlaps an input or another output.
-pub(crate) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
+pub(crate) unsafe fn products(cx: &Cx, all: impl Iterator<Item = Term>, store: Store) {
+    let mut terms = TERMS.take();
+    terms.clear();
+    terms.extend(all);
     // All terms of a call are groups of one weight.
-    if let [Term { right: Side::Integers(_), .. }, ..] = terms {
+    if let [Term { right: Side::Integers(_), .. }, ..] = terms[..] {
         // SAFETY: the caller's promise.
-        return unsafe { int8::products(cx, terms, store) };
+        unsafe { int8::products(cx, &terms, store) };
+    } else {
+        each_block(cx, &terms, 1, &|index, i, j, steps| {
+            // SAFETY: the caller's promise; the blocks of a term are disjoint.
+            unsafe { terms[index].block(cx, i, j, steps, store) };
+        });
     }
-    each_block(cx, terms, 1, &|index, i, j, steps| {
-        // SAFETY: the caller's promise; the blocks of a term are disjoint.
-        unsafe { terms[index].block(cx, i, j, steps, store) };
-    });
+    TERMS.set(terms);
 }
+
+/// A block: its term, first row and column, and the rows and columns of a whole one.
+type Place = (usize, usize, usize, (usize, usize));
 
 /// Cuts the products of all terms into blocks and calls `call(term, row, column, steps)` once for each, on the pool. They
 /// are `speed_up` times as fast as products of floats.
@@ -187,7 +202,8 @@ pub(super) fn each_block(
         }
         return;
     }
-    let mut blocks = Vec::with_capacity(2 * wanted + terms.len());
+    let mut blocks = BLOCKS.take();
+    blocks.clear();
     for (index, term) in terms.iter().enumerate() {
         let [rows, cols, _] = term.shape;
         let steps = term.steps((wanted * term.work()).div_ceil(total));
@@ -199,4 +215,5 @@ pub(super) fn each_block(
         let (index, i, j, steps) = blocks[piece];
         call(index, i, j, steps);
     });
+    BLOCKS.set(blocks);
 }

@@ -68,7 +68,9 @@ impl Panels {
     ) -> Result<Panels> {
         let mut places: Vec<Place> = Vec::with_capacity(segments.len());
         // The rows of all panels, and the part of them that each panel has.
-        let (mut rows, mut parts): (Vec<usize>, Vec<Range<usize>>) = Default::default();
+        let most = segments.iter().map(|segment| segment.stem.len() + segment.rows.len()).sum();
+        let mut rows: Vec<usize> = Vec::with_capacity(most);
+        let mut parts: Vec<Range<usize>> = Vec::with_capacity(most / BLOCK + segments.len());
         for segment in segments {
             let (own, shared) = (parts.len(), segment.stem.len() / BLOCK);
             let stem = segment.stem_index.map_or(own, |index| places[index].own);

@@ -51,7 +51,8 @@ pub(super) fn read(start: &Buffer, rows: usize, keys: usize) -> Vec<Segment> {
     let shape = (start.rows(), start.cols());
     assert!(shape == (rows, 1) || shape == (rows, 2), "attention: shape of start");
     let start = start.host::<u32>();
-    let mut segments: Vec<Segment> = Vec::new();
+    let begins = (0..rows).filter(|row| start.row(*row)[0] as usize == *row);
+    let mut segments: Vec<Segment> = Vec::with_capacity(begins.count());
     for row in 0..rows {
         let places = start.row(row);
         let (first, stem) = (places[0] as usize, places[places.len() - 1] as usize);

@@ -11,8 +11,12 @@
 //!   * no worker holds the closure after `run` has returned: a worker enters through the gate, and `run`
 //!     closes the gate and waits until those inside have left; who comes late finds it closed
 //!   * an idle worker spins at most [`SPIN`], then sleeps; the caller too; a busy one yields every [`TURN`]
+//!   * a worker at rest is not woken and not waited for
+
+mod rest;
 
 use crossbeam::utils::CachePadded;
+use rest::{Rest, Waits};
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -35,6 +39,9 @@ const INSIDE: u64 = OPEN - 1;
 const ASLEEP: u64 = OPEN << 1;
 const JOB: u64 = OPEN << 2;
 
+/// A core that nobody is on.
+const NOWHERE: usize = usize::MAX;
+
 /// Threads that share the pieces of one operation at a time.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
@@ -49,10 +56,25 @@ struct Shared {
     /// How many pieces of each thread's range are taken; the caller's is the first.
     taken: Vec<CachePadded<AtomicUsize>>,
     sleeping: Vec<CachePadded<AtomicBool>>,
+    /// The core on which the caller last woke a worker.
+    core: AtomicUsize,
     stop: AtomicBool,
     /// The caller that sleeps.
     caller: Mutex<Option<Thread>>,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+/// What a worker keeps for itself.
+struct Worker {
+    index: usize,
+    /// The job that it last took part in.
+    seen: u64,
+    /// When it began on that, within a few turns of a loop.
+    began: Instant,
+    /// When it last gave its core away.
+    yielded: Instant,
+    rest: Rest,
+    waits: Waits,
 }
 
 struct Door {
@@ -86,6 +108,7 @@ impl Pool {
             }),
             taken: (0..threads).map(|_| CachePadded::new(AtomicUsize::new(0))).collect(),
             sleeping: (1..threads).map(|_| CachePadded::new(AtomicBool::new(false))).collect(),
+            core: AtomicUsize::new(NOWHERE),
             stop: AtomicBool::new(false),
             caller: Mutex::new(None),
             panic: Mutex::new(None),
@@ -137,6 +160,7 @@ impl Pool {
         fence(Ordering::SeqCst);
         for (worker, sleeping) in self.workers.iter().zip(&shared.sleeping).take(pieces - 1) {
             if sleeping.load(Ordering::Relaxed) && sleeping.swap(false, Ordering::AcqRel) {
+                shared.core.store(rest::core().unwrap_or(NOWHERE), Ordering::Relaxed);
                 worker.thread().unpark();
             }
         }
@@ -181,15 +205,23 @@ impl Drop for Pool {
 
 impl Shared {
     fn work(&self, index: usize) {
-        let (mut seen, mut rested) = (0, Instant::now());
-        while let Some(gate) = self.wait(index, seen, &mut rested) {
+        let now = Instant::now();
+        let mut worker = Worker {
+            index,
+            seen: 0,
+            began: now,
+            yielded: now,
+            rest: Rest::new(now),
+            waits: Waits::of_this_thread(),
+        };
+        while let Some(gate) = self.wait(&mut worker) {
             let door = &*self.door;
             let entered =
                 door.gate.compare_exchange(gate, gate + 1, Ordering::AcqRel, Ordering::Relaxed);
             if entered.is_err() {
                 continue;
             }
-            seen = gate / JOB;
+            worker.seen = gate / JOB;
             // SAFETY: we are inside the gate, so the job stays as it is.
             let (pieces, call) = unsafe {
                 let job = *door.job.get();
@@ -202,6 +234,11 @@ impl Shared {
                 && let Some(caller) = self.caller().take()
             {
                 caller.unpark();
+                let now = Instant::now();
+                let Worker { began, rest, waits, .. } = &mut worker;
+                if let Some(rest) = rest.kept_the_caller(now, now - *began, || waits.since_last()) {
+                    self.stay_away(rest, &mut worker);
+                }
             }
         }
     }
@@ -210,18 +247,19 @@ impl Shared {
         self.caller.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    /// Waits for an open gate of a job other than `seen`; None when the pool ends. `rested` is when this thread last
-    /// gave its core away.
-    fn wait(&self, index: usize, seen: u64, rested: &mut Instant) -> Option<u64> {
+    /// Waits for an open gate of a job that the worker has not seen; None when the pool ends.
+    fn wait(&self, worker: &mut Worker) -> Option<u64> {
+        let seen = worker.seen;
         let ready = || {
             let gate = self.door.gate.load(Ordering::Acquire);
             (gate & OPEN != 0 && gate / JOB != seen).then_some(gate)
         };
         let mut start = Instant::now();
-        if start - *rested > TURN {
+        if start - worker.yielded > TURN {
             thread::yield_now();
-            *rested = Instant::now();
+            worker.yielded = Instant::now();
         }
+        worker.began = start;
         loop {
             for _ in 0..16 {
                 if let Some(gate) = ready() {
@@ -232,17 +270,49 @@ impl Shared {
             if self.stop.load(Ordering::Acquire) {
                 return None;
             }
-            if start.elapsed() > SPIN {
-                self.sleeping[index].store(true, Ordering::Relaxed);
-                fence(Ordering::SeqCst);
-                if ready().is_none() && !self.stop.load(Ordering::Acquire) {
-                    thread::park();
-                }
-                self.sleeping[index].store(false, Ordering::Relaxed);
+            worker.began = Instant::now();
+            if worker.began - start > SPIN {
+                self.sleep(worker, &|| ready().is_none());
                 start = Instant::now();
-                *rested = start;
+                worker.began = start;
+                worker.yielded = start;
             }
         }
+    }
+
+    /// Sleeps while nothing is to be done. Who is woken on the caller's core moves, or rests if there is no other.
+    fn sleep(&self, worker: &mut Worker, idle: &dyn Fn() -> bool) {
+        let sleeping = &self.sleeping[worker.index];
+        let mut rested = false;
+        while !self.stop.load(Ordering::Acquire) {
+            sleeping.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            match rested {
+                false if idle() => thread::park(),
+                false => {}
+                // The next job wakes us, where there is room if anywhere; without one the caller is long at this job.
+                true => thread::park_timeout(TURN),
+            }
+            let woken = !sleeping.swap(false, Ordering::AcqRel);
+            let callers = self.core.load(Ordering::Relaxed);
+            let crowded = woken && rest::core() == Some(callers) && !rest::leave(callers);
+            let Some(rest) = worker.rest.woken(crowded) else {
+                return;
+            };
+            self.stay_away(rest, worker);
+            rested = true;
+        }
+    }
+
+    fn stay_away(&self, rest: Duration, worker: &mut Worker) {
+        let start = Instant::now();
+        while let Some(left) = rest.checked_sub(start.elapsed())
+            && !self.stop.load(Ordering::Acquire)
+        {
+            thread::park_timeout(left);
+        }
+        worker.rest.over(Instant::now());
+        worker.waits.since_last();
     }
 
     /// Runs the pieces of thread `own`'s range, then what is left of the others'.
@@ -324,7 +394,7 @@ mod tests {
     fn a_caller_that_went_to_sleep_is_woken_by_the_last_worker() {
         check_ends(|| {
             let pool = Pool::new(3);
-            for _ in 0..50 {
+            for _ in 0..20 {
                 let caller = thread::current().id();
                 let begun = AtomicUsize::new(0);
                 pool.run(3, &|_| {

@@ -22,8 +22,8 @@ pub enum WeightFormat {
     /// FP8 E4M3 with one scale per 128 x 128 block of the weight, as DeepSeek-V3's checkpoints have them.
     Fp8Block,
     /// 8-bit integers from -127 to 127, one scale per output channel. Products for
-    /// [`Transposed`](crate::Product::Transposed) are of integers: rows of activations become codes from -1023 to 1023 with a
-    /// scale each. For [`Plain`](crate::Product::Plain) the codes are read back as f32, as in the other formats.
+    /// [`Transposed`](crate::Product::Transposed) are of integers: activations become codes from -127 to 127 with a scale for
+    /// every 16 of a row. For [`Plain`](crate::Product::Plain) the codes are read back as f32, as in the other formats.
     Int8,
 }
 

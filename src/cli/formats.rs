@@ -11,7 +11,7 @@ use serde::Serialize;
 /// Formats of weights and cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Args)]
 pub struct FormatArgs {
-    /// Type that the weights are packed in; norms, embedding and router stay f32, the head is bf16 or f32
+    /// Type that the weights are packed in; norms, embedding and router stay f32, the head is bf16 with fp8
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f32")]
     pub dtype: Dtype,
     /// Type of the sampler's cache

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Type of packed weights; norms, embedding and router stay f32, the head is bf16 or f32.
+/// Type of packed weights; norms, embedding and router stay f32, the head is bf16 where they are FP8.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Dtype {

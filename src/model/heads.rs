@@ -54,16 +54,11 @@ impl Heads {
         config: &ModelConfig,
     ) -> Result<Heads, OutOfMemory> {
         let layout = params.layout.clone();
-        // The head is never kept in less than 16 bits, a reward model's not in less than 32.
-        let vocabulary = match packing.format {
-            WeightFormat::F32 => WeightFormat::F32,
-            _ => WeightFormat::Bf16,
-        };
         let linear =
             |index: usize, format| Linear::pack(&packing.kept(format), params, index..index + 1, 1);
         Ok(Heads {
             norm: Norm { weight: layout.norm, epsilon: config.rms_norm_eps, factor: 1.0 },
-            vocabulary: linear(layout.head, vocabulary)?,
+            vocabulary: linear(layout.head, of_vocabulary(packing.format))?,
             scalar: layout.score.map(|score| linear(score, WeightFormat::F32)).transpose()?,
         })
     }
@@ -222,5 +217,26 @@ impl Heads {
         self.norm.backward_weight(kernels, d_normed, &gathered.x, &gathered.normed, gradients);
         kernels.scatter_add_rows(&dx, &gathered.rows, d_hidden);
         Ok(())
+    }
+}
+
+/// The format of the vocabulary head, which is not kept in FP8: its numbers have 4 bits of precision. A reward model's head is
+/// always f32.
+fn of_vocabulary(format: WeightFormat) -> WeightFormat {
+    match format {
+        WeightFormat::F32 | WeightFormat::Int8 => format,
+        _ => WeightFormat::Bf16,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_head_is_in_integers_where_all_is_and_never_in_fp8() {
+        let formats = WeightFormat::ALL.map(of_vocabulary);
+        let bf16 = WeightFormat::Bf16;
+        assert_eq!(formats, [WeightFormat::F32, bf16, bf16, bf16, WeightFormat::Int8]);
     }
 }

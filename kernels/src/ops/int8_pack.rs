@@ -1,6 +1,6 @@
 //! Packing a weight for products of integers.
 
-use super::int8::{Integers, MOST_INPUTS, PAIR, PAIR_BYTES, panel_bytes};
+use super::int8::{ABOVE, Integers, QUAD, QUAD_BYTES, panel_bytes};
 use super::quantize::{larger, quotient, to_int8};
 use super::tile::PANEL;
 use super::{Cx, work};
@@ -14,8 +14,8 @@ const LARGEST: f32 = 127.0;
 
 /// Whether a weight in this format is multiplied as integers. W_UK's absorption, a `Plain` product, is not: its outputs are
 /// the weight's columns, and its scales those of its rows.
-pub(super) fn is_integer(format: WeightFormat, product: Product, inputs: usize) -> bool {
-    format == WeightFormat::Int8 && product == Product::Transposed && inputs <= MOST_INPUTS
+pub(super) fn is_integer(format: WeightFormat, product: Product) -> bool {
+    format == WeightFormat::Int8 && product == Product::Transposed
 }
 
 /// See [`Kernels::pack`](crate::Kernels::pack); the pack's rows lie inside the weight.
@@ -28,15 +28,15 @@ pub(super) fn pack(
 ) -> Result<Packed> {
     let Pack { product, groups, group_stride, first_row, rows: outputs } = pack;
     let (inputs, panels) = (weight.cols(), outputs.div_ceil(PANEL));
-    let pairs = inputs.div_ceil(PAIR);
-    let mut data = cx.arena.buffer(owner, DType::U8, groups * panels, panel_bytes(pairs))?;
+    let quads = inputs.div_ceil(QUAD);
+    let mut data = cx.arena.buffer(owner, DType::U8, groups * panels, panel_bytes(quads))?;
     let (from, to) = (weight.host::<f32>(), data.host_mut::<u8>());
     work::split(cx, groups * panels, 1, 8 * inputs * PANEL, &|range| {
         for piece in range {
             let first = first_row + piece / panels * group_stride + piece % panels * PANEL;
             let count = PANEL.min(outputs - piece % panels * PANEL);
             // SAFETY: a panel is written by one piece.
-            write(&from, first, count, unsafe { to.shared_row_mut(piece) }, pairs);
+            write(&from, first, count, unsafe { to.shared_row_mut(piece) }, quads);
         }
     });
     let rows = (first_row, group_stride);
@@ -45,15 +45,15 @@ pub(super) fn pack(
 }
 
 /// `count` rows of the weight from `first` on become the columns of a panel.
-fn write(from: &Mat<'_, f32>, first: usize, count: usize, panel: &mut [u8], pairs: usize) {
+fn write(from: &Mat<'_, f32>, first: usize, count: usize, panel: &mut [u8], quads: usize) {
     panel.fill(0);
-    let (codes, scales) = panel.split_at_mut(pairs * PAIR_BYTES);
+    let (codes, scales) = panel.split_at_mut(quads * QUAD_BYTES);
     for j in 0..count {
         let row = from.row(first + j);
         let scale = row.iter().fold(0.0, |most, x| larger(most, *x)) / LARGEST;
         for (p, x) in row.iter().enumerate() {
-            codes[p / PAIR * PAIR_BYTES + j * PAIR + p % PAIR] =
-                to_int8(quotient(*x, scale)).cast_unsigned();
+            codes[p / QUAD * QUAD_BYTES + j * QUAD + p % QUAD] =
+                to_int8(quotient(*x, scale)).cast_unsigned().wrapping_add(ABOVE);
         }
         scales[4 * j..][..4].copy_from_slice(&scale.to_ne_bytes());
     }
@@ -61,7 +61,7 @@ fn write(from: &Mat<'_, f32>, first: usize, count: usize, panel: &mut [u8], pair
 
 /// One group as the right side of a product.
 pub(super) fn integers(weight: &Packed, group: usize) -> Integers {
-    let pairs = weight.inputs.div_ceil(PAIR);
-    let first = group * weight.outputs.div_ceil(PANEL) * panel_bytes(pairs);
-    Integers { at: weight.data.host::<u8>().pointer().wrapping_add(first), pairs }
+    let quads = weight.inputs.div_ceil(QUAD);
+    let first = group * weight.outputs.div_ceil(PANEL) * panel_bytes(quads);
+    Integers { at: weight.data.host::<u8>().pointer().wrapping_add(first), quads }
 }

@@ -10,7 +10,7 @@
 //!
 //! ```text
 //! foundations   lanes (16 floats), exp, operands and tile (the product), work (how it is split)
-//! products      quantize (codes), pack, unpack, int8 (integers: products, _pack, _tile), linear, grouped
+//! products      quantize (codes), pack, unpack, int8 (integers: products, _pack, _rows, _tile), linear, grouped
 //! rows          rows, rms_norm, rope, swiglu
 //! attention     cache_rows (every format), mla_train, mla_decode, mla_prefill
 //! experts       router, balance, dropping, routes
@@ -27,6 +27,7 @@ pub(crate) mod work;
 pub(crate) mod grouped;
 pub(crate) mod int8;
 mod int8_pack;
+mod int8_rows;
 mod int8_tile;
 pub(crate) mod linear;
 pub(crate) mod pack;

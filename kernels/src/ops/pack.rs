@@ -36,7 +36,7 @@ pub(crate) fn pack(
         Product::Transposed => (weight.cols(), rows),
         Product::Plain => (rows, weight.cols()),
     };
-    if int8_pack::is_integer(format, product, inputs) {
+    if int8_pack::is_integer(format, product) {
         return int8_pack::pack(cx, owner, weight, pack, version);
     }
     let panels = outputs.div_ceil(PANEL);
@@ -76,7 +76,7 @@ pub(crate) fn pack(
 /// One group as the right side of a product.
 pub(crate) fn panels(weight: &Packed, group: usize) -> Side {
     assert!(group < weight.groups);
-    if int8_pack::is_integer(weight.format, weight.product, weight.inputs) {
+    if int8_pack::is_integer(weight.format, weight.product) {
         return Side::Integers(int8_pack::integers(weight, group));
     }
     let panel = weight.inputs * PANEL;

@@ -6,19 +6,21 @@ use super::movement;
 use crate::buffer::{Buffer, Mat};
 use crate::format::{CacheFormat, CacheLayout, CacheSpec, WeightFormat};
 
-/// The largest code of a row of activations in a product of integers.
-const ROW_LARGEST: f32 = 1023.0;
-
-/// A row of activations as integers of at most 1023 times a scale that they share, an f32; a number becomes the integer that
-/// is nearest to its f32 product with the f32 `1023 / most`.
+/// A row of activations as integers of at most 127 times a scale that 16 neighbours share, an f32; a number becomes the
+/// integer that is nearest to its f32 product with the f32 `127 / most`.
 pub fn row_of_integers(row: &[f64]) -> Vec<f64> {
-    let most = row.iter().fold(0.0f64, |most, x| most.max(x.abs())) as f32;
+    row.chunks(16).flat_map(integers).collect()
+}
+
+/// Numbers that share a scale.
+fn integers(block: &[f64]) -> Vec<f64> {
+    let most = block.iter().fold(0.0f64, |most, x| most.max(x.abs())) as f32;
     if most < 1e-36 {
-        return vec![0.0; row.len()];
+        return vec![0.0; block.len()];
     }
-    let (scale, inverse) = (most / ROW_LARGEST, ROW_LARGEST / most);
+    let (scale, inverse) = (most / 127.0, 127.0 / most);
     let kept = |x: &f64| f64::from(*x as f32 * inverse).round_ties_even() * f64::from(scale);
-    row.iter().map(kept).collect()
+    block.iter().map(kept).collect()
 }
 
 /// The rows of `weight` as `format` keeps them.

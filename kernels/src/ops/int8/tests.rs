@@ -5,6 +5,7 @@ use crate::arena::{Arena, Kind};
 use crate::buffer::{Buffer, DType};
 use crate::format::WeightFormat;
 use crate::kernels::{Pack, Product};
+use crate::ops::int8_rows::{SHARE, scale};
 use crate::ops::linear::linear;
 use crate::ops::pack::pack;
 use crate::ops::tile::Out;
@@ -33,12 +34,13 @@ fn on_level(cx: &Cx, level: Level, x: &Buffer, w: &Buffer, start: f32) -> Vec<u3
     let whole = Pack::whole(Product::Transposed, w);
     let packed = pack(cx, cx.scratch, w, whole, WeightFormat::Int8, 1).unwrap();
     let right = super::super::int8_pack::integers(&packed, 0);
-    let mut codes = vec![0; x.rows() * row_codes(right.pairs)];
+    let stride = row_bytes(right.quads);
+    let mut codes = vec![0; x.rows() * stride];
     for i in 0..x.rows() {
         let row = x.host::<f32>().row(i).as_ptr();
-        let to = codes[i * row_codes(right.pairs)..].as_mut_ptr();
+        let to = codes[i * stride..].as_mut_ptr();
         // SAFETY: row and codes have the widths of the product.
-        unsafe { Isa::Portable.run(Quantise { row, inputs: x.cols(), pairs: right.pairs, to }) };
+        unsafe { level.quantise(row, x.cols(), to) };
     }
     // One column more, which nobody may touch.
     let stride = w.rows() + 1;
@@ -61,15 +63,19 @@ fn defined(x: &Buffer, w: &Buffer, start: f32) -> Vec<u32> {
     let mut y = Vec::new();
     for i in 0..x.rows() {
         let row = x.host::<f32>().row(i).to_vec();
-        let (row_scale, inverse) = (most(&row) / 1023.0, 1023.0 / most(&row));
-        let a = row.iter().map(|x| (x * inverse).round_ties_even() as i64);
         for j in 0..w.rows() {
             let column = w.host::<f32>().row(j).to_vec();
             let scale = most(&column) / 127.0;
-            // A column of zeros has quotients that are no numbers, and codes of 0.
-            let b = column.iter().map(|w| (w / scale).round_ties_even() as i64);
-            let sum: i64 = a.clone().zip(b).map(|(a, b)| a * b).sum();
-            let value = sum as f32 * (row_scale * scale);
+            let mut value = 0.0f32;
+            for (numbers, weights) in row.chunks(16).zip(column.chunks(16)) {
+                let inverse = 127.0 / most(numbers);
+                // Blocks and columns of zeros have quotients that are no numbers, and codes of 0.
+                let a = numbers.iter().map(|x| (x * inverse).round_ties_even() as i64);
+                let b = weights.iter().map(|w| (w / scale).round_ties_even() as i64);
+                let sum: i64 = a.zip(b).map(|(a, b)| a * b).sum();
+                value = (sum as f32).mul_add(most(numbers) / 127.0, value);
+            }
+            let value = value * scale;
             y.push((if start.to_bits() != 0 { start + value } else { value }).to_bits());
         }
     }
@@ -93,7 +99,9 @@ fn every_level_has_the_bits_of_integers_summed_one_by_one() {
     {
         for start in [0.0, 0.75] {
             for (cx, level) in levels() {
-                let x = buffer(&cx, m, k, |i, j| number(case as u64, i, j));
+                // Blocks of different sizes, and one of zeros.
+                let size = |j: usize| [1.0, 0.0, 30.0, 1e-3][j / SHARE % 4];
+                let x = buffer(&cx, m, k, |i, j| size(j) * number(case as u64, i, j));
                 let w = buffer(&cx, n, k, |i, j| if i == 5 { 0.0 } else { number(9, i, j) });
                 let found = on_level(&cx, level, &x, &w, start);
                 assert!(found == defined(&x, &w, start), "{level:?}, {m} x {n} x {k}, {start}");
@@ -106,8 +114,8 @@ fn every_level_has_the_bits_of_integers_summed_one_by_one() {
 fn codes_at_their_ends_overflow_no_sum() {
     for (cx, level) in levels() {
         for (a, b) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0)] {
-            let x = buffer(&cx, 3, MOST_INPUTS, |_, _| a);
-            let w = buffer(&cx, 2, MOST_INPUTS, |_, _| b);
+            let x = buffer(&cx, 3, 1 << 15, |_, _| a);
+            let w = buffer(&cx, 2, 1 << 15, |_, _| b);
             assert!(on_level(&cx, level, &x, &w, 0.0) == defined(&x, &w, 0.0), "{level:?}");
         }
     }
@@ -136,9 +144,17 @@ fn a_number_that_is_not_finite_shows_in_its_row_or_column_and_nowhere_else() {
 #[test]
 fn numbers_of_any_size_become_codes() {
     for most in [f32::MAX, 1e30, 1e-30, 1e-35] {
-        let (scale, inverse) = scale(&[0.0, most, -most / 2.0]);
-        assert!(scale > 0.0 && inverse.is_finite(), "{most}");
-        assert_eq!([most, -most, 0.0].map(|x| code(x, inverse)), [1023, -1023, 0]);
+        let row = [0.0, most, -most / 4.0, -most];
+        for (_, level) in levels() {
+            let mut to = [0xaa; row_bytes(1)];
+            // SAFETY: the row has four numbers, a quad.
+            unsafe { level.quantise(row.as_ptr(), 4, to.as_mut_ptr()) };
+            let codes = to.map(u8::cast_signed);
+            assert_eq!(codes[..5], [0, 127, -32, -127, 0], "{level:?}, {most}");
+            assert!(codes[5..SHARE].iter().all(|code| *code == 0), "{level:?}");
+            assert_eq!(to[SHARE..][..4], (128 * 32i32).to_ne_bytes(), "{level:?}");
+            assert_eq!(to[SHARE + 4..], (most / 127.0).to_ne_bytes(), "{level:?}");
+        }
     }
-    assert_eq!(scale(&[0.0, 1e-40]), (0.0, 0.0));
+    assert_eq!(scale(1e-40f32.to_bits()), (0.0, 0.0));
 }

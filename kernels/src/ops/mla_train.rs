@@ -31,7 +31,7 @@ pub(crate) use softmax::{divide, softmax, softmax_row};
 
 use self::panels::against_panels;
 use super::tile::product;
-use super::work::split;
+use super::work;
 use super::{Cx, Isa};
 use crate::arena::OutOfMemory;
 use crate::buffer::{Buffer, DType, Mat, MatMut};
@@ -65,9 +65,8 @@ pub(crate) fn mla_train(
     let (o, lse) = (o.host_mut::<f32>(), lse.host_mut::<f32>());
     let cost = inputs.cost(&segments) / (blocks.len() * shape.heads).max(1);
     attempt(cx, blocks.len() * shape.heads, cost, &|piece| {
-        // The later blocks of a segment are the larger ones; they go first, so that no thread ends
-        // alone.
-        let (index, rows) = blocks[blocks.len() - 1 - piece / shape.heads].clone();
+        // By rows, as the operations around it: a thread finds what it wrote in its own cache.
+        let (index, rows) = blocks[piece / shape.heads].clone();
         let (head, segment) = (piece % shape.heads, &segments[index]);
         let seen = segment.seen(rows.end - 1);
         let mut scratch =
@@ -192,12 +191,9 @@ pub(crate) fn attempt(
     call: &(dyn Fn(usize) -> Result<()> + Sync),
 ) -> Result<()> {
     let failure: Mutex<Option<OutOfMemory>> = Mutex::new(None);
-    split(cx, pieces, 1, cost, &|range| {
-        for piece in range {
-            if let Err(error) = call(piece) {
-                failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
-                return;
-            }
+    work::each(cx, pieces, cost, &|piece| {
+        if let Err(error) = call(piece) {
+            failure.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(error);
         }
     });
     failure.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)

@@ -163,13 +163,35 @@ impl OnLanes for BackwardWeight<'_> {
     type Out = ();
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        for row in 0..self.x.rows {
-            let inverse = self.inverse_rms.row(row)[0];
-            let (dy, x) =
-                (&self.dy.row(row)[self.columns.clone()], &self.x.row(row)[self.columns.clone()]);
-            for ((dw, dy), x) in self.dw.iter_mut().zip(dy).zip(x) {
-                *dw = dy.mul_add(x * inverse, *dw);
+        let BackwardWeight { dy, x, inverse_rms, columns, dw } = self;
+        for (first, dw) in columns.step_by(COLUMNS).zip(dw.chunks_mut(COLUMNS)) {
+            match <&mut [f32; COLUMNS]>::try_from(&mut *dw) {
+                // Sums of a number that is known stay in registers.
+                Ok(dw) => {
+                    let mut sums = *dw;
+                    add_rows(dy, x, inverse_rms, first, &mut sums);
+                    *dw = sums;
+                }
+                Err(_) => add_rows(dy, x, inverse_rms, first, dw),
             }
+        }
+    }
+}
+
+/// Adds all rows' gradients of the weights from column `first` on, inside `L::call`.
+#[inline(always)]
+fn add_rows(
+    dy: &Mat<'_, f32>,
+    x: &Mat<'_, f32>,
+    inverse_rms: &Mat<'_, f32>,
+    first: usize,
+    sums: &mut [f32],
+) {
+    for row in 0..x.rows {
+        let inverse = inverse_rms.row(row)[0];
+        let (dy, x) = (&dy.row(row)[first..][..sums.len()], &x.row(row)[first..][..sums.len()]);
+        for ((sum, dy), x) in sums.iter_mut().zip(dy).zip(x) {
+            *sum = dy.mul_add(x * inverse, *sum);
         }
     }
 }

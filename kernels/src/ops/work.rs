@@ -41,6 +41,14 @@ pub(crate) fn split(
     cx.pool.run(count.div_ceil(size), &|piece| call(piece * size..count.min((piece + 1) * size)));
 }
 
+/// As [`split`], but each item is a piece of its own: for items of unequal cost, few enough to be counted one by one.
+pub(crate) fn each(cx: &Cx, count: usize, cost: usize, call: &(dyn Fn(usize) + Sync)) {
+    match pieces(cx, count * cost) {
+        1 => (0..count).for_each(call),
+        _ => cx.pool.run(count, call),
+    }
+}
+
 /// Runs `call` for every row of a `rows x cols` matrix, in one or more ranges of columns.
 pub(crate) fn segments(
     cx: &Cx,

@@ -16,12 +16,16 @@ use std::ops::Range;
 // A panel is what `multiply` takes for one.
 const _: () = assert!(BLOCK == PANEL);
 
+/// Operations of an element, roughly: it comes from and goes to a far cache.
+const COST: usize = 64;
+
 /// A panel for each key-value head and each BLOCK rows of a segment.
 pub(crate) struct Panels {
     data: Buffer,
     /// Where each segment's panels lie.
     places: Vec<Place>,
-    per_head: usize,
+    /// Key-value heads, whose panels of the same rows are neighbours: made by the thread that made the rows.
+    heads: usize,
     sharing: usize,
 }
 
@@ -81,25 +85,27 @@ impl Panels {
             parts.extend((first..end).step_by(BLOCK).map(|row| row..end.min(row + BLOCK)));
         }
         let sharing = inputs.shape.sharing;
-        let count = inputs.shape.heads / sharing * parts.len();
+        let heads = inputs.shape.heads / sharing;
+        let count = heads * parts.len();
         let mut data = cx.arena.buffer(cx.scratch, DType::F32, count, width * BLOCK)?;
         let panels = data.host_mut::<f32>();
-        split(cx, count, 1, width * BLOCK, &|range| {
+        split(cx, count, heads, COST * width * BLOCK, &|range| {
             for index in range {
                 // SAFETY: a panel belongs to one piece.
                 let panel = unsafe { panels.shared_row_mut(index) };
-                write(index / parts.len(), &rows[parts[index % parts.len()].clone()], panel);
+                write(index % heads, &rows[parts[index / heads].clone()], panel);
             }
         });
-        Ok(Panels { data, places, per_head: parts.len(), sharing })
+        Ok(Panels { data, places, heads, sharing })
     }
 
     /// A query head's panels in one segment: those of the stem, how many they are, and its own.
     fn right(&self, segment: usize, head: usize) -> (Right, usize, Right) {
         let panels = self.data.host::<f32>();
         let at = |panel: usize| {
-            let row = panels.row(head / self.sharing * self.per_head + panel);
-            Right { at: row.as_ptr(), row: BLOCK, panel: panels.stride, next: Next::Nothing }
+            let row = panels.row(panel * self.heads + head / self.sharing);
+            let panel = self.heads * panels.stride;
+            Right { at: row.as_ptr(), row: BLOCK, panel, next: Next::Nothing }
         };
         let Place { stem, shared, own } = self.places[segment];
         (at(stem), shared, at(own))

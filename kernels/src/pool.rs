@@ -16,7 +16,7 @@
 mod rest;
 
 use crossbeam::utils::CachePadded;
-use rest::{Rest, Waits};
+use rest::Rest;
 use std::any::Any;
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -69,12 +69,9 @@ struct Worker {
     index: usize,
     /// The job that it last took part in.
     seen: u64,
-    /// When it began on that, within a few turns of a loop.
-    began: Instant,
     /// When it last gave its core away.
     yielded: Instant,
     rest: Rest,
-    waits: Waits,
 }
 
 struct Door {
@@ -205,15 +202,7 @@ impl Drop for Pool {
 
 impl Shared {
     fn work(&self, index: usize) {
-        let now = Instant::now();
-        let mut worker = Worker {
-            index,
-            seen: 0,
-            began: now,
-            yielded: now,
-            rest: Rest::new(now),
-            waits: Waits::of_this_thread(),
-        };
+        let mut worker = Worker { index, seen: 0, yielded: Instant::now(), rest: Rest::default() };
         while let Some(gate) = self.wait(&mut worker) {
             let door = &*self.door;
             let entered =
@@ -234,11 +223,6 @@ impl Shared {
                 && let Some(caller) = self.caller().take()
             {
                 caller.unpark();
-                let now = Instant::now();
-                let Worker { began, rest, waits, .. } = &mut worker;
-                if let Some(rest) = rest.kept_the_caller(now, now - *began, || waits.since_last()) {
-                    self.stay_away(rest, &mut worker);
-                }
             }
         }
     }
@@ -259,7 +243,6 @@ impl Shared {
             thread::yield_now();
             worker.yielded = Instant::now();
         }
-        worker.began = start;
         loop {
             for _ in 0..16 {
                 if let Some(gate) = ready() {
@@ -270,11 +253,9 @@ impl Shared {
             if self.stop.load(Ordering::Acquire) {
                 return None;
             }
-            worker.began = Instant::now();
-            if worker.began - start > SPIN {
+            if start.elapsed() > SPIN {
                 self.sleep(worker, &|| ready().is_none());
                 start = Instant::now();
-                worker.began = start;
                 worker.yielded = start;
             }
         }
@@ -299,20 +280,18 @@ impl Shared {
             let Some(rest) = worker.rest.woken(crowded) else {
                 return;
             };
-            self.stay_away(rest, worker);
+            self.stay_away(rest);
             rested = true;
         }
     }
 
-    fn stay_away(&self, rest: Duration, worker: &mut Worker) {
+    fn stay_away(&self, rest: Duration) {
         let start = Instant::now();
         while let Some(left) = rest.checked_sub(start.elapsed())
             && !self.stop.load(Ordering::Acquire)
         {
             thread::park_timeout(left);
         }
-        worker.rest.over(Instant::now());
-        worker.waits.since_last();
     }
 
     /// Runs the pieces of thread `own`'s range, then what is left of the others'.

@@ -260,6 +260,19 @@ mod tests {
                        [data.sets.text]\nfile = \"text.jsonl\"\nschema = \"text\"\n\
                        [[stage]]\nname = \"base\"\nkind = \"pretrain\"\ndata = [{ set = \"text\" }]\nsteps = 1\nbatch = 1\nsequence = 8\n";
 
+    /// A check of `file` and nothing else.
+    fn args(file: PathBuf) -> CheckArgs {
+        CheckArgs {
+            file,
+            set: Vec::new(),
+            against: None,
+            gpu_hours: None,
+            plan_only: false,
+            json: false,
+            threads: Threads::default(),
+        }
+    }
+
     fn check(text: &str, data: Option<&str>, plan_only: bool) -> Result<CheckReport> {
         let folder = tempfile::tempdir().unwrap();
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
@@ -268,15 +281,7 @@ mod tests {
         if let Some(data) = data {
             std::fs::write(folder.path().join("text.jsonl"), data).unwrap();
         }
-        report(&CheckArgs {
-            file,
-            set: Vec::new(),
-            against: None,
-            gpu_hours: None,
-            plan_only,
-            json: false,
-            threads: Threads::default(),
-        })
+        report(&CheckArgs { plan_only, ..args(file) })
     }
 
     #[test]
@@ -326,16 +331,7 @@ mod tests {
             .replace("[data.sets.text]", "[data]\nheld_out = [\"held\"]\n[data.sets.text]");
         let file = folder.path().join("run.toml");
         std::fs::write(&file, run + TALK).unwrap();
-        let threads = Threads::default();
-        report(&CheckArgs {
-            file,
-            set: Vec::new(),
-            against: None,
-            gpu_hours: None,
-            plan_only: false,
-            json: false,
-            threads,
-        })
+        report(&args(file))
     }
 
     #[test]
@@ -370,17 +366,7 @@ mod tests {
             .replace("vocab_size = 288\ntrain_on = [\"text\"]", "file = \"tokenizer.json\"");
         let file = folder.path().join("run.toml");
         std::fs::write(&file, run + TALK).unwrap();
-        let threads = Threads::default();
-        let fault = report(&CheckArgs {
-            file,
-            set: Vec::new(),
-            against: None,
-            gpu_hours: None,
-            plan_only: false,
-            json: false,
-            threads,
-        })
-        .unwrap_err();
+        let fault = report(&args(file)).unwrap_err();
         assert!(fault.to_string().contains("talk.jsonl:2: the conversation has 2"), "{fault}");
     }
 
@@ -413,16 +399,7 @@ mod tests {
             .replace("vocab_size = 288\ntrain_on = [\"text\"]", "file = \"tokenizer.json\"");
         let file = folder.path().join("run.toml");
         std::fs::write(&file, run).unwrap();
-        let fault = report(&CheckArgs {
-            file,
-            set: Vec::new(),
-            against: None,
-            gpu_hours: None,
-            plan_only: false,
-            json: false,
-            threads: Threads::default(),
-        })
-        .unwrap_err();
+        let fault = report(&args(file)).unwrap_err();
         let told = format!(
             "run.toml:5:1: tokenizer.file = \"tokenizer.json\" has {size} tokens, model.vocab_size = {} is smaller; raise it",
             size - 1
@@ -435,29 +412,12 @@ mod tests {
     fn every_config_of_the_repository_is_right() {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs");
         for name in ["quickstart.toml", "smoke.toml", "small/gsm8k.toml"] {
-            let args = CheckArgs {
-                file: configs.join(name),
-                set: Vec::new(),
-                against: None,
-                gpu_hours: None,
-                plan_only: true,
-                json: false,
-                threads: Threads::default(),
-            };
+            let args = CheckArgs { plan_only: true, ..args(configs.join(name)) };
             let report = report(&args).unwrap_or_else(|fault| panic!("{fault}"));
             assert!(report.to_string().contains("parameters"), "{report}");
         }
         for file in std::fs::read_dir(configs.join("model")).unwrap() {
-            let args = CheckArgs {
-                file: file.unwrap().path(),
-                set: Vec::new(),
-                against: None,
-                gpu_hours: None,
-                plan_only: false,
-                json: false,
-                threads: Threads::default(),
-            };
-            report(&args).unwrap_or_else(|fault| panic!("{fault}"));
+            report(&args(file.unwrap().path())).unwrap_or_else(|fault| panic!("{fault}"));
         }
     }
 }

@@ -1,31 +1,24 @@
-//! What `check` found, as text and as JSON with stable keys.
+//! What `check` found: the figures, which are its JSON with stable keys, and why a run is refused.
+
+mod text;
 
 use super::machine::share_for_arenas;
-use super::output::{duration, grouped};
 use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig, StageKind};
 use crate::model::{Parameters, flops_per_token, parameters};
 use crate::plan::comparison::PAPER;
-use crate::plan::cost::{CACHE_DTYPE, PEAK_FLOPS};
-use crate::plan::estimate::{TRAINED_SHARE, generated_lines, sequence};
-use crate::plan::memory::{Owners, total};
+use crate::plan::cost::CACHE_DTYPE;
+use crate::plan::estimate::{generated_lines, sequence};
+use crate::plan::memory::Owners;
 use crate::plan::{
     Comparison, Estimate, Memory, Utilisation, cache_bytes_per_token, cache_elements_per_token,
     compare, estimate, host_bytes, memory, model_memory, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
-use std::fmt;
 use std::path::Path;
 
 /// The sequence length of a model's FLOPs, if it has as many positions.
 const MODEL_SEQUENCE: usize = 4096;
-
-/// What `engine.exact` means for rollouts.
-const EXACT: &str =
-    "exact: sampled and trained in one form of attention, the same log-probabilities to the bit";
-/// What its absence means.
-const FAST: &str =
-    "fast: trained as engine.attention says, prompts by cost; log-probabilities agree to rounding";
 
 /// What a run or a model costs.
 #[derive(Debug, Serialize)]
@@ -203,30 +196,6 @@ impl CheckReport {
         })
     }
 
-    /// What only a run has: its bounds, and what it takes.
-    fn write_run(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.budget_bytes, self.free) {
-            (Some(budget), _) => writeln!(out, "budget    {}", Bytes(budget))?,
-            (None, Some(free)) => writeln!(
-                out,
-                "budget    none; here the arenas take at most {}, nine tenths of what is free",
-                Bytes(share_for_arenas(free))
-            )?,
-            (None, None) => {}
-        }
-        if let Some(exact) = self.exact {
-            writeln!(out, "rollouts  {}", if exact { EXACT } else { FAST })?;
-        }
-        if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
-            writeln!(
-                out,
-                "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",
-                Bytes(bytes)
-            )?;
-        }
-        self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
-    }
-
     /// Most bytes that a run is planned to hold at once.
     pub fn peak_bytes(&self) -> u64 {
         self.plan.as_ref().and_then(Memory::peak).map_or(0, |(_, _, bytes)| bytes)
@@ -238,65 +207,6 @@ impl CheckReport {
     }
 }
 
-impl fmt::Display for CheckReport {
-    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let counts = &self.parameters;
-        writeln!(out, "{}: right", self.file)?;
-        writeln!(
-            out,
-            "model     {} parameters in {} tensors",
-            grouped(counts.total),
-            grouped(counts.tensors)
-        )?;
-        writeln!(
-            out,
-            "          {} active in a token, {} without the input embedding",
-            grouped(counts.active),
-            grouped(counts.active_without_input_embedding)
-        )?;
-        writeln!(
-            out,
-            "cache     {} bytes a token ({}), {} elements",
-            grouped(self.cache_bytes_per_token),
-            self.cache_dtype,
-            grouped(self.cache_elements_per_token)
-        )?;
-        for (kind, bytes) in &self.cache_bytes_by_type {
-            if *kind != self.cache_dtype {
-                writeln!(out, "          {} bytes in {kind}", grouped(*bytes))?;
-            }
-        }
-        writeln!(
-            out,
-            "training  {} a token at {} tokens",
-            flops(self.flops_per_token),
-            grouped(self.sequence as u64)
-        )?;
-        if let Some(found) = &self.utilisation {
-            writeln!(
-                out,
-                "          {:.1} tokens a second and GPU, {:.1} % of {:.1} TFLOP/s (an H100 or H800 in bf16)",
-                found.tokens_per_second,
-                100.0 * found.share_of_peak,
-                PEAK_FLOPS / 1e12
-            )?;
-        }
-        if let Some(against) = &self.comparison {
-            write_comparison(out, against)?;
-        }
-        for (name, lines) in &self.lines {
-            writeln!(out, "data      {name}: {} examples", grouped(*lines))?;
-        }
-        for (phase, owners) in &self.memory {
-            writeln!(out, "memory    {phase}: {}", Bytes(total(owners)))?;
-            for (owner, bytes) in owners {
-                writeln!(out, "            {owner:<24} {:>12}", Bytes(*bytes).to_string())?;
-            }
-        }
-        self.write_run(out)
-    }
-}
-
 fn cache_bytes_by_type(model: &ModelConfig) -> BTreeMap<&'static str, u64> {
     let elements = cache_elements_per_token(model);
     let mut bytes = BTreeMap::from([("bf16", 2 * elements), ("f32", 4 * elements)]);
@@ -304,74 +214,6 @@ fn cache_bytes_by_type(model: &ModelConfig) -> BTreeMap<&'static str, u64> {
         bytes.insert("6 bits", elements * 6 / 8);
     }
     bytes
-}
-
-fn write_comparison(out: &mut fmt::Formatter<'_>, against: &Against) -> fmt::Result {
-    let (found, paper) = (&against.ratios, &against.paper);
-    let percent = |share: f64| format!("{:.2} %", 100.0 * share);
-    writeln!(out, "against   {}; in brackets DeepSeek-V2 against DeepSeek 67B", against.file)?;
-    for (what, found, paper) in [
-        ("active parameters", found.active, paper.active),
-        ("parameters", found.total, paper.total),
-        ("cached elements", found.cache_elements, paper.cache_elements),
-        ("training FLOPs", found.flops, paper.flops),
-    ] {
-        writeln!(out, "          {found:.4} of its {what} ({paper})")?;
-    }
-    writeln!(
-        out,
-        "          {} of its cache saved in elements ({})",
-        percent(found.cache_saved),
-        percent(paper.cache_saved)
-    )?;
-    if let (Some(found), Some(paper)) = (found.cache_saved_at_6_bits, paper.cache_saved_at_6_bits) {
-        writeln!(
-            out,
-            "          {} of its cache saved in bytes, 6 bits against bf16 ({})",
-            percent(found),
-            percent(paper)
-        )?;
-    }
-    Ok(())
-}
-
-fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Result {
-    let unknown = || "?".to_string();
-    for stage in &estimate.stages {
-        let steps = stage.steps.map_or_else(unknown, grouped);
-        let tokens = stage.trained_tokens.map_or_else(unknown, grouped);
-        let seconds = stage.seconds.map_or_else(unknown, duration);
-        write!(
-            out,
-            "stage     {:<16} {:<13} {steps:>7} steps {tokens:>12} tokens",
-            stage.name, stage.kind
-        )?;
-        if stage.sampled_tokens > 0 {
-            write!(out, ", {} sampled", grouped(stage.sampled_tokens))?;
-        }
-        writeln!(out, ", about {seconds}")?;
-    }
-    writeln!(out, "tokens    {} trained", grouped(estimate.tokens))?;
-    writeln!(out, "disk      {} at most", Bytes(estimate.disk_bytes))?;
-    let rate = format!(
-        "{} thread(s), at {:.0} % of the {:.1} GFLOP/s that each was measured at",
-        estimate.threads,
-        100.0 * TRAINED_SHARE,
-        estimate.products / estimate.threads.max(1) as f64 / 1e9
-    );
-    match estimate.seconds {
-        Some(seconds) => {
-            writeln!(out, "time      about {} on {rate}, without evaluations", duration(seconds))
-        }
-        None => writeln!(out, "time      not known before every data set is read"),
-    }
-}
-
-/// FLOPs with a unit.
-fn flops(number: f64) -> String {
-    let units = [("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("kFLOP", 1e3)];
-    let (name, unit) = units.into_iter().find(|(_, unit)| number >= *unit).unwrap_or(("FLOP", 1.0));
-    format!("{:.4} {name}", number / unit).replace(".0000", "")
 }
 
 #[cfg(test)]
@@ -481,12 +323,5 @@ mod tests {
         let loaded = RunConfig::load(&configs().join("small/needle.toml"), &[]).unwrap();
         let without = CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap();
         assert!(without.exact.is_none() && !without.to_string().contains("rollouts  "));
-    }
-
-    #[test]
-    fn flops_have_readable_units() {
-        assert_eq!(flops(155.3e9), "155.3000 GFLOP");
-        assert_eq!(flops(10e9), "10 GFLOP");
-        assert_eq!(flops(12.0), "12 FLOP");
     }
 }

@@ -16,8 +16,9 @@ mod own;
 
 use super::cache_rows::Coded;
 use super::lanes::LANES;
-use super::mla_train::{BLOCK, attempt, divide, softmax, transpose};
+use super::mla_train::{BLOCK, attempt, divide, softmax};
 use super::tile::{Left, Next, Out, Right, multiply, product};
+use super::transpose::transpose;
 use super::{Cx, Isa};
 use crate::buffer::{Buffer, DType, Mat, MatMut};
 use crate::format::{CacheFormat, CacheLayout, CacheSpec};

@@ -25,7 +25,7 @@ mod softmax;
 mod tests;
 
 pub(crate) use backward::mla_train_backward_input;
-pub(crate) use panels::{Panels, transpose};
+pub(crate) use panels::Panels;
 pub(crate) use segments::Segment;
 pub(crate) use softmax::{divide, softmax, softmax_row};
 

@@ -9,7 +9,7 @@
 //!   * all instruction sets do the same floating-point operations in the same order
 //!
 //! ```text
-//! foundations   lanes (16 floats), exp, operands and tile (the product), work (how it is split)
+//! foundations   lanes (16 floats), exp, transpose, operands and tile (the product), work (how it is split)
 //! products      quantize (codes), pack, unpack, int8 (integers: products, _pack, _rows, _tile), linear, grouped
 //! rows          rows, rms_norm, rope, swiglu
 //! attention     cache_rows (every format), mla_train, mla_decode, mla_prefill
@@ -22,6 +22,7 @@ pub(crate) mod exp;
 pub(crate) mod lanes;
 mod operands;
 pub(crate) mod tile;
+pub(crate) mod transpose;
 pub(crate) mod work;
 
 pub(crate) mod grouped;

@@ -4,9 +4,9 @@
 //! `Product::Plain`; the elements are floats, or codes whose scales lie apart. Knows nothing of products but this
 //! layout. A weight for products of integers lies as `int8_pack` says.
 
-use super::mla_train::transpose;
 use super::quantize::{quotient, scales, to_bf16, to_e4m3, to_int8};
 use super::tile::{Next, PANEL, Right};
+use super::transpose::transpose;
 use super::unpack::{Codes, Scales};
 use super::work::Side;
 use super::{Cx, Isa, int8_pack, work};

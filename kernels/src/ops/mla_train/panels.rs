@@ -6,8 +6,9 @@
 //!   * columns behind a segment's end are zero
 
 use super::super::tile::{Left, Next, Out, PANEL, Right, multiply};
+use super::super::transpose::transpose;
 use super::super::work::split;
-use super::super::{Cx, Isa, Lanes, OnLanes};
+use super::super::{Cx, Isa};
 use super::{BLOCK, Inputs, Segment};
 use crate::buffer::{Buffer, DType, MatMut};
 use crate::kernels::{Result, Store};
@@ -133,53 +134,6 @@ pub(super) unsafe fn against_panels(
         multiply(isa, [out.rows, columns, width], left, stem, to, Store::Set);
         let rest = [out.rows, out.cols - columns, width];
         multiply(isa, rest, left, own, to.from(0, columns), Store::Set);
-    }
-}
-
-/// Writes up to BLOCK rows as the columns of a panel; missing columns become zero.
-pub(crate) fn transpose(isa: Isa, rows: &[&[f32]], panel: &mut [f32]) {
-    let width = panel.len() / BLOCK;
-    assert!(rows.len() <= BLOCK && rows.iter().all(|row| row.len() == width), "rows of a panel");
-    // SAFETY: `isa` was detected.
-    unsafe { isa.run(Transpose { rows, panel }) }
-}
-
-struct Transpose<'a> {
-    rows: &'a [&'a [f32]],
-    panel: &'a mut [f32],
-}
-
-impl OnLanes for Transpose<'_> {
-    type Out = ();
-    #[inline(always)]
-    unsafe fn run<L: Lanes>(self) {
-        let Transpose { rows, panel } = self;
-        let whole = panel.len() / BLOCK / 4 * 4;
-        for first in (0..BLOCK).step_by(8) {
-            let some = &rows[first.min(rows.len())..rows.len().min(first + 8)];
-            if let Some(last) = some.last() {
-                // The last row stands in for missing ones.
-                let eight = std::array::from_fn(|i| some.get(i).unwrap_or(last).as_ptr());
-                for column in (0..whole).step_by(4) {
-                    // SAFETY: the rows have `whole` elements at least, and the panel as many rows of BLOCK.
-                    unsafe {
-                        let to = panel.as_mut_ptr().add(column * BLOCK + first);
-                        L::turn(eight.map(|row: *const f32| row.add(column)), to, BLOCK);
-                    }
-                }
-            }
-            let columns = panel.as_chunks_mut::<BLOCK>().0;
-            for (column, to) in columns.iter_mut().enumerate().skip(whole) {
-                to[first..].iter_mut().zip(some).for_each(|(to, row)| *to = row[column]);
-            }
-            if some.len() < 8 {
-                for to in columns {
-                    for i in 0..8 {
-                        to[first + i] = if i < some.len() { to[first + i] } else { 0.0 };
-                    }
-                }
-            }
-        }
     }
 }
 

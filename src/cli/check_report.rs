@@ -157,9 +157,10 @@ impl CheckReport {
         (least > budget).then(|| {
             format!(
                 "engine.budget = {} is too small: stage {stage} holds {} in phase {phase} with one example at a time; \
-                 raise engine.budget, offload more, or take a smaller model\n{self}",
+                 raise engine.budget, offload more{}, or take a smaller model\n{self}",
                 Bytes(budget),
-                Bytes(least)
+                Bytes(least),
+                unshare(plan, budget)
             )
         })
     }
@@ -178,10 +179,11 @@ impl CheckReport {
         if least > arenas {
             return Some(format!(
                 "this machine has {} free, of which a run may take {}, and stage {stage} holds {} in phase {phase} with \
-                 one example at a time; free memory, raise the process's limit, or take a smaller model\n{self}",
+                 one example at a time; free memory, raise the process's limit{}, or take a smaller model\n{self}",
                 Bytes(free),
                 Bytes(arenas),
-                Bytes(least)
+                Bytes(least),
+                unshare(plan, arenas)
             ));
         }
         let (stage, host) = self.host.as_ref()?;
@@ -205,6 +207,12 @@ impl CheckReport {
     pub fn disk_bytes(&self) -> u64 {
         self.estimate.as_ref().map_or(0, |estimate| estimate.disk_bytes)
     }
+}
+
+/// The way out for groups of rollouts that are too large to go through at once, to be put between two others.
+fn unshare(plan: &Memory, bytes: u64) -> String {
+    let set = |stage| format!(", set stage.{stage}.share_prompts = false");
+    plan.stages_to_unshare(bytes).into_iter().map(set).collect()
 }
 
 fn cache_bytes_by_type(model: &ModelConfig) -> BTreeMap<&'static str, u64> {
@@ -291,6 +299,36 @@ mod tests {
         let refusal = run(&["engine.budget=\"8 MiB\""]).over_budget().unwrap();
         assert!(refusal.starts_with("engine.budget = 8.00 MiB is too small: stage "), "{refusal}");
         assert!(refusal.contains("policy/moments"), "the plan is printed: {refusal}");
+    }
+
+    #[test]
+    fn a_group_that_is_too_large_at_once_is_told_to_go_through_one_by_one() {
+        // A group of the second stage holds 1024 replies; one rollout alone is small.
+        let set = ["stage.align.group_size=1024", "stage.align.prompts=1"];
+        let least = |more: &[&str]| {
+            let report = run(&[&set[..], more].concat());
+            let (stage, phase, bytes) = report.plan.as_ref().and_then(Memory::least).unwrap();
+            (stage.to_string(), phase, bytes)
+        };
+        let (stage, phase, shared) = least(&[]);
+        let unshare = "stage.align.share_prompts=false";
+        let (_, _, unshared) = least(&[unshare]);
+        assert_eq!((&*stage, phase), ("align", "train"));
+        assert!(unshared < shared / 4, "{unshared} {shared}");
+        let told = |bytes: u64, more: &[&str]| {
+            let budget = format!("engine.budget={bytes}");
+            let report = run(&[&set[..], &[&*budget], more].concat());
+            let text = report.over_budget()?;
+            assert!(text.contains("raise engine.budget") && text.contains("policy/moments"));
+            Some(text.contains("set stage.align.share_prompts = false"))
+        };
+        assert_eq!(told(shared, &[]), None);
+        assert_eq!(told(shared - 1, &[]), Some(true));
+        assert_eq!(told(shared - 1, &[unshare]), None, "the advice is right");
+        assert_eq!(told(unshared / 2, &[]), Some(false), "it would not help");
+        assert_eq!(told(unshared / 2, &[unshare]), Some(false), "it is so already");
+        let text = run(&set).on_machine(Some(shared - 1)).over_memory().unwrap();
+        assert!(text.contains("limit, set stage.align.share_prompts = false, or take"), "{text}");
     }
 
     #[test]

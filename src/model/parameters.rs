@@ -1,6 +1,8 @@
 //! How many parameters and tensors a model has (deepseek_v2.md, section 2).
 
+use crate::config::engine::Prefill;
 use crate::config::{Attention, ModelConfig};
+use rehearsal_kernels::WeightFormat;
 use serde::Serialize;
 
 /// Counts of a model.
@@ -103,9 +105,26 @@ pub fn keys_and_values(model: &ModelConfig) -> u64 {
     (model.num_hidden_layers * model.kv_lora_rank * model.num_attention_heads * per_head) as u64
 }
 
+/// Bytes of a model packed once for the sampler, without scales and what fills panels up: the router stays in f32, and so
+/// does kv_b beside products of integers; the head keeps 16 bits; kv_b is there twice where prompts may take either form.
+pub fn packed_bytes(model: &ModelConfig, format: WeightFormat, prefill: Prefill) -> u64 {
+    let moe_layers = (0..model.num_hidden_layers).filter(|index| model.is_moe(*index)).count();
+    let router = (moe_layers * model.n_routed_experts * model.hidden_size) as u64;
+    let head = (model.vocab_size * model.hidden_size) as u64;
+    let inner = keys_and_values(model);
+    let rest = multiplied(model) - router - head - inner;
+    let code = format.code_bytes() as u64;
+    let inner_bytes = if format == WeightFormat::Int8 { 4 } else { code };
+    let copies = match prefill {
+        Prefill::Absorbed => 1,
+        Prefill::ByCost => 2,
+    };
+    4 * router + code.max(2) * head + copies * inner_bytes * inner + code * rest
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
-    use super::super::{Layout, Params};
+    use super::super::{Layout, PackFor, Params, Transformer};
     use super::*;
     use crate::config::load_model;
     use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind};
@@ -180,6 +199,29 @@ pub(crate) mod tests {
             assert_eq!(params.slab.whole().len() as u64, parameters(&model).total, "{name}");
             let held = kernels.arena().held_by(Kind::Weights);
             assert!(held >= 4 * parameters(&model).total, "{name}: {held}");
+        }
+    }
+
+    #[test]
+    fn what_is_packed_for_the_sampler_is_what_is_counted_in_every_format() {
+        for name in ["tiny.json", "cpu-nano-dense.json"] {
+            let model = preset(name);
+            for format in WeightFormat::ALL {
+                for prefill in [Prefill::Absorbed, Prefill::ByCost] {
+                    // An arena of its own, in which no larger region waits to be used again.
+                    let kernels = CpuKernels::new(1, Arena::new(None));
+                    let transformer = Transformer::new(&kernels, &model, false).unwrap();
+                    let layout = transformer.layout.clone();
+                    let params = Params::new(&kernels, layout, "policy").unwrap();
+                    let pack = PackFor { format, prefill, ..PackFor::SAMPLING };
+                    let _packed = transformer.pack(&kernels, &params, "policy", 0, pack).unwrap();
+                    // On top come scales, the ends of panels, and sizes that are rounded up to classes.
+                    let held = kernels.arena().held_by(Kind::Packed) as f64;
+                    let ratio = held / packed_bytes(&model, format, prefill) as f64;
+                    let what = format!("{name}, {format:?}, {prefill:?}: {ratio}");
+                    assert!((1.0..1.2).contains(&ratio), "{what}");
+                }
+            }
         }
     }
 

@@ -6,8 +6,11 @@
 //! | phase    | resident                                                                      |
 //! |----------|-------------------------------------------------------------------------------|
 //! | train    | weights, two packed copies (forward, input gradient), gradients, moments      |
-//! | generate | weights, one packed copy (kv_b twice but in GRPO), cache; what is not offloaded |
+//! | generate | weights, one packed copy (kv_b twice but where exact), cache; what is not offloaded |
 //! | score    | weights, the largest scored model with one packed copy; what is not offloaded |
+//!
+//! Rollouts hold the packed copy as the stage's `rollout_dtype`, evals as f32; the larger of the two is told. (A processor
+//! without instructions for int8 samples from f32 all the same.)
 //!
 //! Two sizes are told: what a stage holds if everything asked for goes through at once, and the least that it can do
 //! with, because training and scoring take fewer rows at once where the budget allows no more, down to one example,
@@ -15,10 +18,11 @@
 
 use super::cost::cache_bytes_per_token;
 use super::estimate::example_tokens;
+use crate::config::engine::Prefill;
 use crate::config::stage::GrpoStage;
-use crate::config::{Attention, ModelConfig, Offload, RunConfig, Stage, StageKind};
-use crate::engine::ROWS_AT_ONCE;
-use crate::model::parameters::{keys_and_values, multiplied, parameters};
+use crate::config::{Attention, Dtype, ModelConfig, Offload, RunConfig, Stage, StageKind};
+use crate::engine::{ROWS_AT_ONCE, weight_format};
+use crate::model::parameters::{multiplied, packed_bytes, parameters};
 use crate::train::step::TOKENS_AT_ONCE;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -35,6 +39,8 @@ pub struct StageMemory {
     pub phases: BTreeMap<&'static str, Owners>,
     /// The same with one example at a time.
     pub least: BTreeMap<&'static str, Owners>,
+    /// `least` of the train phase if rollouts that share their prompt did not: what `share_prompts = false` makes of it.
+    pub least_unshared: Option<u64>,
 }
 
 /// What a run holds.
@@ -66,6 +72,19 @@ impl Memory {
     pub fn least(&self) -> Option<(&str, &'static str, u64)> {
         largest(self.stages.iter().map(|stage| (stage.stage.as_str(), &stage.least)))
     }
+
+    /// The stages whose `share_prompts = false` would let the run do with so many bytes, where it cannot otherwise.
+    pub fn stages_to_unshare(&self, bytes: u64) -> Vec<&str> {
+        let over = self.stages.iter().flat_map(|stage| {
+            let over = stage.least.iter().filter(|(_, owners)| total(owners) > bytes);
+            over.map(move |(phase, _)| (stage, *phase))
+        });
+        let unshared = over.map(|(stage, phase)| {
+            let fits = stage.least_unshared.is_some_and(|least| least <= bytes);
+            (phase == "train" && fits).then_some(stage.stage.as_str())
+        });
+        unshared.collect::<Option<_>>().unwrap_or_default()
+    }
 }
 
 fn largest<'a>(
@@ -87,14 +106,32 @@ pub fn total(owners: &Owners) -> u64 {
 pub fn memory(config: &RunConfig, models: &[ModelConfig]) -> Memory {
     let stages = config.stages.iter().zip(models).map(|(stage, model)| {
         let phases = |at_once| Sizes { config, model, at_once }.phases(stage);
-        StageMemory { stage: stage.name.clone(), phases: phases(usize::MAX), least: phases(1) }
+        let least_unshared =
+            unshared(stage).map(|kind| total(&Sizes { config, model, at_once: 1 }.train(&kind)));
+        StageMemory {
+            stage: stage.name.clone(),
+            phases: phases(usize::MAX),
+            least: phases(1),
+            least_unshared,
+        }
     });
     Memory { stages: stages.collect() }
+}
+
+/// A stage whose rollouts share their prompt, without that.
+fn unshared(stage: &Stage) -> Option<StageKind> {
+    match &stage.kind {
+        StageKind::Grpo(grpo) if grpo.share_prompts => {
+            Some(StageKind::Grpo(GrpoStage { share_prompts: false, ..grpo.clone() }))
+        }
+        _ => None,
+    }
 }
 
 /// What a model alone holds, by phase: without a cache and activations, whose size depends on the run.
 pub fn model_memory(model: &ModelConfig) -> BTreeMap<&'static str, Owners> {
     let (weights, packed) = (4 * parameters(model).total, 4 * multiplied(model));
+    let sampled = packed_bytes(model, weight_format(Dtype::F32), Prefill::ByCost);
     let owned = |kinds: &[(&str, u64)]| {
         kinds.iter().map(|(kind, bytes)| (format!("policy/{kind}"), *bytes)).collect()
     };
@@ -108,7 +145,7 @@ pub fn model_memory(model: &ModelConfig) -> BTreeMap<&'static str, Owners> {
                 ("moments", 2 * weights),
             ]),
         ),
-        ("generate", owned(&[("weights", weights), ("packed", packed + prompt_bytes(model))])),
+        ("generate", owned(&[("weights", weights), ("packed", sampled)])),
     ])
 }
 
@@ -129,10 +166,13 @@ impl Sizes<'_> {
             StageKind::Grpo(grpo) => Some(grpo),
             _ => None,
         };
-        if let Some(reply) = longest_reply.max(grpo.map(|grpo| grpo.max_new_tokens)) {
-            let rollouts = grpo.map_or(usize::MAX, |grpo| grpo.prompts * grpo.group_size);
-            let rollouts = if longest_reply.is_some() { usize::MAX } else { rollouts };
-            phases.insert("generate", self.generate(&stage.kind, rollouts, reply));
+        let evals = longest_reply.map(|reply| (usize::MAX, reply, Dtype::F32));
+        let rollouts = grpo
+            .map(|grpo| (grpo.prompts * grpo.group_size, grpo.max_new_tokens, grpo.rollout_dtype));
+        let sampled = evals.into_iter().chain(rollouts);
+        let sampled = sampled.map(|sampled| self.generate(&stage.kind, sampled));
+        if let Some(owners) = sampled.max_by_key(total) {
+            phases.insert("generate", owners);
         }
         let measured = stage.eval.iter().any(|eval| eval.metric.is_some());
         let fitted = matches!(stage.kind, StageKind::RewardModel(_));
@@ -166,20 +206,22 @@ impl Sizes<'_> {
         owners
     }
 
-    fn generate(&self, kind: &StageKind, rollouts: usize, reply: usize) -> Owners {
+    /// Sampling of so many rollouts of a length from weights of a type.
+    fn generate(&self, kind: &StageKind, sampled: (usize, usize, Dtype)) -> Owners {
+        let (rollouts, reply, dtype) = sampled;
         let mut owners = self.parked(kind, None);
         let rows = self.config.engine.decode_batch.min(rollouts).min(self.at_once) as u64;
         let tokens = (example_tokens(self.config) + reply).min(self.model.max_position_embeddings);
         let pages =
             tokens.div_ceil(self.config.engine.page_tokens) * self.config.engine.page_tokens;
         // Exact rollouts are absorbed throughout; other prompts may be expanded.
-        let prompts = match kind {
-            StageKind::Grpo(_) if self.config.engine.exact => 0,
-            _ => prompt_bytes(self.model),
+        let prefill = match kind {
+            StageKind::Grpo(_) => self.config.engine.grpo_forms().1,
+            _ => Prefill::ByCost,
         };
         owners.extend(self.owned([
             ("weights", self.weights()),
-            ("packed", self.packed() + prompts),
+            ("packed", packed_bytes(self.model, weight_format(dtype), prefill)),
             ("cache", rows * pages as u64 * cache_bytes_per_token(self.model)),
             ("activations", rows * one_layer_bytes(self.model)),
         ]));
@@ -272,11 +314,6 @@ fn others(stage: &GrpoStage) -> Vec<String> {
     reference.into_iter().chain(rewards).collect()
 }
 
-/// Bytes of kv_b over all layers, packed once more where prompts may be expanded.
-fn prompt_bytes(model: &ModelConfig) -> u64 {
-    4 * keys_and_values(model)
-}
-
 /// Bytes of a token that the backward pass needs, over all layers and the head.
 fn activation_bytes(model: &ModelConfig) -> u64 {
     let layers = (0..model.num_hidden_layers).map(|index| layer_floats(model, model.is_moe(index)));
@@ -319,6 +356,7 @@ fn layer_floats(model: &ModelConfig, moe: bool) -> usize {
 mod tests {
     use super::super::estimate::tests::{models, quickstart};
     use super::*;
+    use crate::model::parameters::keys_and_values;
 
     fn planned(assignments: &[&str]) -> Memory {
         let config = quickstart(assignments);
@@ -357,7 +395,26 @@ mod tests {
         let packed = |assignments: &[&str]| planned(assignments).stages[4].phases["generate"]["policy/packed"];
         let config = quickstart(&[]);
         let (exact, fast) = (packed(&[]), packed(&["engine.exact=false"]));
-        assert_eq!(fast - exact, prompt_bytes(&config.model));
+        assert_eq!(fast - exact, 4 * keys_and_values(&config.model));
+    }
+
+    #[test]
+    fn rollouts_in_few_bits_hold_fewer_and_evals_hold_f32_all_the_same() {
+        let packed = |dtype: &str, has_evals: bool| {
+            let dtype = format!("stage.align.rollout_dtype={dtype}");
+            let mut config = quickstart(&["engine.exact=false", &dtype]);
+            config.stages.iter_mut().filter(|_| !has_evals).for_each(|stage| stage.eval.clear());
+            let stage = memory(&config, &models(&config)).stages.pop().unwrap();
+            assert_eq!(stage.stage, "align");
+            stage.phases["generate"]["policy/packed"]
+        };
+        let full = packed("f32", false);
+        // The head has 16 bits, W_UK and W_UV 32 beside integers.
+        for (dtype, share) in [("bf16", 0.5), ("fp8", 0.25), ("int8", 0.3)] {
+            let few = packed(dtype, false) as f64 / full as f64;
+            assert!((share..share + 0.05).contains(&few), "{dtype}: {few}");
+            assert_eq!(packed(dtype, true), full, "{dtype}");
+        }
     }
 
     #[test]

@@ -6,12 +6,14 @@ use crate::runs::{
     steps, weights,
 };
 use crate::training::saved;
+use rehearsal::config::engine::Prefill;
 use rehearsal::config::routing::Balance;
-use rehearsal::config::stage::OptimizerConfig;
-use rehearsal::config::{Dtype, EngineConfig, Offload, load_model};
+use rehearsal::config::stage::{OptimizerConfig, Stage};
+use rehearsal::config::{Dtype, EngineConfig, Offload, RunConfig, load_model};
 use rehearsal::data::example::Prompt;
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
+use rehearsal::plan::memory;
 use rehearsal::rl::grpo::GrpoSettings;
 use rehearsal::rl::rollout::{Group, ScoredGroup};
 use serde_json::Value;
@@ -117,6 +119,35 @@ fn rollouts_in_few_bits_hold_fewer_bytes_and_leave_an_eval_the_trainers_weights(
         assert_eq!(packed(&engine), bytes);
         assert!(eval == full, "{dtype:?}: an eval is sampled from f32");
         assert!(sampled(&mut engine, dtype, 0) == few, "{dtype:?}: the same rollouts again");
+    }
+}
+
+/// The quickstart's last stage alone, with rollouts of this type and without evals, which are sampled from f32.
+fn aligned_in(dtype: Dtype) -> RunConfig {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/quickstart.toml");
+    let set = format!("stage.align.rollout_dtype=\"{}\"", dtype.name());
+    let mut config =
+        RunConfig::load(&file, &["engine.exact=false".to_string(), set]).unwrap().config;
+    let align = config.stages.pop().unwrap();
+    config.stages = vec![Stage { eval: Vec::new(), ..align }];
+    config
+}
+
+#[test]
+fn the_plan_of_a_stage_counts_what_its_rollouts_are_packed_in() {
+    let folder = TempDir::new().unwrap();
+    let mut engine = ready(&folder, 1e-3);
+    engine.prepare(&PrepareStage { prefill: Prefill::ByCost, ..stage(None) }).unwrap();
+    for dtype in Dtype::ALL {
+        if engine.enter_generate(dtype).unwrap().sampled_as != Some(dtype) {
+            continue;
+        }
+        let held = held(&engine.holdings(), "policy/packed") as f64;
+        let config = aligned_in(dtype);
+        let plan = memory(&config, std::slice::from_ref(&config.model));
+        let planned = plan.stages[0].phases["generate"]["policy/packed"] as f64;
+        // On top come scales, which have pages of their own, and widths that are no multiple of a panel's.
+        assert!((1.0..1.2).contains(&(held / planned)), "{dtype:?}: {held} of {planned}");
     }
 }
 

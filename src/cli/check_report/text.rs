@@ -5,7 +5,6 @@ use super::super::output::{duration, grouped};
 use super::{Against, CheckReport};
 use crate::config::Bytes;
 use crate::plan::cost::PEAK_FLOPS;
-use crate::plan::estimate::TRAINED_SHARE;
 use crate::plan::memory::total;
 use crate::plan::{Estimate, Memory};
 use std::fmt;
@@ -150,9 +149,10 @@ fn write_estimate(out: &mut fmt::Formatter<'_>, estimate: &Estimate) -> fmt::Res
     writeln!(out, "tokens    {} trained", grouped(estimate.tokens))?;
     writeln!(out, "disk      {} at most", Bytes(estimate.disk_bytes))?;
     let rate = format!(
-        "{} thread(s), at {:.0} % of the {:.1} GFLOP/s that each was measured at",
+        "{} thread(s), at {:.0} % (sampling {:.0} %) of the {:.1} GFLOP/s that each was measured at",
         estimate.threads,
-        100.0 * TRAINED_SHARE,
+        100.0 * estimate.efficiency.training,
+        100.0 * estimate.efficiency.sampling,
         estimate.products / estimate.threads.max(1) as f64 / 1e9
     );
     match estimate.seconds {

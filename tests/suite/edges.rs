@@ -292,6 +292,33 @@ fn data_that_a_stage_cannot_use_is_refused_before_the_first_step() {
 }
 
 #[test]
+fn more_threads_than_cores_are_warned_of_once_and_none_are_refused() {
+    let place = Place::new();
+    let cores = std::thread::available_parallelism().unwrap().get();
+    let warned = |line: &str, code: i32| {
+        let output = place.rehearsal(&line.split(' ').collect::<Vec<_>>());
+        let told = told(&output, code);
+        told.matches(" threads on ").count()
+    };
+    let (enough, more) = (cores, cores + 1);
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/smoke.json");
+    let model = model.display();
+    assert_eq!(warned(&format!("check {model} --threads {enough}"), 0), 0);
+    assert_eq!(warned(&format!("check {model} --threads {more}"), 0), 1);
+    let check = "check run.toml --plan-only --set engine.threads";
+    assert_eq!(warned(&format!("{check}={enough}"), 0), 0);
+    assert_eq!(warned(&format!("{check}={more}"), 0), 1);
+    // A run is warned before anything else can be wrong with it.
+    let run = "run run.toml --set engine.budget=100000 --threads";
+    assert_eq!(warned(&format!("{run} {enough}"), 4), 0);
+    assert_eq!(warned(&format!("{run} {more}"), 4), 1);
+    for line in ["check run.toml --threads 0", "run run.toml --set engine.threads=0"] {
+        let output = place.rehearsal(&line.split(' ').collect::<Vec<_>>());
+        assert!(told(&output, 2).contains("threads"), "{line}");
+    }
+}
+
+#[test]
 fn what_the_machine_cannot_hold_is_refused_before_anything_is_written() {
     let place = Place::new();
     let batch = ["--set", "stage.base.batch=1000000000"];

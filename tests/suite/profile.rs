@@ -131,6 +131,10 @@ fn bench(arguments: &[&str]) -> String {
 #[test]
 fn bench_tells_its_profile_in_80_columns_and_as_json() {
     let train = ["train", "--batch", "2", "--sequence", "16", "--steps", "2", "--profile"];
+    let plain = bench(&train[..7]);
+    assert!(!plain.contains("between operations") && plain.contains("\nread memory "));
+    let plain: Value = serde_json::from_str(&bench(&[&train[..7], &["--json"]].concat())).unwrap();
+    assert!(plain.get("profile").is_none() && plain["tokens_per_second"].is_f64());
     let generate =
         ["generate", "--batch", "2", "--prompt-tokens", "5", "--new-tokens", "3", "--profile"];
     let grpo = "grpo --prompts 1 --group 2 --prompt-tokens 4 --new-tokens 3 --steps 1 --profile";
@@ -165,6 +169,7 @@ fn bench_tells_its_profile_in_80_columns_and_as_json() {
             let seconds: f64 = operations.iter().map(|one| number(&one["seconds"])).sum();
             let all = seconds + number(&activity["between_seconds"]);
             assert!((all - number(&activity["seconds"])).abs() < 1e-9, "{activity}");
+            assert!(number(&activity["between_seconds"]) > -1e-9, "{activity}");
             shares += number(&activity["share"]);
             // A row of the table for each.
             for one in operations {
@@ -180,7 +185,33 @@ fn bench_tells_its_profile_in_80_columns_and_as_json() {
 }
 
 #[test]
+fn the_seconds_of_a_profile_are_those_that_the_work_took() {
+    let work = "train --batch 4 --sequence 64 --steps 4 --profile --json --threads";
+    for (threads, clock, seconds) in
+        [("1", "processor", "cpu_seconds"), ("2", "wall", "wall_seconds")]
+    {
+        let arguments: Vec<&str> = work.split(' ').chain([threads]).collect();
+        let found: Value = serde_json::from_str(&bench(&arguments)).unwrap();
+        let profile = &found["profile"];
+        assert_eq!(profile["clock"], clock);
+        let number = |value: &Value| value.as_f64().unwrap();
+        let counted = number(&profile["seconds"]) + number(&profile["overhead_seconds"]);
+        // Nothing but the engine works meanwhile.
+        let share = counted / number(&found[seconds]);
+        assert!((0.8..1.02).contains(&share), "{share} of {seconds} with {threads} threads");
+        let activities = profile["activities"].as_array().unwrap().iter();
+        let operations = activities.flat_map(|one| one["operations"].as_array().unwrap());
+        let operations: f64 = operations.map(|one| number(&one["seconds"])).sum();
+        let share = operations / number(&profile["seconds"]);
+        assert!((0.5..1.0).contains(&share), "{share} of the time in operations");
+    }
+}
+
+#[test]
 fn a_run_writes_its_profile_into_its_folder_and_says_where() {
+    for name in ["profile.txt", "profile.json"] {
+        assert!(!crate::runs::finished().join(name).exists(), "nobody asked for {name}");
+    }
     let place = TempDir::new().unwrap();
     let out = place.path().join("run");
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");

@@ -418,6 +418,19 @@ mod tests {
     }
 
     #[test]
+    fn a_stage_is_told_to_unshare_its_prompts_if_that_alone_suffices() {
+        let stage = |name: &str, bytes: u64, least_unshared| {
+            let least = BTreeMap::from([("train", Owners::from([("x".to_string(), bytes)]))]);
+            StageMemory { stage: name.to_string(), phases: least.clone(), least, least_unshared }
+        };
+        let stages = vec![stage("base", 4, None), stage("align", 10, Some(6))];
+        let memory = Memory { stages };
+        let told = |bytes: u64| memory.stages_to_unshare(bytes).len();
+        assert_eq!([10, 9, 6, 5, 3].map(told), [0, 1, 1, 0, 0]);
+        assert_eq!(memory.stages_to_unshare(6), ["align"]);
+    }
+
+    #[test]
     fn a_micro_batch_lowers_activations_and_nothing_else() {
         let whole = planned(&[]);
         let parts = planned(&["stage.base.micro_batch=1"]);

@@ -106,7 +106,7 @@ pub fn keys_and_values(model: &ModelConfig) -> u64 {
 }
 
 /// Bytes of a model packed once for the sampler, without scales and what fills panels up: the router stays in f32, and so
-/// does kv_b beside products of integers; the head keeps 16 bits; kv_b is there twice where prompts may take either form.
+/// does kv_b beside products of integers; the head keeps 16 bits but for those; kv_b is there twice where prompts may take either form.
 pub fn packed_bytes(model: &ModelConfig, format: WeightFormat, prefill: Prefill) -> u64 {
     let moe_layers = (0..model.num_hidden_layers).filter(|index| model.is_moe(*index)).count();
     let router = (moe_layers * model.n_routed_experts * model.hidden_size) as u64;
@@ -114,12 +114,15 @@ pub fn packed_bytes(model: &ModelConfig, format: WeightFormat, prefill: Prefill)
     let inner = keys_and_values(model);
     let rest = multiplied(model) - router - head - inner;
     let code = format.code_bytes() as u64;
-    let inner_bytes = if format == WeightFormat::Int8 { 4 } else { code };
+    let (inner_bytes, head_bytes) = match format {
+        WeightFormat::Int8 => (4, code),
+        _ => (code, code.max(2)),
+    };
     let copies = match prefill {
         Prefill::Absorbed => 1,
         Prefill::ByCost => 2,
     };
-    4 * router + code.max(2) * head + copies * inner_bytes * inner + code * rest
+    4 * router + head_bytes * head + copies * inner_bytes * inner + code * rest
 }
 
 #[cfg(test)]

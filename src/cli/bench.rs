@@ -280,6 +280,12 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     let spent = stopwatch.spent();
     let count = steps.len().max(1) as f64;
     let mean = |figure: fn(&BenchStep) -> f64| steps.iter().map(figure).sum::<f64>() / count;
+    // The step in the middle: the first ones still make what the later ones find.
+    let middle = |figure: fn(&BenchStep) -> u64| {
+        let mut figures: Vec<u64> = steps.iter().map(figure).collect();
+        figures.sort_unstable();
+        figures.get(figures.len() / 2).copied().unwrap_or(0)
+    };
     let figures = json!({
         "bench": "grpo", "prompts": args.prompts, "group": args.group, "prompt_tokens": args.prompt_tokens,
         "new_tokens": args.new_tokens, "steps": args.steps, "dtype": "f32",
@@ -293,8 +299,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         "score_seconds": mean(|s| s.score_seconds),
         "train_seconds": mean(|s| s.train_seconds),
         "tokens_per_second": mean(|s| s.new_tokens as f64) / mean(|s| s.seconds),
-        "page_faults_per_step": mean(|s| s.page_faults as f64),
-        "heap_allocations_per_step": mean(|s| s.heap_allocations as f64),
+        "page_faults_per_step": middle(|s| s.page_faults),
+        "heap_allocations_per_step": middle(|s| s.heap_allocations),
     });
     let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
     let (trained, references) = (mean(|s| s.trained_share), usize::from(args.kl_weight > 0.0));

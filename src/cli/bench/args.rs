@@ -15,7 +15,8 @@ use std::path::PathBuf;
     long_about = "Time training, generation or alignment steps on random tokens, or count a cache's bytes. --model is a \
                   checkpoint folder, or a config.json for random weights. With --json: tokens_per_second, prefill_tokens_per_second, \
                   decode_tokens_per_second (new tokens but each sequence's first, which the prefill draws), \
-                  page_faults_per_step and heap_allocations_per_step (of all threads; --profile adds its own), \
+                  page_faults_per_step and heap_allocations_per_step (of all threads; of grpo, those of the step in the middle; \
+                  --profile adds its own), \
                   limit_tokens_per_second (the most that the machine's measured rates allow), of grpo the rfu that a run's \
                   journal has, seconds_per_step, wall_seconds, cpu_seconds, peak_rss_bytes, what was run, and what the machine does \
                   in a second (`bench machine` alone tells that), measured after the work.",

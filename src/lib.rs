@@ -4,7 +4,7 @@
 //!
 //! * `rehearsal_kernels` (a crate of its own): buffers, arenas, and the fused steps of the model
 //! * [`config`]: what a person sets; [`console`]: what a person sees
-//! * [`data`]: what it eats
+//! * [`data`]: what it eats; [`cluster`]: where it runs
 //! * [`model`]: what is learned; [`rl`]: what is judged; [`checkpoint`]: what is kept
 //! * [`train`]: how weights change; [`inference`]: forward only
 //! * [`engine`]: what one device does; [`plan`]: what a run will cost
@@ -16,6 +16,7 @@
 pub mod config;
 pub mod console;
 
+pub mod cluster;
 pub mod data;
 
 pub mod checkpoint;

@@ -13,6 +13,7 @@ pub mod parameters;
 pub mod documents;
 pub mod params;
 pub mod pass;
+pub mod placement;
 pub mod rope;
 
 // From the bottom of a block to the whole stack.

@@ -6,6 +6,7 @@ pub mod job;
 pub mod learning_rate;
 pub mod objective;
 pub mod optimizer;
+pub mod pipeline;
 pub mod rollouts;
 pub mod routing;
 pub mod step;

@@ -11,10 +11,11 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("engine", &["train", "inference", "model", "checkpoint", "data", "rl", "config"]),
     ("train", &["model", "rl", "data", "config"]),
     ("inference", &["model", "data", "rl", "config"]),
-    ("model", &["config"]),
+    ("model", &["cluster", "config"]),
     ("rl", &["data", "config"]),
     ("checkpoint", &["config"]),
     ("data", &["config"]),
+    ("cluster", &["config"]),
     ("console", &["config"]),
     ("config", &[]),
 ];
@@ -30,7 +31,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("cudarc", &["kernels/src/cuda"]),
     ("memmap2", &[MAPS_FILES]),
     ("rmp_serde", &["src/actors/messages.rs"]),
-    ("crossbeam", &["src/actors/worker.rs", "kernels/src/pool.rs"]),
+    ("crossbeam", &["src/actors/worker.rs", "src/cluster/local.rs", "kernels/src/pool.rs"]),
 ];
 
 const BANNED_NAMES: &[&str] = &["utils", "util", "common", "helpers", "misc", "types", "manager"];

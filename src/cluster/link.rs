@@ -1,0 +1,116 @@
+//! Link: how frames get from one rank to another, whatever carries them.
+//!
+//! Knows no tensors and no groups; `collective` is made of it. A frame says which call it belongs to, so that ranks which
+//! are not at the same call find out at once.
+//!
+//! Invariants:
+//!   * frames of one rank to another arrive once, in order
+//!   * no wait is longer than its deadline, and every end of a wait says whom it was for
+
+use std::time::Instant;
+
+/// What ranks do together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// One after another: everybody is there.
+    Barrier,
+    /// One rank's numbers to all.
+    Broadcast,
+    /// The sum of all ranks' numbers, a part for each.
+    ReduceScatter,
+    /// All ranks' parts to all.
+    AllGather,
+    /// A part of its own from each to each.
+    AllToAll,
+}
+
+/// The call that a frame belongs to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Call {
+    /// What it is for, e.g. "gradients of stage 0".
+    pub name: String,
+    /// What the ranks do.
+    pub operation: Operation,
+    /// Number of the call in its group.
+    pub number: u64,
+    /// Elements of the whole.
+    pub elements: usize,
+    /// Bytes of an element.
+    pub width: usize,
+}
+
+impl std::fmt::Display for Call {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Call { name, operation, number, elements, width } = self;
+        write!(f, "call {number}, {operation:?} of {elements} elements of {width} bytes for {name}")
+    }
+}
+
+/// A message between ranks.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// What it belongs to.
+    pub call: Call,
+    /// What it carries.
+    pub bytes: Vec<u8>,
+}
+
+/// Why ranks no longer work together. None of them goes on after it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Broken {
+    /// Ranks did not come in time.
+    #[error("rank {rank} waited {seconds} s in {call} for rank {missing}, which did not come")]
+    Late {
+        /// Who waited.
+        rank: usize,
+        /// For whom.
+        missing: usize,
+        /// In which call.
+        call: String,
+        /// How long.
+        seconds: u64,
+    },
+    /// Ranks are at different calls.
+    #[error("rank {rank} is at {call}, rank {other} at {theirs}")]
+    Apart {
+        /// Who found it.
+        rank: usize,
+        /// Its call.
+        call: String,
+        /// The other rank.
+        other: usize,
+        /// Its call.
+        theirs: String,
+    },
+    /// A rank is no longer there.
+    #[error("rank {gone} is gone; rank {rank} was at {call}")]
+    Gone {
+        /// Who found it.
+        rank: usize,
+        /// Who is gone.
+        gone: usize,
+        /// Its call.
+        call: String,
+    },
+}
+
+/// One rank's ends of the connections with all others.
+pub trait Link: Send + Sync {
+    /// This rank.
+    fn rank(&self) -> usize;
+
+    /// Sends a frame; does not wait for the other to take it.
+    fn send(&self, to: usize, frame: Frame) -> Result<(), Broken>;
+
+    /// The next frame of a rank, for a call that began at `since` and must end at `until`.
+    fn receive(
+        &self,
+        from: usize,
+        call: &Call,
+        since: Instant,
+        until: Instant,
+    ) -> Result<Frame, Broken>;
+
+    /// Tells all ranks why this one stops; their waits end with the same words.
+    fn stop(&self, why: &Broken);
+}

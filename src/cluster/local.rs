@@ -1,0 +1,90 @@
+//! Local: ranks that are threads of one process.
+//!
+//! Frames go through channels; nothing is copied. It serves one process with several devices, and the tests of whatever
+//! several ranks do.
+
+use super::link::{Broken, Call, Frame, Link};
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// How often a wait looks whether another rank has stopped.
+const LOOK: Duration = Duration::from_millis(5);
+
+/// A rank of a group of threads.
+pub struct Local {
+    rank: usize,
+    to: Vec<Sender<Frame>>,
+    from: Vec<Receiver<Frame>>,
+    stopped: Arc<Mutex<Option<Broken>>>,
+}
+
+impl Local {
+    /// Links of so many ranks.
+    pub fn new(ranks: usize) -> Vec<Local> {
+        let stopped = Arc::new(Mutex::new(None));
+        // A channel for each ordered pair.
+        let mut senders: Vec<Vec<Sender<Frame>>> = (0..ranks).map(|_| Vec::new()).collect();
+        let mut receivers = Vec::new();
+        for _ in 0..ranks {
+            let (to, from): (Vec<_>, Vec<_>) = (0..ranks).map(|_| unbounded()).unzip();
+            to.into_iter().enumerate().for_each(|(rank, to)| senders[rank].push(to));
+            receivers.push(from);
+        }
+        let ends = senders.into_iter().zip(receivers).enumerate();
+        ends.map(|(rank, (to, from))| Local { rank, to, from, stopped: stopped.clone() }).collect()
+    }
+
+    fn stopped(&self) -> Option<Broken> {
+        self.stopped.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+}
+
+impl Link for Local {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn send(&self, to: usize, frame: Frame) -> Result<(), Broken> {
+        self.to[to].send(frame).map_err(|unsent| {
+            let call = unsent.into_inner().call.to_string();
+            // Whoever stops says why before it goes.
+            self.stopped().unwrap_or(Broken::Gone { rank: self.rank, gone: to, call })
+        })
+    }
+
+    fn receive(
+        &self,
+        from: usize,
+        call: &Call,
+        since: Instant,
+        until: Instant,
+    ) -> Result<Frame, Broken> {
+        loop {
+            match self.from[from].recv_deadline(until.min(Instant::now() + LOOK)) {
+                Ok(frame) => return Ok(frame),
+                Err(RecvTimeoutError::Disconnected) => {
+                    let gone = Broken::Gone { rank: self.rank, gone: from, call: call.to_string() };
+                    return Err(self.stopped().unwrap_or(gone));
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(why) = self.stopped() {
+                return Err(why);
+            }
+            if Instant::now() >= until {
+                return Err(Broken::Late {
+                    rank: self.rank,
+                    missing: from,
+                    call: call.to_string(),
+                    seconds: (until - since).as_secs(),
+                });
+            }
+        }
+    }
+
+    fn stop(&self, why: &Broken) {
+        // The first reason is the one that all are told.
+        self.stopped.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(why.clone());
+    }
+}

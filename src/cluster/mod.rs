@@ -1,0 +1,22 @@
+//! Where a run goes on: which ranks there are, who of them holds what, and what they send each other.
+//!
+//! Knows tensors as rows and columns and where they belong in a model, not what they mean.
+
+// Who works with whom, and who holds which part of which tensor.
+pub mod layout;
+pub mod mesh;
+
+// How ranks speak with each other, and what they do together.
+pub mod collective;
+pub mod link;
+pub mod local;
+
+// What a change of layout sends.
+pub mod reshard;
+
+pub use collective::Group;
+pub use layout::{Home, Slice, Tensor, Training};
+pub use link::{Broken, Link};
+pub use local::Local;
+pub use mesh::{Mesh, MeshError};
+pub use reshard::{Moved, Plan};

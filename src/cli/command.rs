@@ -13,7 +13,7 @@ use std::sync::Once;
     version,
     max_term_width = 100,
     arg_required_else_help = true,
-    after_help = "Example: from raw text to an aligned, exported model in about six minutes on a CPU\n  \
+    after_help = "Example: from raw text to an aligned, exported model in one to five minutes on a CPU\n  \
                   rehearsal run configs/quickstart.toml\n\n\
                   Exit codes: 0 done, 2 wrong input or config, 4 too little memory or disk,\n\
                   130 or 143 stopped by a signal after a commit, 1 anything else."

@@ -21,7 +21,7 @@ use super::lanes::Isa;
 use super::tile::PANEL;
 use super::work::{Side, Term, each_block, split};
 use crate::kernels::Store;
-use std::cell::RefCell;
+use std::cell::Cell;
 
 /// What a weight's code has more where it rests.
 pub(super) const ABOVE: u8 = 128;
@@ -55,20 +55,18 @@ impl Integers {
 }
 
 thread_local! {
-    /// Codes of the activations of the product that this thread began. It grows to the largest, then nothing allocates.
-    static ROWS: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Codes of the activations of the products that this thread began, and where each term's are. They grow to the
+    /// largest, then nothing allocates.
+    static ROWS: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+    static PLACES: Cell<Vec<Place>> = const { Cell::new(Vec::new()) };
 }
 
-/// A term, where its rows of codes begin, and the bytes of one.
-struct Quantised<'a> {
-    term: &'a Term,
-    right: Integers,
+/// Where a term's rows of codes begin, and the bytes of one.
+#[derive(Clone, Copy)]
+struct Place {
     at: usize,
     row: usize,
 }
-
-// SAFETY: addresses; whoever reads or writes there says why it may.
-unsafe impl Sync for Quantised<'_> {}
 
 /// As [`products`](super::work::products), for terms whose right sides are all [`Integers`].
 ///
@@ -76,47 +74,50 @@ unsafe impl Sync for Quantised<'_> {}
 /// As there.
 pub(super) unsafe fn products(cx: &Cx, terms: &[Term], store: Store) {
     let level = Level::of(cx.isa);
-    let mut bytes = 0;
-    let quantised: Vec<Quantised<'_>> = terms
-        .iter()
-        .map(|term| {
-            let Side::Integers(right) = term.right else { unreachable!("checked by the caller") };
-            assert!(term.left.col == 1, "activations are rows of floats");
-            let (at, row) = (bytes, row_bytes(right.quads));
-            bytes += term.shape[0] * row;
-            Quantised { term, right, at, row }
-        })
-        .collect();
+    let (mut bytes, mut places) = (0, PLACES.take());
+    places.clear();
+    places.extend(terms.iter().map(|term| {
+        assert!(term.left.col == 1, "activations are rows of floats");
+        let (at, row) = (bytes, row_bytes(integers(term).quads));
+        bytes += term.shape[0] * row;
+        Place { at, row }
+    }));
     let mut rows = ROWS.take();
     if rows.len() < bytes {
         rows.resize(bytes, 0);
     }
     let codes = Codes(rows.as_mut_ptr());
-    for one in &quantised {
-        let [count, _, inputs] = one.term.shape;
+    for (term, place) in terms.iter().zip(&places) {
+        let [count, _, inputs] = term.shape;
         split(cx, count, 1, 4 * inputs, &|range| {
             for i in range {
-                let row = one.term.left.at_row(i).at;
+                let row = term.left.at_row(i).at;
                 // SAFETY: the row is an input of the product; its codes are written by this piece alone.
-                unsafe { level.quantise(row, inputs, codes.row(one, i)) };
+                unsafe { level.quantise(row, inputs, codes.row(*place, i)) };
             }
         });
     }
     each_block(cx, terms, SPEED_UP, &|index, i, j, steps| {
-        let one = &quantised[index];
-        let [rows, cols, _] = one.term.shape;
+        let term = &terms[index];
+        let [rows, cols, _] = term.shape;
         let block = Block {
             rows: steps.0.min(rows - i),
             columns: steps.1.min(cols - j),
-            left: codes.row(one, i),
-            right: one.right.at_column(j),
-            out: one.term.out.from(i, j),
+            left: codes.row(places[index], i),
+            right: integers(term).at_column(j),
+            out: term.out.from(i, j),
             add: store == Store::Add,
         };
         // SAFETY: the block lies inside the operands, blocks are disjoint; the level was detected.
         unsafe { level.run(block) };
     });
     ROWS.set(rows);
+    PLACES.set(places);
+}
+
+fn integers(term: &Term) -> Integers {
+    let Side::Integers(right) = term.right else { unreachable!("checked by the caller") };
+    right
 }
 
 /// Where the codes of all rows begin, for the threads that write and read them.
@@ -126,8 +127,8 @@ struct Codes(*mut u8);
 unsafe impl Sync for Codes {}
 
 impl Codes {
-    fn row(&self, one: &Quantised<'_>, i: usize) -> *mut u8 {
-        self.0.wrapping_add(one.at + i * one.row)
+    fn row(&self, place: Place, i: usize) -> *mut u8 {
+        self.0.wrapping_add(place.at + i * place.row)
     }
 }
 
@@ -149,27 +150,28 @@ pub(crate) enum Level {
 impl Level {
     /// The best level of the processor within an instruction set.
     pub fn of(isa: Isa) -> Level {
-        Level::available(isa)[0]
+        Level::available(isa).next().expect("plain code is always there")
     }
 
     /// All levels of the processor within an instruction set, best first.
-    pub fn available(isa: Isa) -> Vec<Level> {
-        let mut found = Vec::new();
+    pub fn available(isa: Isa) -> impl Iterator<Item = Level> {
+        let all = [Level::Avx512Vnni, Level::AvxVnni, Level::Avx2, Level::Plain];
+        all.into_iter().filter(move |level| level.is_available(isa))
+    }
+
+    fn is_available(self, isa: Isa) -> bool {
         #[cfg(target_arch = "x86_64")]
-        {
-            if isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni") {
-                found.push(Level::Avx512Vnni);
-            }
-            if isa != Isa::Portable && is_x86_feature_detected!("avxvnni") {
-                found.push(Level::AvxVnni);
-            }
-            if isa != Isa::Portable {
-                found.push(Level::Avx2);
-            }
+        match self {
+            Level::Avx512Vnni => isa == Isa::Avx512 && is_x86_feature_detected!("avx512vnni"),
+            Level::AvxVnni => isa != Isa::Portable && is_x86_feature_detected!("avxvnni"),
+            Level::Avx2 => isa != Isa::Portable,
+            Level::Plain => true,
         }
-        let _ = isa;
-        found.push(Level::Plain);
-        found
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let _ = isa;
+            self == Level::Plain
+        }
     }
 
     /// A row of numbers becomes codes.

@@ -83,7 +83,7 @@ fn defined(x: &Buffer, w: &Buffer, start: f32) -> Vec<u32> {
 }
 
 fn levels() -> Vec<(Cx, Level)> {
-    let each = |isa| Level::available(isa).into_iter().map(move |level| (context(isa), level));
+    let each = |isa| Level::available(isa).map(move |level| (context(isa), level));
     Isa::available().into_iter().flat_map(each).collect()
 }
 

@@ -3,7 +3,9 @@
 //! Outside, the columns of a tile; inside, tiles of rows: the codes of a panel stay in the first cache. The sums of a block of
 //! inputs are integers; they become floats at its end, with the scale that its row has there.
 
-use super::int8::{ABOVE, Integers, QUAD, QUAD_BYTES, panel_bytes};
+#[cfg(target_arch = "x86_64")]
+use super::int8::ABOVE;
+use super::int8::{Integers, QUAD, QUAD_BYTES, panel_bytes};
 use super::int8_rows::{BLOCK_BYTES, SHARE, row_bytes};
 use super::tile::{Out, PANEL};
 

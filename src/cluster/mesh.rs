@@ -7,6 +7,7 @@
 //!   * rank = stage * D + data, and `place` is its inverse
 //!   * the groups of one kind tile the ranks; a rank's own group holds it
 
+use crate::config::nearest::joined;
 use std::ops::Range;
 
 /// Sizes of a training layout.
@@ -113,7 +114,9 @@ impl Mesh {
         let experts = if load.experts == 0 { 1 } else { load.experts };
         for (of, number) in [("cluster.data", data), ("n_routed_experts", experts)] {
             if !number.is_multiple_of(expert) {
-                let divisors = listed((1..=data).filter(|e| data % e == 0 && experts % e == 0));
+                let both = (1..=data).filter(|e| data % e == 0 && experts % e == 0);
+                let both: Vec<String> = both.map(|e| e.to_string()).collect();
+                let divisors = joined(&both, "or");
                 return Err(MeshError::Expert { expert, of, number, divisors });
             }
         }
@@ -180,16 +183,6 @@ pub fn cut(count: usize, parts: usize, part: usize) -> Range<usize> {
     let (least, more) = (count / parts, count % parts);
     let first = part * least + part.min(more);
     first..first + least + usize::from(part < more)
-}
-
-/// "1, 2 or 4".
-fn listed(numbers: impl Iterator<Item = usize>) -> String {
-    let numbers: Vec<String> = numbers.map(|number| number.to_string()).collect();
-    match numbers.split_last() {
-        Some((last, [])) => last.clone(),
-        Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
-        None => String::new(),
-    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ pub mod run;
 // How a document becomes typed tables, in the order it happens.
 mod document;
 mod json;
-mod nearest;
+pub(crate) mod nearest;
 mod overrides;
 mod published;
 mod reader;

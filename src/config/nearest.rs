@@ -27,11 +27,19 @@ pub fn hint(word: &str, known: &[&str]) -> String {
 
 /// `a`, `b` and `c`.
 pub fn listed(words: &[&str]) -> String {
+    if words.is_empty() {
+        return "none".to_string();
+    }
     let quoted: Vec<String> = words.iter().map(|word| format!("`{word}`")).collect();
-    match quoted.split_last() {
-        None => "none".to_string(),
+    joined(&quoted, "and")
+}
+
+/// Words with commas between them, and `conjunction` before the last one.
+pub fn joined(words: &[String], conjunction: &str) -> String {
+    match words.split_last() {
+        None => String::new(),
         Some((last, [])) => last.clone(),
-        Some((last, rest)) => format!("{} and {last}", rest.join(", ")),
+        Some((last, rest)) => format!("{} {conjunction} {last}", rest.join(", ")),
     }
 }
 

@@ -37,9 +37,9 @@ pub fn run(args: BenchArgs) -> Result<()> {
     let (json, result) = match &args.what {
         BenchWhat::Machine(args) => return bench_machine::run(args),
         BenchWhat::Cache(args) => return bench_cache::run(args),
-        BenchWhat::Train(args) => (args.json, train(args)?),
-        BenchWhat::Generate(args) => (args.json, generate(args)?),
-        BenchWhat::Grpo(args) => (args.json, grpo(args)?),
+        BenchWhat::Train(args) => (args.timing.json, train(args)?),
+        BenchWhat::Generate(args) => (args.timing.json, generate(args)?),
+        BenchWhat::Grpo(args) => (args.timing.json, grpo(args)?),
     };
     result.say(json)
 }
@@ -148,8 +148,8 @@ fn train(args: &BenchTrainArgs) -> Result<Outcome> {
     let (config, source) = model(&args.model)?;
     require_context(&config, args.sequence)?;
     require_room(args.batch, args.sequence)?;
-    let profile = counting(args.profile, args.threads.count());
-    let (threads, optimizer) = (args.threads.count(), Some(OptimizerConfig::default()));
+    let profile = counting(args.timing.profile, args.timing.threads.count());
+    let (threads, optimizer) = (args.timing.threads.count(), Some(OptimizerConfig::default()));
     let mut engine = engine(&config, source, threads, 1, optimizer, profile.clone())?;
     engine.enter_phase(Phase::Train)?;
     let documents =
@@ -170,7 +170,8 @@ fn train(args: &BenchTrainArgs) -> Result<Outcome> {
         "page_faults_per_step": spent.page_faults as f64 / args.steps as f64,
         "heap_allocations_per_step": spent.heap_allocations as f64 / args.steps as f64,
     });
-    let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
+    let mut outcome =
+        with_spent(figures, &spent, &args.model, args.timing.threads, profile.as_deref());
     outcome.figures[LIMIT] = json!(limit::training(&config, args.sequence, &outcome.machine));
     Ok(outcome)
 }
@@ -186,8 +187,9 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
     let tokens_each = args.prompt_tokens.saturating_add(args.new_tokens);
     require_context(&config, tokens_each)?;
     require_room(batch, tokens_each)?;
-    let profile = counting(args.profile, args.threads.count());
-    let mut engine = engine(&config, source, args.threads.count(), 1, None, profile.clone())?;
+    let profile = counting(args.timing.profile, args.timing.threads.count());
+    let mut engine =
+        engine(&config, source, args.timing.threads.count(), 1, None, profile.clone())?;
     let request = |slot: usize| GenerateRequest {
         slot: slot as u32,
         tokens: tokens(&config, slot, args.prompt_tokens),
@@ -224,7 +226,8 @@ fn generate(args: &BenchGenerateArgs) -> Result<Outcome> {
     let shape = [batch / samples, samples, args.prompt_tokens, args.new_tokens];
     let cache_bytes = engine.cache_bytes_per_token().unwrap_or_default();
     let sampling = Sampling::new(shape, args.formats.dtype, cache_bytes);
-    let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
+    let mut outcome =
+        with_spent(figures, &spent, &args.model, args.timing.threads, profile.as_deref());
     let seconds = sampling.seconds(&config, &outcome.machine);
     outcome.figures[LIMIT] = json!(sampling.new_tokens() / seconds);
     Ok(outcome)
@@ -253,10 +256,10 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         ModelSource::Fresh => None,
     };
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
-    let profile = counting(args.profile, args.threads.count());
+    let profile = counting(args.timing.profile, args.timing.threads.count());
     let shape = [args.prompts, args.group, args.prompt_tokens, args.new_tokens];
     let sampling = Sampling::new(shape, args.rollout_dtype, cache_bytes_per_token(&config) as f64);
-    let (threads, exact) = (args.threads.count(), args.exact);
+    let (threads, exact) = (args.timing.threads.count(), args.exact);
     // The budget is what is free: as in a run without one, nothing has to make room.
     let offload = Some(Vec::new());
     let engine = EngineConfig { threads, budget, exact, offload, ..EngineConfig::default() };
@@ -302,7 +305,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
         "page_faults_per_step": middle(|s| s.page_faults),
         "heap_allocations_per_step": middle(|s| s.heap_allocations),
     });
-    let mut outcome = with_spent(figures, &spent, &args.model, args.threads, profile.as_deref());
+    let mut outcome =
+        with_spent(figures, &spent, &args.model, args.timing.threads, profile.as_deref());
     let (trained, references) = (mean(|s| s.trained_share), usize::from(args.kl_weight > 0.0));
     let seconds = limit::alignment(&config, &sampling, trained, references, &outcome.machine);
     outcome.figures[LIMIT] = json!(sampling.new_tokens() / seconds);

@@ -70,6 +70,14 @@ pub struct BenchTrainArgs {
     /// Timed steps; one more is made before them
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = at_least_one)]
     pub steps: usize,
+    /// On how many threads, and what is told
+    #[command(flatten)]
+    pub timing: Timing,
+}
+
+/// What timing any work asks for.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Timing {
     /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
     #[arg(long)]
     pub profile: bool,
@@ -102,15 +110,9 @@ pub struct BenchGenerateArgs {
     /// Types of weights and cache
     #[command(flatten)]
     pub formats: FormatArgs,
-    /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
-    #[arg(long)]
-    pub profile: bool,
-    /// One JSON object instead of text
-    #[arg(long)]
-    pub json: bool,
-    /// How fast
+    /// On how many threads, and what is told
     #[command(flatten)]
-    pub threads: Threads,
+    pub timing: Timing,
 }
 
 /// `bench grpo`.
@@ -146,16 +148,10 @@ pub struct BenchGrpoArgs {
     /// Whether the sampler's log-probabilities are the trainer's to the bit
     #[arg(long, value_name = "YES", default_value_t = true, action = clap::ArgAction::Set)]
     pub exact: bool,
-    /// A table of where the time went: operations, FLOPs, bytes, share of what the machine can do
-    #[arg(long)]
-    pub profile: bool,
     /// Type of the policy's weights while rollouts are sampled; other than f32 they have importance weights
     #[arg(long, value_enum, value_name = "TYPE", default_value = "f32")]
     pub rollout_dtype: Dtype,
-    /// One JSON object instead of text
-    #[arg(long)]
-    pub json: bool,
-    /// How fast
+    /// On how many threads, and what is told
     #[command(flatten)]
-    pub threads: Threads,
+    pub timing: Timing,
 }

@@ -12,8 +12,8 @@ use super::stage_plan::Folders;
 use super::worker::DeviceMaker;
 use crate::config::stage::{GrpoStage, RewardEntry, StageKind, VerifierKind};
 use crate::config::{
-    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, Fault, ModelConfig, RunConfig,
-    Stage, TokenizerConfig,
+    CheckpointConfig, ClusterConfig, ConsoleConfig, DataConfig, EngineConfig, Fault, ModelConfig,
+    RunConfig, Stage, TokenizerConfig,
 };
 use crate::data::example::Prompt;
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
@@ -117,6 +117,7 @@ fn run_config(
         tokenizer: TokenizerConfig::default(),
         data: DataConfig::default(),
         engine,
+        cluster: ClusterConfig::default(),
         checkpoint: CheckpointConfig::default(),
         console: ConsoleConfig::default(),
         stages: vec![stage],

@@ -15,6 +15,7 @@ use super::output::say;
 use super::profile::{ProfileReport, counting};
 use super::run_folder::{Opened, RunFolder, Wish, is_finished, is_resumed, open};
 use crate::actors::{RunRequest, start};
+use crate::cluster::mesh::{Load, Mesh, MeshError};
 use crate::config::{Bytes, ConsoleMode, Fault, Loaded, RunConfig};
 use crate::console::TypedCommand;
 use crate::console::text::visible;
@@ -94,6 +95,7 @@ impl From<Console> for ConsoleMode {
 /// Runs.
 pub fn run(args: RunArgs) -> Result<()> {
     let loaded = load(&args)?;
+    require_mesh(&loaded, 1)?;
     let out = out_folder(&args);
     let wish = match (args.resume, args.fresh) {
         (true, _) => Wish::Resume,
@@ -147,6 +149,15 @@ fn load(args: &RunArgs) -> Result<Loaded> {
         loaded.config.console.mode = console.into();
     }
     Ok(loaded)
+}
+
+/// Refuses a layout of training that the model or the number of processes does not allow.
+fn require_mesh(loaded: &Loaded, processes: usize) -> Result<Mesh> {
+    let (cluster, model) = (&loaded.config.cluster, &loaded.config.model);
+    let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
+    let mesh = Mesh::new([cluster.data, cluster.pipeline, cluster.expert], processes, load);
+    let place = |error: MeshError| loaded.fault(&["cluster", error.key()], error.to_string());
+    Ok(mesh.map_err(place)?)
 }
 
 fn out_folder(args: &RunArgs) -> PathBuf {
@@ -297,6 +308,22 @@ mod tests {
             resume_command(&plain, &out_folder(&plain)).words.join(" "),
             "rehearsal run configs/quickstart.toml --out runs/quickstart --resume"
         );
+    }
+
+    #[test]
+    fn a_layout_that_does_not_divide_is_refused_with_those_that_do() {
+        let place = tempfile::tempdir().unwrap();
+        let out = place.path().join("run");
+        let refusal = |set: &str| {
+            let line = format!("{} {set} --out {}", smoke(), out.display());
+            run(args(&line)).unwrap_err().to_string()
+        };
+        let text = refusal("--set cluster.data=2");
+        assert!(text.contains("is 2, and 1 processes were started; start 2"), "{text}");
+        let text = refusal("--set cluster.expert=2");
+        assert!(text.contains("cluster.expert = 2 does not divide cluster.data = 1"), "{text}");
+        assert!(text.contains("--set"), "the place is named: {text}");
+        assert!(!out.exists());
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //!   * all ranks of a group make the same calls in the same order; the first that sees otherwise tells all of them
 //!   * after an error no rank of the run goes on
 
-use super::link::{Broken, Call, Frame, Link, Operation};
+use super::link::{Broken, Call, Frame, Lane, Link, Operation};
 use super::mesh::cut;
 use std::ops::Range;
 use std::sync::Arc;
@@ -172,15 +172,15 @@ struct Turn<'a> {
 
 impl Turn<'_> {
     fn send(&self, to: usize, bytes: Vec<u8>) -> Result<(), Broken> {
-        let sent =
-            self.group.link.send(self.group.ranks[to], Frame { call: self.call.clone(), bytes });
+        let frame = Frame { lane: Lane::Groups, call: self.call.clone(), bytes };
+        let sent = self.group.link.send(self.group.ranks[to], frame);
         sent.inspect_err(|why| self.group.link.stop(why))
     }
 
     fn receive(&self, from: usize) -> Result<Frame, Broken> {
         let (link, other) = (&self.group.link, self.group.ranks[from]);
         let until = self.since + self.group.deadline;
-        let frame = link.receive(other, &self.call, self.since, until);
+        let frame = link.receive(other, Lane::Groups, &self.call, self.since, until);
         let frame = frame.inspect_err(|why| link.stop(why))?;
         if frame.call == self.call {
             return Ok(frame);

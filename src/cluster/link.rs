@@ -1,16 +1,29 @@
 //! Link: how frames get from one rank to another, whatever carries them.
 //!
 //! Knows no tensors and no groups; `collective` is made of it. A frame says which call it belongs to, so that ranks which
-//! are not at the same call find out at once.
+//! are not at the same call find out at once. Frames of one rank to another go in lanes: what the ranks do in one order
+//! shares a lane, and what each does in an order of its own (stages of a pipeline) has one for itself.
 //!
 //! Invariants:
-//!   * frames of one rank to another arrive once, in order
+//!   * frames of one rank to another arrive once, and in order within a lane
 //!   * no wait is longer than its deadline, and every end of a wait says whom it was for
 
+use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
+/// What frames of one rank to another keep their order in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Lane {
+    /// All collectives.
+    Groups,
+    /// Activations on their way up to a piece of the stack.
+    Up(u32),
+    /// Their gradients on their way down to a piece of the stack.
+    Down(u32),
+}
+
 /// What ranks do together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Operation {
     /// One after another: everybody is there.
     Barrier,
@@ -22,16 +35,18 @@ pub enum Operation {
     AllGather,
     /// A part of its own from each to each.
     AllToAll,
+    /// From one rank to another.
+    Pass,
 }
 
 /// The call that a frame belongs to.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
     /// What it is for, e.g. "gradients of stage 0".
     pub name: String,
     /// What the ranks do.
     pub operation: Operation,
-    /// Number of the call in its group.
+    /// Number of the call in its group, or between its two ranks.
     pub number: u64,
     /// Elements of the whole.
     pub elements: usize,
@@ -49,6 +64,8 @@ impl std::fmt::Display for Call {
 /// A message between ranks.
 #[derive(Clone, Debug)]
 pub struct Frame {
+    /// What it keeps its order in.
+    pub lane: Lane,
     /// What it belongs to.
     pub call: Call,
     /// What it carries.
@@ -102,10 +119,11 @@ pub trait Link: Send + Sync {
     /// Sends a frame; does not wait for the other to take it.
     fn send(&self, to: usize, frame: Frame) -> Result<(), Broken>;
 
-    /// The next frame of a rank, for a call that began at `since` and must end at `until`.
+    /// The next frame of a rank in a lane, for a call that began at `since` and must end at `until`.
     fn receive(
         &self,
         from: usize,
+        lane: Lane,
         call: &Call,
         since: Instant,
         until: Instant,

@@ -3,8 +3,9 @@
 //! Frames go through channels; nothing is copied. It serves one process with several devices, and the tests of whatever
 //! several ranks do.
 
-use super::link::{Broken, Call, Frame, Link};
+use super::link::{Broken, Call, Frame, Lane, Link};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,6 +17,8 @@ pub struct Local {
     rank: usize,
     to: Vec<Sender<Frame>>,
     from: Vec<Receiver<Frame>>,
+    /// Of each rank, frames that came while another lane's were waited for.
+    early: Vec<Mutex<VecDeque<Frame>>>,
     stopped: Arc<Mutex<Option<Broken>>>,
 }
 
@@ -32,7 +35,18 @@ impl Local {
             receivers.push(from);
         }
         let ends = senders.into_iter().zip(receivers).enumerate();
-        ends.map(|(rank, (to, from))| Local { rank, to, from, stopped: stopped.clone() }).collect()
+        let rank = |(rank, (to, from))| {
+            let early = (0..ranks).map(|_| Mutex::default()).collect();
+            Local { rank, to, from, early, stopped: stopped.clone() }
+        };
+        ends.map(rank).collect()
+    }
+
+    /// Takes the first frame of a lane out of those that came early.
+    fn early(&self, from: usize, lane: Lane) -> Option<Frame> {
+        let mut early = self.early[from].lock().unwrap_or_else(|e| e.into_inner());
+        let place = early.iter().position(|frame| frame.lane == lane)?;
+        early.remove(place)
     }
 
     fn stopped(&self) -> Option<Broken> {
@@ -56,13 +70,21 @@ impl Link for Local {
     fn receive(
         &self,
         from: usize,
+        lane: Lane,
         call: &Call,
         since: Instant,
         until: Instant,
     ) -> Result<Frame, Broken> {
+        if let Some(frame) = self.early(from, lane) {
+            return Ok(frame);
+        }
         loop {
             match self.from[from].recv_deadline(until.min(Instant::now() + LOOK)) {
-                Ok(frame) => return Ok(frame),
+                Ok(frame) if frame.lane == lane => return Ok(frame),
+                Ok(frame) => {
+                    let early = &self.early[from];
+                    early.lock().unwrap_or_else(|e| e.into_inner()).push_back(frame);
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     let gone = Broken::Gone { rank: self.rank, gone: from, call: call.to_string() };
                     return Err(self.stopped().unwrap_or(gone));

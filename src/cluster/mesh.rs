@@ -88,6 +88,18 @@ pub enum MeshError {
     },
 }
 
+impl MeshError {
+    /// Last part of the key that is at fault.
+    pub fn key(&self) -> &'static str {
+        match self {
+            MeshError::Zero { key } => key,
+            MeshError::Ranks { .. } => "data",
+            MeshError::Expert { .. } => "expert",
+            MeshError::Stages { .. } => "pipeline",
+        }
+    }
+}
+
 impl Mesh {
     /// The mesh of one rank.
     pub const ONE: Mesh = Mesh { data: 1, pipeline: 1, expert: 1 };

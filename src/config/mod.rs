@@ -22,6 +22,7 @@ mod validate_routing;
 mod validate_stage;
 
 pub mod checkpoint;
+pub mod cluster;
 pub mod console;
 pub mod data;
 pub mod dtype;
@@ -37,6 +38,7 @@ pub mod tokenizer;
 pub mod trained_sets;
 
 pub use checkpoint::CheckpointConfig;
+pub use cluster::ClusterConfig;
 pub use console::{ConsoleConfig, ConsoleMode};
 pub use data::{DataConfig, FieldMap, NeedleConfig, Schema, SetConfig, WordMachineConfig};
 pub use dtype::Dtype;

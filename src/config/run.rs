@@ -19,8 +19,8 @@ use super::published::unify_rope;
 use super::reader::{read, refuse_unknown};
 use super::stage::{EvalConfig, Gate};
 use super::{
-    CheckpointConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, Stage, StageKind,
-    TokenizerConfig,
+    CheckpointConfig, ClusterConfig, ConsoleConfig, DataConfig, EngineConfig, ModelConfig, Stage,
+    StageKind, TokenizerConfig,
 };
 use super::{overrides, validate, validate_model, validate_routing};
 use serde::de::DeserializeOwned;
@@ -40,6 +40,8 @@ pub struct RunConfig {
     pub data: DataConfig,
     /// Devices and memory.
     pub engine: EngineConfig,
+    /// How the run is spread over processes.
+    pub cluster: ClusterConfig,
     /// When to commit.
     pub checkpoint: CheckpointConfig,
     /// How progress is shown.
@@ -63,8 +65,8 @@ pub struct Loaded {
 }
 
 /// The tables and keys of a run's top level.
-const TABLES: [&str; 8] =
-    ["seed", "model", "tokenizer", "data", "engine", "checkpoint", "console", "stage"];
+const TABLES: [&str; 9] =
+    ["seed", "model", "tokenizer", "data", "engine", "cluster", "checkpoint", "console", "stage"];
 
 /// The kinds of stages.
 const KINDS: [&str; 5] = ["pretrain", "long-context", "sft", "reward-model", "grpo"];
@@ -105,6 +107,7 @@ impl RunConfig {
             tokenizer: table(&document, "tokenizer", &[])?.unwrap_or_default(),
             data: table(&document, "data", &[])?.unwrap_or_default(),
             engine: table(&document, "engine", &[])?.unwrap_or_default(),
+            cluster: table(&document, "cluster", &[])?.unwrap_or_default(),
             checkpoint: table(&document, "checkpoint", &[])?.unwrap_or_default(),
             console: table(&document, "console", &[])?.unwrap_or_default(),
             stages: stages(&document)?,
@@ -118,11 +121,12 @@ impl RunConfig {
         toml::to_string(self).expect("a config holds only what TOML can hold")
     }
 
-    /// Identifies the run: a hash of everything but threads, console, gates and the place of the files. A gate decides
+    /// Identifies the run: a hash of everything but threads, processes, console, gates and the place of the files. A gate decides
     /// whether a run goes on, not what it computes: after a missed one it may go on with another.
     pub fn identity(&self) -> String {
         let mut same = self.clone();
         same.engine.threads = 0;
+        same.cluster = ClusterConfig::default();
         same.stages.iter_mut().for_each(|stage| stage.gate = None);
         same.console = ConsoleConfig::default();
         let text = serde_json::to_vec(&same).expect("a config is plain data");

@@ -48,6 +48,10 @@ const NEEDLE_FILES: [&str; 4] =
 const SPLITS: [&str; 3] = ["deepseek-llm", "deepseek-coder", "gpt-2"];
 
 /// Most threads of the device.
+/// Ranks in one direction of a layout at most.
+const MOST_RANKS: usize = 1 << 16;
+
+/// Threads at most.
 pub const MOST_THREADS: usize = 1024;
 
 /// Special tokens and single bytes: the least vocabulary.
@@ -108,12 +112,14 @@ impl Rules<'_> {
 
     fn numbers(&self) -> Result<(), ConfigError> {
         let (engine, checkpoint) = (&self.config.engine, &self.config.checkpoint);
+        let cluster = &self.config.cluster;
         let least_one = [
             ("engine", "page_tokens", engine.page_tokens as u64),
             ("engine", "decode_batch", engine.decode_batch as u64),
             ("engine", "mailbox", engine.mailbox as u64),
             ("engine", "deadline_seconds", engine.deadline_seconds),
             ("engine", "restart_window_seconds", engine.restart_window_seconds),
+            ("cluster", "deadline_seconds", cluster.deadline_seconds),
             ("checkpoint", "every_steps", checkpoint.every_steps),
             ("checkpoint", "every_seconds", checkpoint.every_seconds),
         ];
@@ -132,6 +138,8 @@ impl Rules<'_> {
             ("engine", "page_tokens", engine.page_tokens, 1 << 20),
             ("engine", "decode_batch", engine.decode_batch, 1 << 20),
             ("engine", "mailbox", engine.mailbox, 1 << 16),
+            ("cluster", "data", cluster.data, MOST_RANKS),
+            ("cluster", "pipeline", cluster.pipeline, MOST_RANKS),
             ("checkpoint", "keep", checkpoint.keep, 10_000),
         ];
         for (table, key, value, most) in most {

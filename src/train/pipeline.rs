@@ -10,19 +10,13 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-/// How a stage orders its passes. F, B and W are the times of a micro-batch's passes through a stage, p the stages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// One forward, one backward; B and W are one pass. Idle (p - 1)(F + B + W), at most p micro-batches live.
-    OneForwardOneBackward,
-    /// W waits until nothing else is to do. Idle (p - 1)(F + B - W), at most p live.
-    ZeroBubbleH1,
-    /// More forward passes first. Idle (p - 1)(F + B - 2W), at most 2p - 1 live; needs that many micro-batches.
-    ZeroBubbleH2,
-    /// Each stage has two pieces of the stack, in the form of a V. Idle 0 where F = B = W, at most p live; needs 2p
-    /// micro-batches.
-    ZeroBubbleV,
-}
+/// How a stage orders its passes. Where F, B and W are the times of a micro-batch's passes through a stage, p the stages:
+///   * `OneForwardOneBackward`: B and W are one pass. Idle (p - 1)(F + B + W), at most p micro-batches live.
+///   * `ZeroBubbleH1`: idle (p - 1)(F + B - W), at most p live.
+///   * `ZeroBubbleH2`: idle (p - 1)(F + B - 2W), at most 2p - 1 live; needs that many micro-batches.
+///   * `ZeroBubbleV`: two pieces of the stack for each stage, in the form of a V. Idle 0 where F = B = W, at most p live;
+///     needs 2p micro-batches.
+pub use crate::config::cluster::PipelineSchedule as Kind;
 
 impl Kind {
     /// Pieces of the stack that each stage has.

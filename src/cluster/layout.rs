@@ -134,9 +134,14 @@ impl Training {
 
     /// Whether a rank holds a tensor.
     pub fn holds(&self, rank: usize, tensor: &Tensor) -> bool {
-        let Place { stage, expert: own, .. } = self.mesh.place(rank);
-        let has_layer =
-            |layer: usize| self.layers(stage).iter().any(|range| range.contains(&layer));
+        let place = self.mesh.place(rank);
+        self.holds_at(place, &self.layers(place.stage), tensor)
+    }
+
+    /// The same at a place whose stage has these layers.
+    fn holds_at(&self, place: Place, layers: &[Range<usize>], tensor: &Tensor) -> bool {
+        let Place { stage, expert: own, .. } = place;
+        let has_layer = |layer: usize| layers.iter().any(|range| range.contains(&layer));
         match tensor.home {
             Home::Embedding => stage == 0,
             Home::Head => stage == self.last_stage(),
@@ -161,15 +166,17 @@ impl Training {
 
     /// The tensors of a rank, whole, in order.
     pub fn weights(&self, rank: usize, tensors: &[Tensor]) -> Vec<Slice> {
-        let held = tensors.iter().enumerate().filter(|(_, tensor)| self.holds(rank, tensor));
+        let place = self.mesh.place(rank);
+        let layers = self.layers(place.stage);
+        let held = tensors.iter().enumerate();
+        let held = held.filter(|(_, tensor)| self.holds_at(place, &layers, tensor));
         held.map(|(index, tensor)| Slice::whole(index, tensor)).collect()
     }
 
     /// What a rank keeps of the moments (ZeRO-1): its share of the elements of all tensors that have the same replicas,
     /// laid one after another.
     pub fn moments(&self, rank: usize, tensors: &[Tensor]) -> Vec<Run> {
-        let held: Vec<usize> =
-            (0..tensors.len()).filter(|i| self.holds(rank, &tensors[*i])).collect();
+        let held = self.weights(rank, tensors).into_iter().map(|slice| slice.tensor);
         let mut groups: Vec<(Vec<usize>, Vec<usize>)> = Vec::new();
         for index in held {
             let replicas = self.replicas(rank, &tensors[index]);

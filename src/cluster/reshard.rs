@@ -55,26 +55,23 @@ impl Plan {
         let mut plan = Plan::default();
         let mut sent = vec![0; held.len()];
         let mut moves = Vec::new();
-        let holders = holders(tensors.len(), held);
-        for (tensor, holders) in holders.iter().enumerate() {
-            for (to, wanted) in wanted.iter().enumerate() {
-                for want in wanted.iter().filter(|slice| slice.tensor == tensor) {
-                    let mut open = vec![want.clone()];
-                    let own = |(rank, _): &&(usize, Slice)| *rank == to;
-                    for (_, slice) in holders.iter().filter(own) {
-                        let kept = take(&mut open, slice);
-                        plan.kept.extend(kept.into_iter().map(|part| (to, part)));
-                    }
-                    while let Some(part) = open.first().cloned() {
-                        let (from, slice) = least_busy(holders, &part, &sent).ok_or(Missing {
-                            to,
-                            tensor,
-                            rows: part.rows,
-                        })?;
-                        for part in take(&mut open, slice) {
-                            sent[from] += part.elements();
-                            moves.push(Moved { from, to, part });
-                        }
+        let (holders, wants) = (by_tensor(tensors.len(), held), by_tensor(tensors.len(), wanted));
+        for (tensor, (holders, wants)) in holders.iter().zip(&wants).enumerate() {
+            for (to, want) in wants {
+                let mut open = vec![(*want).clone()];
+                for (_, slice) in own(holders, *to) {
+                    let kept = take(&mut open, slice);
+                    plan.kept.extend(kept.into_iter().map(|part| (*to, part)));
+                }
+                while let Some(part) = open.first().cloned() {
+                    let (from, slice) = least_busy(holders, &part, &sent).ok_or(Missing {
+                        to: *to,
+                        tensor,
+                        rows: part.rows,
+                    })?;
+                    for part in take(&mut open, slice) {
+                        sent[from] += part.elements();
+                        moves.push(Moved { from, to: *to, part });
                     }
                 }
             }
@@ -90,47 +87,63 @@ impl Plan {
 
     /// The most elements that a rank sends and receives in a round.
     pub fn widest(&self) -> usize {
-        let load = |round: &Vec<Moved>, rank: usize, of: fn(&Moved) -> usize| -> usize {
-            let mine = round.iter().filter(|moved| of(moved) == rank);
-            mine.map(|moved| moved.part.elements()).sum()
-        };
         let ranks = self.rounds.iter().flatten().map(|moved| moved.from.max(moved.to) + 1).max();
-        let of_rank = |round: &Vec<Moved>, rank| {
-            load(round, rank, |moved| moved.from).max(load(round, rank, |moved| moved.to))
-        };
-        let most = |round| (0..ranks.unwrap_or(0)).map(|rank| of_rank(round, rank)).max();
-        self.rounds.iter().filter_map(most).max().unwrap_or(0)
+        let mut loads = vec![[0; 2]; ranks.unwrap_or(0)];
+        let mut widest = 0;
+        for round in &self.rounds {
+            for moved in round {
+                for (side, rank) in [moved.from, moved.to].into_iter().enumerate() {
+                    loads[rank][side] += moved.part.elements();
+                    widest = widest.max(loads[rank][side]);
+                }
+            }
+            round.iter().flat_map(|moved| [moved.from, moved.to]).for_each(|r| loads[r] = [0; 2]);
+        }
+        widest
     }
 }
 
 /// Elements that any plan has to send at least: what is wanted and not held, rank by rank.
 pub fn least(held: &[Vec<Slice>], wanted: &[Vec<Slice>]) -> usize {
     let missing = |(held, wanted): (&Vec<Slice>, &Vec<Slice>)| {
-        let mut open = wanted.clone();
-        held.iter().for_each(|slice| drop(take(&mut open, slice)));
-        open.iter().map(Slice::elements).sum::<usize>()
+        let last = held.iter().chain(wanted).map(|slice| slice.tensor).max();
+        let held = by_tensor(last.map_or(0, |last| last + 1), std::slice::from_ref(held));
+        let open = |want: &Slice| {
+            let mut open = vec![want.clone()];
+            held[want.tensor].iter().for_each(|(_, slice)| drop(take(&mut open, slice)));
+            open.iter().map(Slice::elements).sum::<usize>()
+        };
+        wanted.iter().map(open).sum::<usize>()
     };
     held.iter().zip(wanted).map(missing).sum()
 }
 
-fn holders(tensors: usize, held: &[Vec<Slice>]) -> Vec<Vec<(usize, Slice)>> {
-    let mut holders = vec![Vec::new(); tensors];
-    for (rank, slices) in held.iter().enumerate() {
+/// The parts of each tensor with their ranks, lowest rank first.
+fn by_tensor(tensors: usize, ranks: &[Vec<Slice>]) -> Vec<Vec<(usize, &Slice)>> {
+    let mut parts = vec![Vec::new(); tensors];
+    for (rank, slices) in ranks.iter().enumerate() {
         for slice in slices {
-            holders[slice.tensor].push((rank, slice.clone()));
+            parts[slice.tensor].push((rank, slice));
         }
     }
-    holders
+    parts
+}
+
+/// A rank's own parts among those of a tensor.
+fn own<'a>(holders: &'a [(usize, &'a Slice)], rank: usize) -> &'a [(usize, &'a Slice)] {
+    let first = holders.partition_point(|(holder, _)| *holder < rank);
+    let end = first + holders[first..].partition_point(|(holder, _)| *holder == rank);
+    &holders[first..end]
 }
 
 /// The holder of some of a part that has sent least so far; the lowest rank among equals.
 fn least_busy<'a>(
-    holders: &'a [(usize, Slice)],
+    holders: &[(usize, &'a Slice)],
     part: &Slice,
     sent: &[usize],
 ) -> Option<(usize, &'a Slice)> {
     let some = holders.iter().filter(|(_, slice)| !both(slice, part).is_empty());
-    some.min_by_key(|(rank, _)| (sent[*rank], *rank)).map(|(rank, slice)| (*rank, slice))
+    some.min_by_key(|(rank, _)| (sent[*rank], *rank)).map(|(rank, slice)| (*rank, *slice))
 }
 
 fn both(a: &Slice, b: &Slice) -> Slice {
@@ -166,31 +179,94 @@ fn take(open: &mut Vec<Slice>, slice: &Slice) -> Vec<Slice> {
 /// Parts cut to at most a bucket, and put into the first round where sender and receiver have room.
 fn rounds(moves: Vec<Moved>, ranks: usize, bucket: usize) -> Vec<Vec<Moved>> {
     let mut rounds: Vec<Vec<Moved>> = Vec::new();
-    // What each rank has sent and received in each round, and the first round where it may still have room.
-    let mut loads: Vec<[Vec<usize>; 2]> = Vec::new();
-    let mut full = [vec![0; ranks], vec![0; ranks]];
+    // What each rank may still send and receive in each round.
+    let mut rooms: [Vec<Room>; 2] = [0, 1].map(|_| vec![Room::new(bucket); ranks]);
     for moved in moves.into_iter().flat_map(|moved| pieces(moved, bucket)) {
-        let size = moved.part.elements();
-        let ends = [moved.from, moved.to];
-        let fits = |load: &[Vec<usize>; 2]| {
-            (0..2)
-                .all(|side| load[side][ends[side]] == 0 || load[side][ends[side]] + size <= bucket)
-        };
-        let first = full[0][ends[0]].max(full[1][ends[1]]);
-        let place = (first..loads.len()).find(|place| fits(&loads[*place])).unwrap_or(loads.len());
-        if place == loads.len() {
-            loads.push([vec![0; ranks], vec![0; ranks]]);
-            rounds.push(Vec::new());
-        }
-        for side in 0..2 {
-            loads[place][side][ends[side]] += size;
-            if loads[place][side][ends[side]] >= bucket && place == full[side][ends[side]] {
-                full[side][ends[side]] += 1;
+        // A row that is longer than a bucket takes one that is empty.
+        let size = moved.part.elements().min(bucket);
+        let mut place = 0;
+        loop {
+            let sender = rooms[0][moved.from].first(place, size);
+            place = rooms[1][moved.to].first(sender, size);
+            if place == sender {
+                break;
             }
+        }
+        rooms[0][moved.from].take(place, size);
+        rooms[1][moved.to].take(place, size);
+        if place >= rounds.len() {
+            rounds.resize(place + 1, Vec::new());
         }
         rounds[place].push(moved);
     }
     rounds
+}
+
+/// What one rank may still send, or receive, in each round; every round that was not asked for yet is empty.
+///
+/// A tree of maxima over the rounds, so that the first one with room is found in logarithmic time: a search from one end
+/// makes the plan quadratic, because rounds are rarely filled to their last element.
+#[derive(Clone)]
+struct Room {
+    bucket: usize,
+    /// Node 1 is the root, node n has 2n and 2n + 1; the second half of the list are the rounds.
+    most: Vec<usize>,
+}
+
+impl Room {
+    fn new(bucket: usize) -> Room {
+        Room { bucket, most: vec![bucket; 2] }
+    }
+
+    fn rounds(&self) -> usize {
+        self.most.len() / 2
+    }
+
+    /// The first round from `from` on with room for `size`.
+    fn first(&self, from: usize, size: usize) -> usize {
+        let leaves = self.rounds();
+        if from >= leaves {
+            return from;
+        }
+        // 1. Up to the first subtree on the right that has room, 2. down in it.
+        let mut node = leaves + from;
+        while self.most[node] < size {
+            while node % 2 == 1 {
+                node /= 2;
+                if node <= 1 {
+                    return leaves;
+                }
+            }
+            node += 1;
+        }
+        while node < leaves {
+            node *= 2;
+            node += usize::from(self.most[node] < size);
+        }
+        node - leaves
+    }
+
+    fn take(&mut self, round: usize, size: usize) {
+        while round >= self.rounds() {
+            self.double();
+        }
+        let mut node = self.rounds() + round;
+        self.most[node] -= size;
+        while node > 1 {
+            node /= 2;
+            self.most[node] = self.most[2 * node].max(self.most[2 * node + 1]);
+        }
+    }
+
+    fn double(&mut self) {
+        let leaves = self.rounds();
+        let mut most = vec![self.bucket; 4 * leaves];
+        most[2 * leaves..3 * leaves].copy_from_slice(&self.most[leaves..]);
+        for node in (1..2 * leaves).rev() {
+            most[node] = most[2 * node].max(most[2 * node + 1]);
+        }
+        self.most = most;
+    }
 }
 
 fn pieces(moved: Moved, bucket: usize) -> impl Iterator<Item = Moved> {
@@ -267,6 +343,21 @@ mod tests {
             check(&tensors, &train, &sample, bucket);
             check(&tensors, &sample, &train, bucket);
         }
+    }
+
+    #[test]
+    fn the_first_round_with_room_is_the_one_that_a_search_from_the_front_finds() {
+        let mut room = Room::new(10);
+        let mut plain = vec![10; 40];
+        // A fixed mixture of sizes and of places to search from.
+        for step in 0..60usize {
+            let (size, from) = (1 + step * 7 % 10, step * 5 % 13);
+            let wanted = (from..).find(|round| plain[*round] >= size).unwrap();
+            assert_eq!(room.first(from, size), wanted, "step {step}");
+            room.take(wanted, size);
+            plain[wanted] -= size;
+        }
+        assert_eq!(room.first(1000, 10), 1000, "what was never asked for is empty");
     }
 
     #[test]

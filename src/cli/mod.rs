@@ -10,6 +10,7 @@ mod output;
 // Before a run, and a run.
 pub mod check;
 mod check_report;
+mod launch;
 mod machine;
 pub mod run;
 pub mod run_folder;

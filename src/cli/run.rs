@@ -7,6 +7,7 @@ use super::check::check_files;
 use super::check_report::CheckReport;
 use super::command::{Threads, cores, warned};
 use super::generate::seed;
+use super::launch::Launched;
 use super::machine::{
     free_disk, free_memory, held_disk, measured, measured_for_run, measured_products,
     share_for_arenas,
@@ -94,8 +95,10 @@ impl From<Console> for ConsoleMode {
 
 /// Runs.
 pub fn run(args: RunArgs) -> Result<()> {
+    let launched = Launched::from_environment();
+    launched.as_ref().map_or(Ok(()), Launched::require_mpi)?;
     let loaded = load(&args)?;
-    require_mesh(&loaded, 1)?;
+    require_mesh(&loaded, launched.map_or(1, |launched| launched.processes))?;
     let out = out_folder(&args);
     let wish = match (args.resume, args.fresh) {
         (true, _) => Wish::Resume,

@@ -73,7 +73,7 @@ pub struct Frame {
 }
 
 /// Why ranks no longer work together. None of them goes on after it.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Broken {
     /// Ranks did not come in time.
     #[error("rank {rank} waited {seconds} s in {call} for rank {missing}, which did not come")]
@@ -108,6 +108,16 @@ pub enum Broken {
         gone: usize,
         /// Its call.
         call: String,
+    },
+    /// A rank could not do its part.
+    #[error("rank {rank}: {why}")]
+    Failed {
+        /// Which.
+        rank: usize,
+        /// Why.
+        why: String,
+        /// The exit code that its error has.
+        code: u8,
     },
 }
 

@@ -10,13 +10,22 @@ pub mod mesh;
 pub mod collective;
 pub mod link;
 pub mod local;
+#[cfg(feature = "mpi")]
+pub mod mpi;
+#[cfg(feature = "mpi")]
+mod mpi_calls;
+pub mod stop;
+pub mod wire;
 
 // What a change of layout sends.
 pub mod reshard;
 
+#[cfg(feature = "mpi")]
+pub use self::mpi::Mpi;
 pub use collective::Group;
 pub use layout::{Home, Slice, Tensor, Training};
 pub use link::{Broken, Link};
 pub use local::Local;
 pub use mesh::{Mesh, MeshError};
 pub use reshard::{Moved, Plan};
+pub use stop::Stop;

@@ -4,6 +4,8 @@
 mod exact;
 #[path = "../hostile/mod.rs"]
 mod hostile;
+#[cfg(feature = "mpi")]
+mod mpirun;
 mod runs;
 mod tiny;
 mod training;
@@ -27,6 +29,8 @@ mod model;
 mod needle;
 mod oracle;
 mod prefill;
+#[cfg(feature = "mpi")]
+mod processes;
 mod profile;
 mod requirements;
 mod rollout_formats;

@@ -1,0 +1,34 @@
+//! Ranks for tests: this test binary, started by mpirun as often as a check wants, or the program itself.
+//!
+//! Knows no check. What mpirun wants to be told on a machine with few cores and a privileged user is told here, not asked of
+//! people.
+
+use std::process::{Command, Output};
+
+/// Names the check that a rank is to make.
+pub const CHECK: &str = "REHEARSAL_RANK_CHECK";
+
+/// mpirun for so many ranks, without the program.
+pub fn mpirun(ranks: usize) -> Command {
+    let mut command = Command::new("mpirun");
+    command.args(["--oversubscribe", "-n", &ranks.to_string()]);
+    for allowed in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
+        command.env(allowed, "1");
+    }
+    command.current_dir(env!("CARGO_MANIFEST_DIR"));
+    command
+}
+
+/// Has so many ranks make a check of `processes::as_a_rank`.
+pub fn ranks_check(ranks: usize, check: &str) -> Output {
+    let mut command = mpirun(ranks);
+    command.arg(std::env::current_exe().unwrap());
+    command.args(["processes::as_a_rank", "--exact", "--nocapture", "--test-threads=1"]);
+    command.env(CHECK, check).output().expect("mpirun is installed: .ci/run does it")
+}
+
+/// What all ranks wrote, both streams.
+pub fn text(output: &Output) -> String {
+    let [out, err] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));
+    format!("{out}{err}")
+}

@@ -6,6 +6,7 @@
 pub mod phase;
 
 pub mod offload;
+pub mod offload_plan;
 mod parked_optimizer;
 pub mod resident;
 

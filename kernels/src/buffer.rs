@@ -186,6 +186,26 @@ impl Buffer {
         }
     }
 
+    /// The bytes of a row of memory on the host.
+    pub(crate) fn row_bytes(&self, row: usize) -> &[u8] {
+        let length = self.cols * self.dtype.size();
+        assert!(row < self.rows);
+        // SAFETY: the row lies in the region, which is plain numbers, and `&self` keeps writers away.
+        unsafe { std::slice::from_raw_parts(self.row_address(row) as *const u8, length) }
+    }
+
+    /// The bytes of a row of memory on the host, to write to.
+    pub(crate) fn row_bytes_mut(&mut self, row: usize) -> &mut [u8] {
+        let length = self.cols * self.dtype.size();
+        assert!(row < self.rows);
+        // SAFETY: as for `row_bytes`; `&mut self` makes the access exclusive, and any bytes are numbers.
+        unsafe { std::slice::from_raw_parts_mut(self.row_address(row) as *mut u8, length) }
+    }
+
+    fn row_address(&self, row: usize) -> usize {
+        self.address() + row * self.stride * self.dtype.size()
+    }
+
     fn piece(&self, rows: Range<usize>, cols: Range<usize>) -> Buffer {
         assert!(rows.start <= rows.end && rows.end <= self.rows, "rows {rows:?} of {}", self.rows);
         assert!(cols.start <= cols.end && cols.end <= self.cols, "cols {cols:?} of {}", self.cols);

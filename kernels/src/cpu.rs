@@ -82,6 +82,12 @@ impl Kernels for CpuKernels {
     fn download_indices(&self, src: &Buffer) -> Vec<u32> {
         ops::rows::download(src, |x: u32| x)
     }
+    fn download_bytes(&self, src: &Buffer) -> Vec<u8> {
+        ops::rows::download_bytes(src)
+    }
+    fn upload_bytes(&self, src: &[u8], dst: &mut Buffer) {
+        ops::rows::upload_bytes(src, dst)
+    }
     fn fill(&self, dst: &mut Buffer, value: f64) {
         ops::rows::fill(&self.cx, dst, value)
     }

@@ -128,6 +128,10 @@ pub trait Kernels: Send + Sync {
     fn upload_indices(&self, src: &[u32], dst: &mut Buffer);
     /// Copies indices out.
     fn download_indices(&self, src: &Buffer) -> Vec<u32>;
+    /// Copies the numbers out as they are, row after row, little-endian: what one rank sends another.
+    fn download_bytes(&self, src: &Buffer) -> Vec<u8>;
+    /// As `upload`, from the bytes of `download_bytes`.
+    fn upload_bytes(&self, src: &[u8], dst: &mut Buffer);
     /// Sets every element.
     fn fill(&self, dst: &mut Buffer, value: f64);
     /// `dst = src` (floats or indices).

@@ -60,7 +60,7 @@ impl DropSpec {
 }
 
 /// Pairs that did not fit.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DropCounts {
     /// Pairs that were dropped.
     pub dropped: u64,

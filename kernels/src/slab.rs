@@ -64,6 +64,16 @@ impl Slab {
         self.joined(range).into_view_mut()
     }
 
+    /// Some elements of tensor `index`, in row order, as one row.
+    pub fn run(&self, index: usize, elements: Range<usize>) -> View<'_> {
+        self.part(index, elements).into_view()
+    }
+
+    /// Some elements of tensor `index` as one row, to write to.
+    pub fn run_mut(&mut self, index: usize, elements: Range<usize>) -> ViewMut<'_> {
+        self.part(index, elements).into_view_mut()
+    }
+
     /// All elements as one row.
     pub fn whole(&self) -> View<'_> {
         Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).into_view()
@@ -79,6 +89,13 @@ impl Slab {
         let mut file = File::create(path)?;
         file.write_all(self.bytes())?;
         Ok(Spilled { path: path.to_path_buf(), dtype: self.dtype, shapes: self.shapes.clone() })
+    }
+
+    fn part(&self, index: usize, elements: Range<usize>) -> Buffer {
+        let first = self.starts[index] + elements.start;
+        assert!(first + elements.len() <= self.starts[index + 1], "elements of a tensor");
+        let offset = first * self.dtype.size();
+        Buffer::new(self.region.clone(), offset, self.dtype, 1, elements.len())
     }
 
     fn joined(&self, range: Range<usize>) -> Buffer {
@@ -167,6 +184,8 @@ mod tests {
         }
         let before = slab.bytes().to_vec();
         assert_eq!((slab.span(1..3).rows(), slab.span(1..3).cols()), (3, 7));
+        let first = (15 + 7 + 3) * 4;
+        assert_eq!(slab.run(2, 3..11).row_bytes(0), &before[first..first + 8 * 4]);
         let path = std::env::temp_dir().join(format!("rehearsal-spill-{}", std::process::id()));
         let spilled = slab.spill(&path).unwrap();
         drop(slab);

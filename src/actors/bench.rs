@@ -10,6 +10,7 @@ use super::messages::*;
 use super::port::Limits;
 use super::stage_plan::Folders;
 use super::worker::DeviceMaker;
+use crate::cluster::Team;
 use crate::config::stage::{GrpoStage, RewardEntry, StageKind, VerifierKind};
 use crate::config::{
     CheckpointConfig, ClusterConfig, ConsoleConfig, DataConfig, EngineConfig, Fault, ModelConfig,
@@ -58,6 +59,7 @@ pub fn bench_grpo(request: BenchRequest) -> anyhow::Result<Vec<BenchStep>> {
         engine: request.engine.clone(),
         seed: request.seed,
         spill: request.spill.clone(),
+        team: Team::alone(),
     };
     let profile = request.profile.clone();
     let device: DeviceMaker =

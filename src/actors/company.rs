@@ -21,6 +21,7 @@ use super::staff::{Intensity, Member, Staff};
 use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
+use crate::cluster::Team;
 use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::{Machine, Profile};
@@ -60,6 +61,7 @@ pub fn start(request: RunRequest) -> Result<()> {
         engine,
         seed: config.seed,
         spill: folder.join("spill"),
+        team: Team::alone(),
     };
     let outcome = run(
         Setup {

@@ -5,6 +5,7 @@
 use super::extension::Extension;
 use super::machine::{free_memory, share_for_arenas};
 use crate::checkpoint::read_model_config;
+use crate::cluster::Team;
 use crate::config::data::{DataConfig, Schema, SetConfig};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::routing::Balance;
@@ -82,8 +83,13 @@ fn prepared(
     let budget = free_memory().map(|free| Bytes(share_for_arenas(free)));
     let settings =
         EngineConfig { threads, budget, offload: Some(Vec::new()), ..EngineConfig::default() };
-    let setup =
-        EngineSetup { model: config.clone(), engine: settings, seed, spill: spill_folder() };
+    let setup = EngineSetup {
+        model: config.clone(),
+        engine: settings,
+        seed,
+        spill: spill_folder(),
+        team: Team::alone(),
+    };
     let mut engine = HybridEngine::profiled(setup, profile)?;
     engine.prepare(plan)?;
     Ok(engine)

@@ -47,7 +47,7 @@ macro_rules! number {
         }
     )*};
 }
-number!(f32, f64, u32, u64);
+number!(u8, f32, f64, u32, u64);
 
 impl Group {
     /// The group of `ranks`, this link's among them; no call takes longer than `deadline`.
@@ -139,6 +139,34 @@ impl Group {
         self.all_gather(name, values)
     }
 
+    /// Sends each other rank its bytes. What they have for this one is taken with [`Sent::take`], with other work between.
+    pub fn send_to_all(
+        &self,
+        name: &str,
+        operation: Operation,
+        elements: usize,
+        width: usize,
+        bytes: impl Fn(usize) -> Vec<u8>,
+    ) -> Result<Sent<'_>, Broken> {
+        let turn = self.turn(name, operation, elements, width);
+        turn.send_to_all(bytes)?;
+        Ok(Sent { turn })
+    }
+
+    /// What all ranks have, in order of the ranks, at the rank of place `to`; nothing at the others.
+    pub fn gather(&self, name: &str, to: usize, own: Vec<u8>) -> Result<Vec<Vec<u8>>, Broken> {
+        let turn = self.begin::<u8>(name, Operation::Gather, 0);
+        if self.own != to {
+            return turn.send(to, own).map(|()| Vec::new());
+        }
+        let mut own = Some(own);
+        let taken = |from| match from == to {
+            true => Ok(own.take().expect("one place is the own one")),
+            false => turn.receive(from).map(|frame| frame.bytes),
+        };
+        (0..self.ranks.len()).map(taken).collect()
+    }
+
     /// What each rank has for this one, in order of the ranks, for what this one has for each.
     pub fn all_to_all<T: Number>(
         &self,
@@ -157,9 +185,28 @@ impl Group {
     }
 
     fn begin<T: Number>(&self, name: &str, operation: Operation, elements: usize) -> Turn<'_> {
+        self.turn(name, operation, elements, T::WIDTH)
+    }
+
+    fn turn(&self, name: &str, operation: Operation, elements: usize, width: usize) -> Turn<'_> {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
-        let call = Call { name: name.to_string(), operation, number, elements, width: T::WIDTH };
+        let call = Call { name: name.to_string(), operation, number, elements, width };
         Turn { group: self, call, since: Instant::now() }
+    }
+}
+
+/// A call whose bytes are sent and whose answers are still to be taken.
+pub struct Sent<'a> {
+    turn: Turn<'a>,
+}
+
+impl Sent<'_> {
+    /// The other ranks' bytes, in order of the ranks; `None` in this rank's own place. Waits until they are here, for as
+    /// long as a call may take from now on.
+    pub fn take(mut self) -> Result<Vec<Option<Vec<u8>>>, Broken> {
+        self.turn.since = Instant::now();
+        let bytes = |frame: Option<Frame>| frame.map(|frame| frame.bytes);
+        Ok(self.turn.receive_from_all()?.into_iter().map(bytes).collect())
     }
 }
 
@@ -199,16 +246,22 @@ impl Turn<'_> {
         Err(why)
     }
 
-    /// Sends each other rank its bytes, then takes theirs; `None` in this rank's own place.
-    fn exchange(&self, bytes: impl Fn(usize) -> Vec<u8>) -> Result<Vec<Option<Frame>>, Broken> {
+    fn send_to_all(&self, bytes: impl Fn(usize) -> Vec<u8>) -> Result<(), Broken> {
         let (own, count) = (self.group.own, self.group.ranks.len());
         // Each begins with its right neighbour, so that not all send to the same rank at once.
-        for to in (1..count).map(|step| (own + step) % count) {
-            self.send(to, bytes(to))?;
-        }
-        (0..count)
-            .map(|from| if from == own { Ok(None) } else { self.receive(from).map(Some) })
-            .collect()
+        (1..count).map(|step| (own + step) % count).try_for_each(|to| self.send(to, bytes(to)))
+    }
+
+    /// The others' frames; `None` in this rank's own place.
+    fn receive_from_all(&self) -> Result<Vec<Option<Frame>>, Broken> {
+        let (own, count) = (self.group.own, self.group.ranks.len());
+        let frame = |from| if from == own { Ok(None) } else { self.receive(from).map(Some) };
+        (0..count).map(frame).collect()
+    }
+
+    fn exchange(&self, bytes: impl Fn(usize) -> Vec<u8>) -> Result<Vec<Option<Frame>>, Broken> {
+        self.send_to_all(bytes)?;
+        self.receive_from_all()
     }
 
     fn unpack<T: Number>(&self, from: usize, frame: &Frame, to: &mut [T]) -> Result<(), Broken> {
@@ -285,6 +338,9 @@ mod tests {
             let mut word = [own as u64; 3];
             group.broadcast("plan", 2, &mut word).unwrap();
             group.barrier("end").unwrap();
+            let gathered = group.gather("figures", 1, vec![own as u8; own]).unwrap();
+            let all: Vec<Vec<u8>> = (0..4).map(|rank| vec![rank as u8; rank]).collect();
+            assert_eq!(gathered, if own == 1 { all } else { Vec::new() });
             (parts, word)
         });
         for (own, (parts, word)) in got.into_iter().enumerate() {

@@ -95,6 +95,29 @@ pub struct Run {
     pub elements: Range<usize>,
 }
 
+/// Ranks that hold the same tensors.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// They, in order.
+    pub ranks: Vec<usize>,
+    /// What each of them answers for.
+    pub parts: Vec<Vec<Run>>,
+}
+
+/// The runs that a range covers of tensors laid one after another.
+fn parts_of(members: &[usize], size: impl Fn(&usize) -> usize, range: Range<usize>) -> Vec<Run> {
+    let (mut runs, mut first) = (Vec::new(), 0);
+    for index in members {
+        let end = first + size(index);
+        let (from, to) = (range.start.max(first), range.end.min(end));
+        if from < to {
+            runs.push(Run { tensor: *index, elements: from - first..to - first });
+        }
+        first = end;
+    }
+    runs
+}
+
 /// The layout of training: a mesh, and the layers of each stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Training {
@@ -176,6 +199,18 @@ impl Training {
     /// What a rank keeps of the moments (ZeRO-1): its share of the elements of all tensors that have the same replicas,
     /// laid one after another.
     pub fn moments(&self, rank: usize, tensors: &[Tensor]) -> Vec<Run> {
+        let own = |shared: Shared| {
+            let place = shared.ranks.iter().position(|other| *other == rank);
+            shared.parts.into_iter().nth(place.expect("its own replica")).expect("a part for each")
+        };
+        let mut runs: Vec<Run> = self.sharing(rank, tensors).into_iter().flat_map(own).collect();
+        runs.sort_by_key(|run| run.tensor);
+        runs
+    }
+
+    /// Whom a rank shares its tensors with, and who of them answers for which elements; a rank that holds a tensor alone
+    /// answers for all of it.
+    pub fn sharing(&self, rank: usize, tensors: &[Tensor]) -> Vec<Shared> {
         let held = self.weights(rank, tensors).into_iter().map(|slice| slice.tensor);
         let mut groups: Vec<(Vec<usize>, Vec<usize>)> = Vec::new();
         for index in held {
@@ -185,26 +220,17 @@ impl Training {
                 None => groups.push((replicas, vec![index])),
             }
         }
-        let mut runs: Vec<Run> = Vec::new();
-        for (replicas, members) in groups {
-            let part = replicas.iter().position(|other| *other == rank).expect("its own replica");
-            let size = |index: &usize| tensors[*index].rows * tensors[*index].cols;
-            let own = cut(members.iter().map(size).sum(), replicas.len(), part);
-            let mut first = 0;
-            for index in members {
-                let end = first + size(&index);
-                let (from, to) = (own.start.max(first), own.end.min(end));
-                if from < to {
-                    runs.push(Run { tensor: index, elements: from - first..to - first });
-                }
-                first = end;
-            }
-        }
-        runs.sort_by_key(|run| run.tensor);
-        runs
+        let size = |index: &usize| tensors[*index].rows * tensors[*index].cols;
+        let shared = |(ranks, members): (Vec<usize>, Vec<usize>)| {
+            let all = members.iter().map(size).sum();
+            let part = |place| parts_of(&members, size, cut(all, ranks.len(), place));
+            Shared { parts: (0..ranks.len()).map(part).collect(), ranks }
+        };
+        groups.into_iter().map(shared).collect()
     }
 
-    fn last_stage(&self) -> usize {
+    /// The stage that has the head.
+    pub fn last_stage(&self) -> usize {
         if self.chunks == 2 { 0 } else { self.mesh.pipeline() - 1 }
     }
 }

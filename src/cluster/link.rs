@@ -33,6 +33,8 @@ pub enum Operation {
     ReduceScatter,
     /// All ranks' parts to all.
     AllGather,
+    /// All ranks' parts to one.
+    Gather,
     /// A part of its own from each to each.
     AllToAll,
     /// From one rank to another.

@@ -86,6 +86,17 @@ pub enum MeshError {
         /// Layers of the model.
         layers: usize,
     },
+    /// Two pieces for each stage are more than there are layers.
+    #[error(
+        "cluster.schedule = \"zb-v\" gives each of cluster.pipeline = {pipeline} stages two pieces of the stack, and the model \
+         has {layers} layers; use cluster.pipeline = {} or less, or another schedule", layers / 2
+    )]
+    Pieces {
+        /// P.
+        pipeline: usize,
+        /// Layers of the model.
+        layers: usize,
+    },
 }
 
 impl MeshError {
@@ -96,6 +107,7 @@ impl MeshError {
             MeshError::Ranks { .. } => "data",
             MeshError::Expert { .. } => "expert",
             MeshError::Stages { .. } => "pipeline",
+            MeshError::Pieces { .. } => "schedule",
         }
     }
 }

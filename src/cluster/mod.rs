@@ -15,6 +15,9 @@ pub mod mpi;
 #[cfg(feature = "mpi")]
 mod mpi_calls;
 pub mod stop;
+pub mod pipe;
+pub mod team;
+pub mod timeline;
 pub mod wire;
 
 // What a change of layout sends.
@@ -27,5 +30,8 @@ pub use layout::{Home, Slice, Tensor, Training};
 pub use link::{Broken, Link};
 pub use local::Local;
 pub use mesh::{Mesh, MeshError};
+pub use pipe::Pipe;
 pub use reshard::{Moved, Plan};
 pub use stop::Stop;
+pub use team::Team;
+pub use timeline::{Doing, Timeline};

@@ -22,6 +22,9 @@ pub struct EngineConfig {
     /// the bit; a step in which they are not stops the run. `false` trains and scores in the form that `attention` names
     /// and takes prompts by cost, as other stages do: the two then agree to rounding.
     pub exact: bool,
+    /// Layers of the model (of each piece of a pipeline's stages), from the lowest, whose activations a training step
+    /// computes again instead of keeping them: less memory for more time. Changes no result.
+    pub recompute: usize,
     /// Tokens of a cache page.
     pub page_tokens: usize,
     /// Sequences that decode together at most.
@@ -68,6 +71,7 @@ impl Default for EngineConfig {
             offload: None,
             attention: AttentionForm::Expanded,
             exact: true,
+            recompute: 0,
             page_tokens: 16,
             decode_batch: 128,
             mailbox: 64,

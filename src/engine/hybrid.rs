@@ -14,20 +14,23 @@ use super::formats::Formats;
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 use super::resident::{
-    Calibration, Resident, config_of, out_of_memory, require_policy, save_model, write_slabs,
+    Calibration, Resident, config_of, interrupted, out_of_memory, require_policy, save_model,
+    write_slabs,
 };
 use super::scoring::Scorer;
 use super::utilisation::Chores;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
+use crate::cluster::{Team, Timeline};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
 use crate::config::{EngineConfig, ModelConfig};
-use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params};
+use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, Transformer};
 use crate::train::job::{StepReport, TrainJob};
+use crate::train::ranks::{experts_of, part_of};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
-use crate::train::{Items, Optimizer, Rollouts};
+use crate::train::{Items, Optimizer, Ranks, Rollouts};
 use anyhow::{Context, Result, bail, ensure};
 use rehearsal_kernels::WeightFormat;
 use rehearsal_kernels::{Activity, Arena, CpuKernels, Kernels, Kind, Profile, Profiled};
@@ -48,6 +51,8 @@ pub struct EngineSetup {
     pub seed: u64,
     /// Folder for offloaded slabs; removed with the engine.
     pub spill: PathBuf,
+    /// The ranks of the run.
+    pub team: Team,
 }
 
 /// Counters that a checkpoint keeps beside the tensors.
@@ -144,18 +149,15 @@ impl HybridEngine {
             config.rope_scaling = yarn.clone();
             config.max_position_embeddings = *positions;
         }
-        let mut policy = Resident::load(
-            kernels,
-            &Role::Policy,
-            &config,
-            &stage.policy,
-            stage.value_head,
-            seed,
-            spill,
-        )?;
+        let (team, timeline) = (&self.setup.team, Arc::new(Timeline::since(Instant::now())));
+        let (part, experts) = (part_of(team, &config), experts_of(team, &timeline));
+        let model = Transformer::of_part(kernels, &config, stage.value_head, part, experts)
+            .map_err(out_of_memory)?;
+        let ranks = Ranks::new(team, &config, &model.layout, timeline);
+        let mut policy = Resident::load(kernels, &Role::Policy, model, &stage.policy, seed, spill)?;
         if let Some(settings) = &stage.optimizer {
             self.optimizer =
-                Some(ParkedOptimizer::new(kernels, &policy, settings, stage.steps, spill)?);
+                Some(ParkedOptimizer::new(kernels, ranks, settings, stage.steps, spill)?);
         }
         policy.calibration = Calibration::default();
         self.policy = Some(policy);
@@ -170,15 +172,9 @@ impl HybridEngine {
         );
         for (role, source, value_head) in others {
             let config = config_of(&self.setup.model, &source)?;
-            let model = Resident::load(
-                self.kernels.as_ref(),
-                &role,
-                &config,
-                &source,
-                value_head,
-                seed,
-                &self.setup.spill,
-            )?;
+            let (kernels, spill) = (self.kernels.as_ref(), self.setup.spill.as_path());
+            let model = Transformer::new(kernels, &config, value_head).map_err(out_of_memory)?;
+            let model = Resident::load(kernels, &role, model, &source, seed, spill)?;
             self.others.insert(role, model);
             self.park()?;
         }
@@ -309,6 +305,7 @@ impl HybridEngine {
             balance: self.balance,
             dropping,
             micro_batch,
+            recompute: self.setup.engine.recompute,
         };
         let report = train_step(
             &mut Trainee {
@@ -318,6 +315,7 @@ impl HybridEngine {
                 packed: self.working.packed.as_ref().expect("Train packs the policy"),
                 gradients: self.working.gradients.as_mut().expect("Train makes gradients"),
                 optimizer: &mut optimizer,
+                ranks: &state.ranks,
             },
             &settings,
             &items,
@@ -326,8 +324,8 @@ impl HybridEngine {
         state.first.put_changed(optimizer.first);
         state.second.put_changed(optimizer.second);
         policy.weights.put_changed(params.slab);
-        let mut report = report.map_err(|error| grown(out_of_memory(error), job))?;
-        if report.micro_batch < examples_at_once(&items, micro_batch) {
+        let mut report = report.map_err(|error| grown(interrupted(error), job))?;
+        if report.micro_batch < examples_at_once(&items, micro_batch, &self.setup.team) {
             self.fitting = report.micro_batch;
         }
         if !report.skipped {

@@ -1,9 +1,9 @@
 //! The optimizer of the policy: its settings, and moments that are parked outside Train.
 
 use super::offload::Parked;
-use super::resident::{Resident, out_of_memory};
+use super::resident::out_of_memory;
 use crate::config::stage::OptimizerConfig;
-use crate::train::Optimizer;
+use crate::train::{Optimizer, Ranks};
 use anyhow::Result;
 use rehearsal_kernels::{Kernels, Kind};
 use std::path::Path;
@@ -15,19 +15,20 @@ pub(super) struct ParkedOptimizer {
     pub step: u64,
     pub first: Parked,
     pub second: Parked,
+    pub ranks: Ranks,
 }
 
 impl ParkedOptimizer {
-    /// Zero moments for `policy`.
+    /// Zero moments of what this rank answers for.
     pub fn new(
         kernels: &dyn Kernels,
-        policy: &Resident,
+        ranks: Ranks,
         config: &OptimizerConfig,
         steps: u64,
         spill: &Path,
     ) -> Result<ParkedOptimizer> {
         let optimizer =
-            Optimizer::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
+            Optimizer::new(kernels, &ranks.zero.own, "policy").map_err(out_of_memory)?;
         let owner = kernels.arena().owner("policy", Kind::Moments);
         let parked = |name: &str, slab| Parked::new(owner, spill.join(name), slab);
         Ok(ParkedOptimizer {
@@ -36,6 +37,7 @@ impl ParkedOptimizer {
             step: 0,
             first: parked("moments-first", optimizer.first),
             second: parked("moments-second", optimizer.second),
+            ranks,
         })
     }
 }

@@ -10,7 +10,7 @@ use crate::checkpoint::{
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
 use crate::config::limited::read_limited_text;
-use crate::model::{Layout, Params, Transformer};
+use crate::model::{Layout, Params, PassError, Transformer};
 use anyhow::{Context, Result};
 use rehearsal_kernels::{Kernels, Kind, Slab};
 use serde::{Deserialize, Serialize};
@@ -67,18 +67,16 @@ pub fn require_policy(source: &ModelSource) -> Result<()> {
 }
 
 impl Resident {
-    /// Loads or initialises a model. `value_head`: it has a scalar head, zero if the source has none.
+    /// Loads or initialises a model. A scalar head is zero if the source has none.
     pub fn load(
         kernels: &dyn Kernels,
         role: &Role,
-        config: &ModelConfig,
+        model: Transformer,
         source: &ModelSource,
-        value_head: bool,
         seed: u64,
         spill: &Path,
     ) -> Result<Resident> {
-        let model = Transformer::new(kernels, config, value_head).map_err(out_of_memory)?;
-        let name = role.name();
+        let (config, name) = (&model.config, role.name());
         let mut params =
             Params::new(kernels, model.layout.clone(), &name).map_err(out_of_memory)?;
         let mut calibration = Calibration::default();
@@ -200,6 +198,14 @@ pub fn write_slabs(
     write_tensors(path, &shapes, &mut |index| {
         Ok(kernels.download(&slabs[index / specs.len()].1.tensor(index % specs.len())))
     })
+}
+
+/// A pass that ended early, as the fault that ends a run.
+pub fn interrupted(error: PassError) -> anyhow::Error {
+    match error {
+        PassError::Memory(error) => out_of_memory(error),
+        PassError::Ranks(broken) => anyhow::Error::new(broken),
+    }
 }
 
 /// A lack of memory as the fault that ends with exit code 4.

@@ -2,7 +2,7 @@
 
 use super::hybrid::HybridEngine;
 use super::phase::{Phase, Role};
-use super::resident::out_of_memory;
+use super::resident::{interrupted, out_of_memory};
 use crate::config::engine::Prefill;
 use crate::config::fault::Fault;
 use crate::config::{Bytes, EngineConfig, ModelConfig};
@@ -34,7 +34,7 @@ impl Forward for Decoder<'_> {
         let logits = self
             .model
             .decode(self.kernels, self.params, self.packed, self.cache, rows)
-            .map_err(out_of_memory)?;
+            .map_err(interrupted)?;
         Ok(if sampling.is_empty() { Vec::new() } else { self.kernels.sample(&logits, sampling) })
     }
 
@@ -56,7 +56,7 @@ impl ForwardRows for Decoder<'_> {
         let logits = self
             .model
             .decode(self.kernels, self.params, self.packed, self.cache, rows)
-            .map_err(out_of_memory)?;
+            .map_err(interrupted)?;
         each_distribution(self.kernels, &logits, each);
         Ok(())
     }

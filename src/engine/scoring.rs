@@ -3,12 +3,12 @@
 //! Neighbours that begin alike, as replies to one prompt, share those tokens' rows; that changes no bit.
 
 use super::phase::{ScoreJob, SequenceScore};
-use super::resident::{Calibration, out_of_memory};
+use super::resident::{Calibration, interrupted, out_of_memory};
 use super::sampling::each_distribution;
 use crate::config::fault::Fault;
-use crate::model::{Documents, Family, PackedModel, Params, Transformer, places};
+use crate::model::{Documents, Family, PackedModel, Params, PassError, Transformer, places};
 use anyhow::{Result, bail};
-use rehearsal_kernels::{Kernels, OutOfMemory};
+use rehearsal_kernels::Kernels;
 use std::ops::Range;
 
 /// Rows that go through the model at once, if the budget allows; a longer sequence goes alone.
@@ -41,11 +41,11 @@ impl Scorer<'_> {
         while first < job.sequences.len() {
             let end = first + fitting(job, first, rows_at_once);
             match self.pass(job, first..end) {
-                Err(_) if end > first + 1 => {
+                Err(PassError::Memory(_)) if end > first + 1 => {
                     rows_at_once = rows(job, first).take(end - first).sum::<usize>() / 2;
                 }
                 outcome => {
-                    scores.extend(outcome.map_err(out_of_memory)?);
+                    scores.extend(outcome.map_err(interrupted)?);
                     first = end;
                 }
             }
@@ -67,10 +67,10 @@ impl Scorer<'_> {
             let documents = Documents::pack(self.kernels, &[sequence]).map_err(out_of_memory)?;
             let pass = self.model.pass(self.kernels, &documents, self.packed);
             let hidden = self.model.forward_only(&pass, self.params, self.packed);
-            let hidden = hidden.map_err(out_of_memory)?;
+            let hidden = hidden.map_err(interrupted)?;
             let rows: Vec<u32> = (0..sequence.len() as u32 - 1).collect();
             for (tile, rows) in rows.chunks(LOGIT_ROWS).enumerate() {
-                let heads = &self.packed.heads;
+                let heads = self.packed.heads();
                 let logits = heads.logits(self.kernels, self.params, &hidden, rows);
                 let logits = logits.map_err(out_of_memory)?;
                 each_distribution(self.kernels, &logits, &mut |row, logprobs| {
@@ -82,12 +82,12 @@ impl Scorer<'_> {
     }
 
     /// One forward pass over some of the sequences.
-    fn pass(&self, job: &ScoreJob, range: Range<usize>) -> Result<Vec<SequenceScore>, OutOfMemory> {
+    fn pass(&self, job: &ScoreJob, range: Range<usize>) -> Result<Vec<SequenceScore>, PassError> {
         let shared = Shared::new(job, range.clone());
         let packed_documents = Documents::pack_families(self.kernels, &shared.families)?;
         let pass = self.model.pass(self.kernels, &packed_documents, self.packed);
         let hidden = self.model.forward_only(&pass, self.params, self.packed)?;
-        let heads = &self.packed.heads;
+        let heads = self.packed.heads();
         if let Some(Calibration { mean, deviation }) = self.calibration {
             let output = heads.scores(&pass, self.params, &hidden, &shared.last_rows())?;
             let calibrated = |raw: &f64| SequenceScore::Reward((raw - mean) / deviation);

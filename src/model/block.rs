@@ -2,16 +2,18 @@
 
 use super::attention::{Attention, AttentionPending, AttentionSaved};
 use super::cache::LayerCache;
+use super::dispatch::ExpertRanks;
 use super::linear::Packing;
 use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::moe::{Moe, MoePending, MoeSaved, Routing};
 use super::norm::{Norm, Normed};
 use super::params::{FeedForwardIndex, Gradients, LayerIndex, Params};
-use super::pass::Pass;
+use super::pass::{Pass, PassError};
 use super::prefill::SamplerRows;
 use super::transformer::PackFor;
 use crate::config::ModelConfig;
 use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, RopeTable, Store};
+use std::sync::Arc;
 
 /// A packed layer.
 pub struct Block {
@@ -67,11 +69,12 @@ impl Block {
         config: &ModelConfig,
         index: &LayerIndex,
         pack: PackFor,
+        experts: Option<Arc<ExpertRanks>>,
     ) -> Result<Block, OutOfMemory> {
         let norm = |weight| Norm { weight, epsilon: config.rms_norm_eps, factor: 1.0 };
         let feed_forward = match &index.feed_forward {
             FeedForwardIndex::Dense(mlp) => FeedForward::Dense(Mlp::pack(packing, params, mlp)?),
-            moe => FeedForward::Moe(Moe::pack(packing, params, config, moe)?),
+            moe => FeedForward::Moe(Moe::pack(packing, params, config, moe, experts)?),
         };
         Ok(Block {
             input_norm: norm(index.input_norm),
@@ -87,7 +90,7 @@ impl Block {
         pass: &Pass<'_>,
         params: &Params,
         x: Buffer,
-    ) -> Result<(Buffer, BlockSaved), OutOfMemory> {
+    ) -> Result<(Buffer, BlockSaved), PassError> {
         let kernels = pass.kernels;
         let input = self.input_norm.forward(kernels, params, &x)?;
         let mut h = pass.copy(&x)?;
@@ -115,7 +118,7 @@ impl Block {
         rope: &RopeTable,
         rows: &SamplerRows,
         cache: &mut LayerCache<'_>,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), PassError> {
         let input = self.input_norm.forward(kernels, params, x)?;
         self.attention.decode(kernels, params, &input.y, rope, rows, cache, x)?;
         let post = self.post_norm.forward(kernels, params, x)?;
@@ -133,7 +136,7 @@ impl Block {
         params: &Params,
         saved: &BlockSaved,
         dy: Buffer,
-    ) -> Result<(Buffer, BlockPending), OutOfMemory> {
+    ) -> Result<(Buffer, BlockPending), PassError> {
         let kernels = pass.kernels;
         let mut d_post = pass.floats(dy.rows(), dy.cols())?;
         let feed_forward = match (&self.feed_forward, &saved.feed_forward) {

@@ -54,11 +54,13 @@ impl Heads {
         config: &ModelConfig,
     ) -> Result<Heads, OutOfMemory> {
         let layout = params.layout.clone();
+        let [norm, head] =
+            [layout.norm, layout.head].map(|index| index.expect("packed where the heads are"));
         let linear =
             |index: usize, format| Linear::pack(&packing.kept(format), params, index..index + 1, 1);
         Ok(Heads {
-            norm: Norm { weight: layout.norm, epsilon: config.rms_norm_eps, factor: 1.0 },
-            vocabulary: linear(layout.head, of_vocabulary(packing.format))?,
+            norm: Norm { weight: norm, epsilon: config.rms_norm_eps, factor: 1.0 },
+            vocabulary: linear(head, of_vocabulary(packing.format))?,
             scalar: layout.score.map(|score| linear(score, WeightFormat::F32)).transpose()?,
         })
     }
@@ -127,6 +129,12 @@ impl Heads {
             &mut gradients.span(self.vocabulary.tensors.clone()),
         )?;
         self.scatter(kernels, params, &output.gathered, &dx, d_hidden, gradients)
+    }
+
+    /// Adds a gradient of zero to the vocabulary head and the final norm.
+    pub fn nothing(&self, gradients: &mut Gradients) {
+        gradients.tensor(self.norm.weight);
+        gradients.span(self.vocabulary.tensors.clone());
     }
 
     /// The scalar head at hidden rows `rows`.

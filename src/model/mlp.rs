@@ -42,12 +42,23 @@ impl Mlp {
         x: &Buffer,
         y: &mut Buffer,
     ) -> Result<MlpSaved, OutOfMemory> {
+        let saved = self.activate(kernels, x)?;
+        self.finish(kernels, &saved, y);
+        Ok(saved)
+    }
+
+    /// The part of it that needs no `y`.
+    pub fn activate(&self, kernels: &dyn Kernels, x: &Buffer) -> Result<MlpSaved, OutOfMemory> {
         let mut gate_up = super::pass::floats(kernels, x.rows(), self.gate_up.outputs())?;
         self.gate_up.forward(kernels, x, &mut gate_up, Store::Set);
         let mut activated = super::pass::floats(kernels, x.rows(), self.gate_up.outputs() / 2)?;
         kernels.swiglu(&gate_up, &mut activated);
-        self.down.forward(kernels, &activated, y, Store::Add);
         Ok(MlpSaved { gate_up, activated })
+    }
+
+    /// The rest of it.
+    pub fn finish(&self, kernels: &dyn Kernels, saved: &MlpSaved, y: &mut Buffer) {
+        self.down.forward(kernels, &saved.activated, y, Store::Add);
     }
 
     /// Sets dx.

@@ -12,6 +12,7 @@ pub mod parameters;
 // What a model is made of.
 pub mod documents;
 pub mod params;
+pub mod part;
 pub mod pass;
 pub mod placement;
 pub mod rope;
@@ -21,6 +22,7 @@ pub mod linear;
 pub mod norm;
 
 pub mod attention;
+pub mod dispatch;
 pub mod gqa;
 pub mod mla;
 pub mod mlp;
@@ -37,8 +39,10 @@ pub mod cache;
 
 pub use cache::{DecodeRows, LatentCache, cache_layout};
 pub use cost::{flops_per_token, forward_flops_per_token};
+pub use dispatch::ExpertRanks;
 pub use documents::{Documents, Family, places};
 pub use parameters::{Parameters, parameters};
 pub use params::{Gradients, Layout, Params};
-pub use pass::{Capacity, Pass};
+pub use part::Part;
+pub use pass::{Capacity, Pass, PassError};
 pub use transformer::{PackFor, PackedModel, Transformer};

@@ -4,21 +4,27 @@
 //! computed in the float dtype of the kernels (f32 or wider) on every path. A pair of token and expert that a full device
 //! drops has no slot: it costs nothing and adds nothing; the other weights of the token stay what they are.
 
+use super::dispatch::{Dispatched, ExpertRanks, Slots};
 use super::linear::{Linear, Packing};
 use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::params::{FeedForwardIndex, Gradients, Params};
-use super::pass::{Capacity, Pass, floats, index_buffer};
+use super::pass::{Capacity, Pass, PassError, floats, index_buffer};
+use crate::cluster::Doing;
 use crate::config::ModelConfig;
 use crate::config::routing::Balance;
 use rehearsal_kernels::{
     BalanceSpec, Buffer, DropCounts, DropSpec, Kernels, OutOfMemory, RouterSpec, Routes, Store,
     WeightFormat,
 };
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 
 /// A packed mixture of experts.
 pub struct Moe {
     spec: RouterSpec,
     experts: usize,
+    /// Who has the other experts, if they are not all here.
+    ranks: Option<Arc<ExpertRanks>>,
     router: Linear,
     gate_up: Linear,
     down: Linear,
@@ -32,11 +38,15 @@ pub struct MoeSaved {
     weights: Buffer,
     /// What was dropped, if anything might be.
     drops: Option<DropCounts>,
+    /// Slots of this rank's tokens.
     routes: Routes,
-    /// Inputs, pre-activations, activations and outputs in slot order.
+    /// Whose tokens the experts here worked on, if others' were among them.
+    dispatched: Option<Dispatched>,
+    /// Inputs, pre-activations and activations of the experts here, by expert.
     x: Buffer,
     gate_up: Buffer,
     activated: Buffer,
+    /// Outputs in the slots of this rank's tokens.
     y: Buffer,
     shared: Option<MlpSaved>,
 }
@@ -51,7 +61,7 @@ pub struct MoePending {
 }
 
 /// What a layer's router did in a pass.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Routing {
     /// Tokens that chose each expert, whether or not they were dropped.
     pub experts: Vec<u32>,
@@ -80,6 +90,13 @@ pub fn router_spec(config: &ModelConfig) -> RouterSpec {
     }
 }
 
+impl MoeSaved {
+    /// The rows of each expert here.
+    fn routes_here(&self) -> &Routes {
+        self.dispatched.as_ref().map_or(&self.routes, |dispatched| &dispatched.routes)
+    }
+}
+
 impl Moe {
     /// Packs the weights.
     pub fn pack(
@@ -87,15 +104,17 @@ impl Moe {
         params: &Params,
         config: &ModelConfig,
         index: &FeedForwardIndex,
+        ranks: Option<Arc<ExpertRanks>>,
     ) -> Result<Moe, OutOfMemory> {
         let FeedForwardIndex::Moe { router, gate_up, down, shared } = index else {
             panic!("a dense layer has no experts");
         };
-        let experts = config.n_routed_experts;
+        let (experts, here) = (config.n_routed_experts, down.len());
         let shared = shared.as_ref().map(|index| Mlp::pack(packing, params, index)).transpose()?;
         Ok(Moe {
             spec: router_spec(config),
             experts,
+            ranks,
             // DeepSeek-V2 keeps its gate in f32 whatever the other weights are (deepseek_v2.md, section 5).
             router: Linear::pack(
                 &packing.kept(WeightFormat::F32),
@@ -103,8 +122,8 @@ impl Moe {
                 *router..*router + 1,
                 1,
             )?,
-            gate_up: Linear::pack(packing, params, gate_up.clone(), experts)?,
-            down: Linear::pack(packing, params, down.clone(), experts)?,
+            gate_up: Linear::pack(packing, params, gate_up.clone(), here)?,
+            down: Linear::pack(packing, params, down.clone(), here)?,
             shared,
         })
     }
@@ -116,7 +135,7 @@ impl Moe {
         u: &Buffer,
         y: &mut Buffer,
         limit: Option<(&Capacity, &Buffer)>,
-    ) -> Result<MoeSaved, OutOfMemory> {
+    ) -> Result<MoeSaved, PassError> {
         let rows = u.rows();
         let mut logits = floats(kernels, rows, self.experts)?;
         self.router.forward(kernels, u, &mut logits, Store::Set);
@@ -125,19 +144,84 @@ impl Moe {
         let mut weights = floats(kernels, rows, self.spec.top_k)?;
         kernels.router(&self.spec, &logits, &mut scores, &mut chosen, &mut weights);
         let (routes, drops) = self.routes(kernels, &scores, &chosen, limit)?;
-        let slots = routes.slots();
-        let mut x = floats(kernels, slots, u.cols())?;
+        let mut x = floats(kernels, routes.slots(), u.cols())?;
         kernels.gather_rows(u, &routes.token, &mut x);
-        let mut gate_up = floats(kernels, slots, self.gate_up.outputs())?;
-        self.gate_up.forward_experts(kernels, &x, &routes, &mut gate_up);
-        let mut activated = floats(kernels, slots, self.gate_up.outputs() / 2)?;
+        let slots = match &self.ranks {
+            Some(ranks) => ranks.send(kernels, x, &routes)?,
+            None => Slots::Here(x),
+        };
+        let (x, dispatched, shared) = match self.is_serial() {
+            true => {
+                let (x, dispatched) = slots.take(kernels)?;
+                (x, dispatched, self.activate_shared(kernels, u)?)
+            }
+            false => {
+                let shared = self.activate_shared(kernels, u)?;
+                let (x, dispatched) = slots.take(kernels)?;
+                (x, dispatched, shared)
+            }
+        };
+        let here = dispatched.as_ref().map_or(&routes, |dispatched| &dispatched.routes);
+        let mut gate_up = floats(kernels, x.rows(), self.gate_up.outputs())?;
+        self.gate_up.forward_experts(kernels, &x, here, &mut gate_up);
+        let mut activated = floats(kernels, x.rows(), self.gate_up.outputs() / 2)?;
         kernels.swiglu(&gate_up, &mut activated);
-        let mut output = floats(kernels, slots, u.cols())?;
-        self.down.forward_experts(kernels, &activated, &routes, &mut output);
+        let mut output = floats(kernels, x.rows(), u.cols())?;
+        self.down.forward_experts(kernels, &activated, here, &mut output);
+        let output = self.give_back(kernels, output, dispatched.as_ref())?;
         kernels.combine(&output, &routes, &weights, y);
-        let shared = self.shared.as_ref().map(|mlp| mlp.forward(kernels, u, y)).transpose()?;
-        let y = output;
-        Ok(MoeSaved { scores, chosen, weights, drops, routes, x, gate_up, activated, y, shared })
+        if let (Some(mlp), Some(saved)) = (&self.shared, &shared) {
+            mlp.finish(kernels, saved, y);
+        }
+        Ok(MoeSaved {
+            scores,
+            chosen,
+            weights,
+            drops,
+            routes,
+            dispatched,
+            x,
+            gate_up,
+            activated,
+            y: output,
+            shared,
+        })
+    }
+
+    fn is_serial(&self) -> bool {
+        self.ranks.as_ref().is_some_and(|ranks| ranks.is_serial)
+    }
+
+    /// What of the shared experts can be computed while tokens are under way.
+    fn activate_shared(
+        &self,
+        kernels: &dyn Kernels,
+        u: &Buffer,
+    ) -> Result<Option<MlpSaved>, OutOfMemory> {
+        self.beside(|| self.shared.as_ref().map(|mlp| mlp.activate(kernels, u)).transpose())
+    }
+
+    /// Runs `work` of the shared experts, and writes down when.
+    fn beside<T>(&self, work: impl FnOnce() -> T) -> T {
+        let timeline = self.ranks.as_ref().map(|ranks| (&ranks.timeline, ranks.timeline.now()));
+        let made = work();
+        if let Some((timeline, since)) = timeline {
+            timeline.add(Doing::SharedExperts, since);
+        }
+        made
+    }
+
+    /// Rows by expert as rows in this rank's slots.
+    fn give_back(
+        &self,
+        kernels: &dyn Kernels,
+        made: Buffer,
+        dispatched: Option<&Dispatched>,
+    ) -> Result<Buffer, PassError> {
+        match (&self.ranks, dispatched) {
+            (Some(ranks), Some(dispatched)) => ranks.give_back(kernels, &made, dispatched),
+            _ => Ok(made),
+        }
     }
 
     /// The slots of what the router chose, less what full devices drop.
@@ -165,15 +249,8 @@ impl Moe {
         saved: &MoeSaved,
         dy: &Buffer,
         dx: &mut Buffer,
-    ) -> Result<MoePending, OutOfMemory> {
+    ) -> Result<MoePending, PassError> {
         let kernels = pass.kernels;
-        let shared = match (&self.shared, &saved.shared) {
-            (Some(mlp), Some(saved)) => Some(mlp.backward_input(pass, saved, dy, dx)?),
-            _ => {
-                kernels.fill(dx, 0.0);
-                None
-            }
-        };
         let mut d_y = pass.floats(saved.y.rows(), saved.y.cols())?;
         let mut d_weights = pass.floats(saved.weights.rows(), saved.weights.cols())?;
         kernels.combine_backward(
@@ -184,12 +261,15 @@ impl Moe {
             &mut d_y,
             &mut d_weights,
         );
+        let (d_y, shared) = self.send_gradients(pass, saved, d_y, dy, dx)?;
+        let here = saved.routes_here();
         let mut d_activated = pass.floats(d_y.rows(), saved.activated.cols())?;
-        self.down.backward_input_experts(kernels, &d_y, &saved.routes, &mut d_activated);
+        self.down.backward_input_experts(kernels, &d_y, here, &mut d_activated);
         let mut d_gate_up = pass.floats(d_y.rows(), saved.gate_up.cols())?;
         kernels.swiglu_backward(&d_activated, &saved.gate_up, &mut d_gate_up);
         let mut d_x = pass.floats(d_y.rows(), saved.x.cols())?;
-        self.gate_up.backward_input_experts(kernels, &d_gate_up, &saved.routes, &mut d_x);
+        self.gate_up.backward_input_experts(kernels, &d_gate_up, here, &mut d_x);
+        let d_x = self.give_back(kernels, d_x, saved.dispatched.as_ref())?;
         kernels.sum_slots(&d_x, &saved.routes, dx);
 
         let mut d_scores = pass.floats(saved.scores.rows(), self.experts)?;
@@ -208,6 +288,44 @@ impl Moe {
         Ok(MoePending { d_y, d_gate_up, d_logits, shared, balance })
     }
 
+    /// The gradients of the outputs of the experts here; sets dx to that of the shared experts while they are under way.
+    fn send_gradients(
+        &self,
+        pass: &Pass<'_>,
+        saved: &MoeSaved,
+        d_y: Buffer,
+        dy: &Buffer,
+        dx: &mut Buffer,
+    ) -> Result<(Buffer, Option<MlpPending>), PassError> {
+        let kernels = pass.kernels;
+        let (Some(ranks), Some(dispatched)) = (&self.ranks, &saved.dispatched) else {
+            return Ok((d_y, self.backward_shared(pass, saved, dy, dx)?));
+        };
+        let sending = ranks.send_again(kernels, &d_y, dispatched)?;
+        if ranks.is_serial {
+            let d_y = sending.take_again(kernels, &d_y, dispatched)?;
+            return Ok((d_y, self.backward_shared(pass, saved, dy, dx)?));
+        }
+        let shared = self.backward_shared(pass, saved, dy, dx)?;
+        Ok((sending.take_again(kernels, &d_y, dispatched)?, shared))
+    }
+
+    fn backward_shared(
+        &self,
+        pass: &Pass<'_>,
+        saved: &MoeSaved,
+        dy: &Buffer,
+        dx: &mut Buffer,
+    ) -> Result<Option<MlpPending>, OutOfMemory> {
+        self.beside(|| match (&self.shared, &saved.shared) {
+            (Some(mlp), Some(saved)) => mlp.backward_input(pass, saved, dy, dx).map(Some),
+            _ => {
+                pass.kernels.fill(dx, 0.0);
+                Ok(None)
+            }
+        })
+    }
+
     /// Adds the weights' gradients; u and dy are the forward's input and the output's gradient.
     pub fn backward_weight(
         &self,
@@ -223,14 +341,14 @@ impl Moe {
             kernels,
             &pending.d_y,
             &saved.activated,
-            &saved.routes,
+            saved.routes_here(),
             gradients,
         );
         self.gate_up.backward_weight_experts(
             kernels,
             &pending.d_gate_up,
             &saved.x,
-            &saved.routes,
+            saved.routes_here(),
             gradients,
         );
         if let (Some(mlp), Some(saved), Some(pending)) =

@@ -1,12 +1,15 @@
 //! Named parameters: which tensors a model has, in which order they lie in memory, and their gradients.
 //!
-//! Names are the published ones, so that saving is a gather and a write. Tensors that one product reads
+//! Names are the published ones, so that saving is a gather and a write. A layout is that of a whole model, or of the part
+//! that a rank holds. Tensors that one product reads
 //! together (q_a over kv_a, q over k over v, gate over up, all experts of a layer) are neighbours in the slab.
 //!
 //! Invariants:
-//!   * every tensor of the published checkpoint is in the layout once, and nothing else but `score.weight`
+//!   * every tensor of the published checkpoint is in the layout of the whole once, and nothing else but `score.weight`
+//!   * a part's tensors are those of the whole that it holds, in the same order and with their numbers there
 //!   * a gradient slab has the layout's shapes; after a backward pass every trainable tensor was written
 
+use super::part::Part;
 use crate::config::{Attention, ModelConfig};
 use anyhow::{Result, ensure};
 use rehearsal_kernels::random::{self, Stream};
@@ -17,6 +20,8 @@ use std::sync::Arc;
 /// One tensor of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ParamSpec {
+    /// Number in the layout of the whole model.
+    pub number: usize,
     /// Published name.
     pub name: String,
     /// Rows (output width); 1 for a norm weight.
@@ -34,21 +39,27 @@ impl ParamSpec {
     }
 }
 
-/// Which tensors a model has, in slab order.
+/// Which tensors a model, or a rank's part of it, has, in slab order.
 #[derive(Debug)]
 pub struct Layout {
     /// All tensors.
     pub specs: Vec<ParamSpec>,
-    /// Tensors of each layer.
+    /// Tensors of each layer that is held.
     pub layers: Vec<LayerIndex>,
+    /// What is held.
+    pub part: Part,
     /// `model.embed_tokens.weight`.
-    pub embed: usize,
+    pub embed: Option<usize>,
     /// `model.norm.weight`.
-    pub norm: usize,
+    pub norm: Option<usize>,
     /// `lm_head.weight`, or the embedding if tied.
-    pub head: usize,
+    pub head: Option<usize>,
+    /// Whether the head is the embedding.
+    pub is_tied: bool,
     /// `score.weight [1, d]` of a reward model.
     pub score: Option<usize>,
+    /// Whether the whole model has one.
+    pub has_value_head: bool,
 }
 
 /// Tensors of one layer.
@@ -106,9 +117,9 @@ pub enum FeedForwardIndex {
     Moe {
         /// `mlp.gate.weight`.
         router: usize,
-        /// gate and up of expert 0, of expert 1, and so on.
+        /// gate and up of the first expert that is held, of the next one, and so on.
         gate_up: Range<usize>,
-        /// down of expert 0, of expert 1, and so on.
+        /// down of the same experts.
         down: Range<usize>,
         /// The shared experts' one FFN.
         shared: Option<MlpIndex>,
@@ -127,18 +138,33 @@ pub struct MlpIndex {
 impl Layout {
     /// The tensors of a model, with a scalar head if `value_head`.
     pub fn new(config: &ModelConfig, value_head: bool) -> Layout {
-        let mut builder = Builder { specs: Vec::new() };
-        let d = config.hidden_size;
-        let embed = builder.matrix("model.embed_tokens.weight".into(), config.vocab_size, d);
-        let layers = (0..config.num_hidden_layers).map(|i| builder.layer(config, i)).collect();
+        Layout::of_part(config, value_head, Part::whole(config))
+    }
+
+    /// Those of a part of it.
+    pub fn of_part(config: &ModelConfig, value_head: bool, part: Part) -> Layout {
+        let mut builder = Builder { specs: Vec::new(), count: 0, is_held: true };
+        let (d, is_tied) = (config.hidden_size, config.tie_word_embeddings);
+        builder.is_held = part.embedding || (is_tied && part.head);
+        let embedding = builder.matrix("model.embed_tokens.weight".into(), config.vocab_size, d);
+        let embed = part.embedding.then_some(embedding);
+        let mut layers = Vec::new();
+        for number in 0..config.num_hidden_layers {
+            builder.is_held = part.holds_layer(number);
+            let layer = builder.layer(config, number, &part.experts);
+            layers.extend(part.holds_layer(number).then_some(layer));
+        }
+        builder.is_held = part.head;
         let norm = builder.norm("model.norm.weight".into(), d);
-        let head = if config.tie_word_embeddings {
-            embed
-        } else {
-            builder.matrix("lm_head.weight".into(), config.vocab_size, d)
+        let head = match is_tied {
+            true => embedding,
+            false => builder.matrix("lm_head.weight".into(), config.vocab_size, d),
         };
         let score = value_head.then(|| builder.matrix("score.weight".into(), 1, d));
-        Layout { specs: builder.specs, layers, embed, norm, head, score }
+        let [norm, head] = [norm, head].map(|index| part.head.then_some(index));
+        let score = score.filter(|_| part.head);
+        let (specs, has_value_head) = (builder.specs, value_head);
+        Layout { specs, layers, part, embed, norm, head, is_tied, score, has_value_head }
     }
 
     /// Elements of all tensors.
@@ -150,7 +176,7 @@ impl Layout {
     /// vocabulary head.
     pub fn is_trained(&self, index: usize, scalar_head: bool) -> bool {
         if scalar_head {
-            index != self.head || self.head == self.embed
+            Some(index) != self.head || self.is_tied
         } else {
             Some(index) != self.score
         }
@@ -163,20 +189,32 @@ impl Layout {
 
 struct Builder {
     specs: Vec<ParamSpec>,
+    /// Tensors of the whole model so far.
+    count: usize,
+    /// Whether the part holds what comes.
+    is_held: bool,
 }
 
 impl Builder {
     fn matrix(&mut self, name: String, rows: usize, cols: usize) -> usize {
-        self.specs.push(ParamSpec { name, rows, cols, is_norm: false });
-        self.specs.len() - 1
+        self.push(name, rows, cols, false)
     }
 
     fn norm(&mut self, name: String, width: usize) -> usize {
-        self.specs.push(ParamSpec { name, rows: 1, cols: width, is_norm: true });
-        self.specs.len() - 1
+        self.push(name, 1, width, true)
     }
 
-    fn layer(&mut self, config: &ModelConfig, index: usize) -> LayerIndex {
+    /// The index that a tensor has, or would have if it were held.
+    fn push(&mut self, name: String, rows: usize, cols: usize, is_norm: bool) -> usize {
+        let (number, index) = (self.count, self.specs.len());
+        self.count += 1;
+        if self.is_held {
+            self.specs.push(ParamSpec { number, name, rows, cols, is_norm });
+        }
+        index
+    }
+
+    fn layer(&mut self, config: &ModelConfig, index: usize, experts: &Range<usize>) -> LayerIndex {
         let prefix = format!("model.layers.{index}");
         LayerIndex {
             input_norm: self.norm(format!("{prefix}.input_layernorm.weight"), config.hidden_size),
@@ -193,7 +231,7 @@ impl Builder {
             post_norm: self
                 .norm(format!("{prefix}.post_attention_layernorm.weight"), config.hidden_size),
             feed_forward: if config.is_moe(index) {
-                self.moe(config, &format!("{prefix}.mlp"))
+                self.moe(config, &format!("{prefix}.mlp"), experts)
             } else {
                 FeedForwardIndex::Dense(self.mlp(
                     config.hidden_size,
@@ -239,20 +277,29 @@ impl Builder {
         MlpIndex { gate_up: gate..gate + 2, down }
     }
 
-    fn moe(&mut self, config: &ModelConfig, prefix: &str) -> FeedForwardIndex {
+    fn moe(
+        &mut self,
+        config: &ModelConfig,
+        prefix: &str,
+        experts: &Range<usize>,
+    ) -> FeedForwardIndex {
         let (d, width, count) =
             (config.hidden_size, config.moe_intermediate_size, config.n_routed_experts);
         let router = self.matrix(format!("{prefix}.gate.weight"), count, d);
+        let is_held = self.is_held;
         let first = self.specs.len();
         for expert in 0..count {
+            self.is_held = is_held && experts.contains(&expert);
             self.matrix(format!("{prefix}.experts.{expert}.gate_proj.weight"), width, d);
             self.matrix(format!("{prefix}.experts.{expert}.up_proj.weight"), width, d);
         }
         let middle = self.specs.len();
         for expert in 0..count {
+            self.is_held = is_held && experts.contains(&expert);
             self.matrix(format!("{prefix}.experts.{expert}.down_proj.weight"), d, width);
         }
         let down = middle..self.specs.len();
+        self.is_held = is_held;
         let shared = (config.n_shared_experts > 0)
             .then(|| self.mlp(d, config.shared_width(), &format!("{prefix}.shared_experts")));
         FeedForwardIndex::Moe { router, gate_up: first..middle, down, shared }
@@ -282,9 +329,9 @@ impl Params {
     /// Draws initial weights: matrices from N(0, `range`), norm weights 1, a scalar head 0.
     pub fn initialize(&mut self, kernels: &dyn Kernels, seed: u64, range: f64) {
         for (index, spec) in self.layout.specs.iter().enumerate() {
-            let count = spec.rows * spec.cols;
+            let (count, number) = (spec.rows * spec.cols, spec.number as u64);
             let draw = |element: usize| {
-                range * random::normal(seed, Stream::Init, [index as u64, element as u64, 0, 0])
+                range * random::normal(seed, Stream::Init, [number, element as u64, 0, 0])
             };
             let values: Vec<f32> = match spec {
                 spec if spec.is_norm => vec![1.0; count],
@@ -354,7 +401,12 @@ impl Gradients {
 
     /// Trainable tensors that no backward pass wrote: must be none after a step.
     pub fn missing<'a>(&self, layout: &'a Layout, scalar_head: bool) -> Vec<&'a str> {
-        let untouched = |i: &usize| layout.is_trained(*i, scalar_head) && !self.written[*i];
+        // An embedding that is here as the head alone is written to where tokens enter, if the head is not trained.
+        let is_elsewhere =
+            |i: usize| scalar_head && layout.embed.is_none() && Some(i) == layout.head;
+        let untouched = |i: &usize| {
+            layout.is_trained(*i, scalar_head) && !self.written[*i] && !is_elsewhere(*i)
+        };
         (0..layout.specs.len()).filter(untouched).map(|i| layout.specs[i].name.as_str()).collect()
     }
 }

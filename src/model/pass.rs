@@ -1,9 +1,21 @@
 //! What all layers of one forward and backward pass share: device, scratch memory, packed documents.
 
 use super::documents::Documents;
+use crate::cluster::Broken;
 use crate::config::engine::AttentionForm;
 use crate::config::routing::Balance;
 use rehearsal_kernels::{Buffer, DType, Kernels, OutOfMemory, Owner, RopeTable};
+
+/// Why a pass ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum PassError {
+    /// The device has no more room.
+    #[error(transparent)]
+    Memory(#[from] OutOfMemory),
+    /// Ranks no longer work together.
+    #[error(transparent)]
+    Ranks(#[from] Broken),
+}
 
 /// Indices as a column on the device.
 pub fn indices(kernels: &dyn Kernels, values: &[u32]) -> Result<Buffer, OutOfMemory> {
@@ -36,6 +48,8 @@ pub struct Pass<'a> {
     pub sequences: usize,
     /// Limit of the devices; `None` drops nothing, as outside of training.
     pub capacity: Option<Capacity>,
+    /// Layers of each piece, from the lowest, whose activations the backward pass computes again. Changes no bit.
+    pub recompute: usize,
 }
 
 impl Pass<'_> {

@@ -9,7 +9,7 @@ use super::params::{AttentionIndex, FeedForwardIndex, Layout, MlpIndex};
 use crate::cluster::layout::{Home, Split, Tensor};
 use crate::config::{Attention, ModelConfig};
 
-/// The layout's tensors in slab order.
+/// The tensors of a whole model's layout, in slab order.
 pub fn tensors(layout: &Layout, config: &ModelConfig) -> Vec<Tensor> {
     let of = |spec: &super::params::ParamSpec| Tensor {
         rows: spec.rows,
@@ -18,12 +18,13 @@ pub fn tensors(layout: &Layout, config: &ModelConfig) -> Vec<Tensor> {
         split: Split::Whole,
     };
     let mut tensors: Vec<Tensor> = layout.specs.iter().map(of).collect();
-    let is_tied = layout.head == layout.embed;
-    tensors[layout.embed].home = if is_tied { Home::Tied } else { Home::Embedding };
-    tensors[layout.head].split = if is_tied { Split::Whole } else { Split::Rows(1) };
+    let whole = "the layout of a whole model";
+    let [embed, norm, head] = [layout.embed, layout.norm, layout.head].map(|i| i.expect(whole));
+    tensors[embed].home = if layout.is_tied { Home::Tied } else { Home::Embedding };
+    tensors[head].split = if layout.is_tied { Split::Whole } else { Split::Rows(1) };
     for (number, layer) in layout.layers.iter().enumerate() {
         let first = layer.input_norm;
-        let end = layout.layers.get(number + 1).map_or(layout.norm, |next| next.input_norm);
+        let end = layout.layers.get(number + 1).map_or(norm, |next| next.input_norm);
         tensors[first..end].iter_mut().for_each(|tensor| tensor.home = Home::Layer(number));
         cut_heads(&mut tensors, &layer.attention, config);
         match &layer.feed_forward {

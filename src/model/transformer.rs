@@ -1,17 +1,20 @@
 //! The whole stack in one reading: embedding, blocks, heads; forward, backward, and the sampler's step.
 //!
-//! The model is a description (config, layout, positions). Weights ([`Params`]) and their packed form
-//! ([`PackedModel`], stamped with a policy version) come as arguments, so that policy, reference and reward
-//! models share one `Transformer`.
+//! The model is a description (config, layout, positions), of all of it or of the part that a rank holds. Weights
+//! ([`Params`]) and their packed form ([`PackedModel`], stamped with a policy version) come as arguments, so that policy,
+//! reference and reward models share one `Transformer`. A part's layers lie in pieces of the stack; a whole model is one
+//! piece.
 
-use super::block::{Block, BlockSaved};
+use super::block::{Block, BlockPending, BlockSaved};
 use super::cache::{DecodeRows, LatentCache, LayerCache};
+use super::dispatch::ExpertRanks;
 use super::documents::Documents;
 use super::heads::Heads;
 use super::linear::Packing;
 use super::moe::Routing;
 use super::params::{Gradients, Layout, Params};
-use super::pass::{Pass, floats, indices};
+use super::part::Part;
+use super::pass::{Pass, PassError, floats, indices};
 use super::prefill::SamplerRows;
 use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};
@@ -53,6 +56,8 @@ pub struct Transformer {
     pub config: ModelConfig,
     /// Tensors in slab order.
     pub layout: Arc<Layout>,
+    /// Who has the experts that are not here; `None` if they all are.
+    pub experts: Option<Arc<ExpertRanks>>,
     rope: RopeTable,
 }
 
@@ -65,13 +70,36 @@ pub struct PackedModel {
     /// Policy version.
     pub version: u64,
     blocks: Vec<Block>,
-    /// Vocabulary and scalar head.
-    pub heads: Heads,
+    heads: Option<Heads>,
 }
 
-/// What the backward pass needs.
+impl PackedModel {
+    /// Vocabulary and scalar head, of a part that has them.
+    pub fn heads(&self) -> &Heads {
+        self.heads.as_ref().expect("asked where the heads are")
+    }
+}
+
+/// What the backward pass of a piece needs.
 pub struct Saved {
-    blocks: Vec<BlockSaved>,
+    blocks: Vec<Kept>,
+}
+
+/// What is kept of a block's forward pass.
+#[allow(clippy::large_enum_variant, reason = "one per layer")]
+enum Kept {
+    /// All that the backward pass needs.
+    All(BlockSaved),
+    /// Its input, from which the rest is computed again.
+    Input(Buffer),
+}
+
+/// What the weight gradients of a piece wait for.
+pub struct Pending {
+    /// The uppermost block first.
+    blocks: Vec<(BlockSaved, BlockPending)>,
+    /// Gradient of the embedded tokens, where they entered here.
+    embedded: Option<Buffer>,
 }
 
 impl Transformer {
@@ -81,9 +109,21 @@ impl Transformer {
         config: &ModelConfig,
         value_head: bool,
     ) -> Result<Transformer, OutOfMemory> {
+        Transformer::of_part(kernels, config, value_head, Part::whole(config), None)
+    }
+
+    /// A part of a model; `experts` are the ranks that have all of its experts between them.
+    pub fn of_part(
+        kernels: &dyn Kernels,
+        config: &ModelConfig,
+        value_head: bool,
+        part: Part,
+        experts: Option<Arc<ExpertRanks>>,
+    ) -> Result<Transformer, OutOfMemory> {
         Ok(Transformer {
             config: config.clone(),
-            layout: Arc::new(Layout::new(config, value_head)),
+            layout: Arc::new(Layout::of_part(config, value_head, part)),
+            experts,
             rope: super::rope::table(kernels, config, config.max_position_embeddings)?,
         })
     }
@@ -101,13 +141,17 @@ impl Transformer {
         assert!(format == WeightFormat::F32 || !training, "only f32 weights are trained");
         let owner = kernels.arena().owner(role, Kind::Packed);
         let packing = Packing { kernels, owner, version, format, training };
-        let block = |index| Block::pack(&packing, params, &self.config, index, pack);
+        let experts = || self.experts.clone();
+        let block = |index| Block::pack(&packing, params, &self.config, index, pack, experts());
         Ok(PackedModel {
             form: pack.form,
             prefill: pack.prefill,
             version,
             blocks: self.layout.layers.iter().map(block).collect::<Result<_, _>>()?,
-            heads: Heads::pack(&packing, params, &self.config)?,
+            heads: match self.layout.part.head {
+                true => Some(Heads::pack(&packing, params, &self.config)?),
+                false => None,
+            },
         })
     }
 
@@ -126,33 +170,17 @@ impl Transformer {
             balance: Balance::NONE,
             sequences: documents.count,
             capacity: None,
+            recompute: 0,
         }
     }
 
-    /// The residual stream after the last block, `[T, d]`, before the final norm.
-    pub fn forward(
-        &self,
-        pass: &Pass<'_>,
-        params: &Params,
-        packed: &PackedModel,
-    ) -> Result<(Buffer, Saved), OutOfMemory> {
-        let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
-        let mut blocks = Vec::with_capacity(packed.blocks.len());
-        for block in &packed.blocks {
-            let (y, saved) = block.forward(pass, params, x)?;
-            blocks.push(saved);
-            x = y;
-        }
-        Ok((x, Saved { blocks }))
-    }
-
-    /// The same without keeping anything for a backward pass.
+    /// The residual stream after the last block, `[T, d]`, before the final norm. Nothing is kept for a backward pass.
     pub fn forward_only(
         &self,
         pass: &Pass<'_>,
         params: &Params,
         packed: &PackedModel,
-    ) -> Result<Buffer, OutOfMemory> {
+    ) -> Result<Buffer, PassError> {
         let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
         for block in &packed.blocks {
             x = block.forward(pass, params, x)?.0;
@@ -160,29 +188,133 @@ impl Transformer {
         Ok(x)
     }
 
-    /// Adds the gradients of all blocks and of the embedding; returns what the routers did, by MoE layer.
+    /// From the residual stream below piece number `piece` to the one above it; `x` is `None` where tokens enter. Of the
+    /// first `pass.recompute` layers only the input is kept.
+    pub fn forward(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        packed: &PackedModel,
+        piece: usize,
+        x: Option<Buffer>,
+    ) -> Result<(Buffer, Saved), PassError> {
+        let mut x = match x {
+            Some(x) => x,
+            None => self.embed(pass.kernels, params, &pass.documents.tokens)?,
+        };
+        let places = self.layout.part.places()[piece].clone();
+        let mut blocks = Vec::with_capacity(places.len());
+        for (place, block) in packed.blocks[places].iter().enumerate() {
+            let input = if place < pass.recompute { Some(pass.copy(&x)?) } else { None };
+            let (y, saved) = block.forward(pass, params, x)?;
+            blocks.push(input.map_or_else(|| Kept::All(saved), Kept::Input));
+            x = y;
+        }
+        Ok((x, Saved { blocks }))
+    }
+
+    /// Adds the gradients of a piece. Returns the gradient of its input, `None` where tokens enter, and what the routers
+    /// did, by MoE layer.
     pub fn backward(
         &self,
         pass: &Pass<'_>,
         params: &Params,
         packed: &PackedModel,
+        piece: usize,
         mut saved: Saved,
-        d_hidden: Buffer,
+        dy: Buffer,
         gradients: &mut Gradients,
-    ) -> Result<Vec<Routing>, OutOfMemory> {
-        let mut dx = d_hidden;
+    ) -> Result<(Option<Buffer>, Vec<Routing>), PassError> {
+        let mut dx = dy;
         let mut routings = Vec::new();
-        for block in packed.blocks.iter().rev() {
-            let saved = saved.blocks.pop().expect("one saved state per block");
+        for block in packed.blocks[self.layout.part.places()[piece].clone()].iter().rev() {
+            let kept = saved.blocks.pop().expect("one saved state per block");
+            let saved = Transformer::again(pass, params, block, kept)?;
             let (below, pending) = block.backward_input(pass, params, &saved, dx)?;
             block.backward_weight(pass, &saved, &pending, gradients);
             routings.extend(block.routing(pass.kernels, &saved, &pending));
             dx = below;
         }
-        let mut d_embed = gradients.tensor(self.layout.embed);
-        pass.kernels.scatter_add_rows(&dx, &pass.documents.tokens, &mut d_embed);
         routings.reverse();
-        Ok(routings)
+        if !self.tokens_enter(piece) {
+            return Ok((Some(dx), routings));
+        }
+        self.backward_embedding(pass, &dx, gradients);
+        Ok((None, routings))
+    }
+
+    /// The input gradients of a piece: the gradient of its input, `None` where tokens enter, and what the weight gradients
+    /// wait for.
+    pub fn backward_input(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        packed: &PackedModel,
+        piece: usize,
+        mut saved: Saved,
+        dy: Buffer,
+    ) -> Result<(Option<Buffer>, Pending), PassError> {
+        let mut dx = dy;
+        let mut blocks = Vec::with_capacity(saved.blocks.len());
+        for block in packed.blocks[self.layout.part.places()[piece].clone()].iter().rev() {
+            let kept = saved.blocks.pop().expect("one saved state per block");
+            let saved = Transformer::again(pass, params, block, kept)?;
+            let (below, pending) = block.backward_input(pass, params, &saved, dx)?;
+            blocks.push((saved, pending));
+            dx = below;
+        }
+        match self.tokens_enter(piece) {
+            true => Ok((None, Pending { blocks, embedded: Some(dx) })),
+            false => Ok((Some(dx), Pending { blocks, embedded: None })),
+        }
+    }
+
+    /// Adds the weight gradients of a piece after its input gradients. Returns what the routers did, by MoE layer.
+    pub fn backward_weight(
+        &self,
+        pass: &Pass<'_>,
+        packed: &PackedModel,
+        piece: usize,
+        pending: Pending,
+        gradients: &mut Gradients,
+    ) -> Vec<Routing> {
+        let blocks = packed.blocks[self.layout.part.places()[piece].clone()].iter().rev();
+        let mut routings = Vec::new();
+        for (block, (saved, pending)) in blocks.zip(pending.blocks) {
+            block.backward_weight(pass, &saved, &pending, gradients);
+            routings.extend(block.routing(pass.kernels, &saved, &pending));
+        }
+        routings.reverse();
+        if let Some(dx) = pending.embedded {
+            self.backward_embedding(pass, &dx, gradients);
+        }
+        routings
+    }
+
+    /// What a block's backward pass needs, computed again if it was not kept.
+    fn again(
+        pass: &Pass<'_>,
+        params: &Params,
+        block: &Block,
+        kept: Kept,
+    ) -> Result<BlockSaved, PassError> {
+        match kept {
+            Kept::All(saved) => Ok(saved),
+            Kept::Input(x) => Ok(block.forward(pass, params, x)?.1),
+        }
+    }
+
+    fn tokens_enter(&self, piece: usize) -> bool {
+        piece == 0 && self.layout.part.embedding
+    }
+
+    fn backward_embedding(&self, pass: &Pass<'_>, dx: &Buffer, gradients: &mut Gradients) {
+        let mut d_embed = gradients.tensor(self.embedding());
+        pass.kernels.scatter_add_rows(dx, &pass.documents.tokens, &mut d_embed);
+    }
+
+    fn embedding(&self) -> usize {
+        self.layout.embed.expect("tokens enter where the embedding is")
     }
 
     /// One step of the sampler: writes the rows' cache entries and returns the logits of the wanted rows.
@@ -193,7 +325,7 @@ impl Transformer {
         packed: &PackedModel,
         cache: &mut LatentCache,
         rows: &DecodeRows,
-    ) -> Result<Buffer, OutOfMemory> {
+    ) -> Result<Buffer, PassError> {
         let (config, page_tokens) = (&self.config, cache.page_tokens);
         let placed = SamplerRows::new(kernels, config, rows, page_tokens, packed.prefill)?;
         let mut x = self.embed(kernels, params, &indices(kernels, &rows.tokens)?)?;
@@ -201,7 +333,7 @@ impl Transformer {
             let layer = &mut LayerCache { rows: layer, layout: cache.layout };
             block.decode(kernels, params, &mut x, &self.rope, &placed, layer)?;
         }
-        packed.heads.logits(kernels, params, &x, &rows.wanted)
+        Ok(packed.heads().logits(kernels, params, &x, &rows.wanted)?)
     }
 
     fn embed(
@@ -211,7 +343,7 @@ impl Transformer {
         tokens: &Buffer,
     ) -> Result<Buffer, OutOfMemory> {
         let mut x = floats(kernels, tokens.rows(), self.config.hidden_size)?;
-        kernels.gather_rows(&params.slab.tensor(self.layout.embed), tokens, &mut x);
+        kernels.gather_rows(&params.slab.tensor(self.embedding()), tokens, &mut x);
         Ok(x)
     }
 }

@@ -201,9 +201,24 @@ impl Sizes<'_> {
             ("packed", 2 * self.packed()),
             ("gradients", self.weights()),
             ("moments", 2 * self.weights()),
-            ("activations", self.live_tokens(kind) * activation_bytes(self.model)),
+            ("activations", self.live_tokens(kind) * self.activation_bytes()),
         ]));
         owners
+    }
+
+    /// Bytes of a token that the backward pass needs, over all layers and the head.
+    fn activation_bytes(&self) -> u64 {
+        let (model, again) = (self.model, self.config.engine.recompute);
+        // Of a layer that is computed again only the input is kept.
+        let layer = |index: usize| match index < again {
+            true => model.hidden_size,
+            false => layer_floats(model, model.is_moe(index)),
+        };
+        let layers: usize = (0..model.num_hidden_layers).map(layer).sum();
+        // The gradients of one layer's activations live beside them while it is passed backwards, and so do those of a
+        // layer that is computed again.
+        let live = if again > 0 { 3 } else { 2 };
+        4 * layers as u64 + live * one_layer_bytes(model) + 4 * 4 * model.hidden_size as u64
     }
 
     /// Sampling of so many rollouts of a length from weights of a type.
@@ -312,14 +327,6 @@ fn others(stage: &GrpoStage) -> Vec<String> {
         .filter_map(|entry| entry.model.as_ref())
         .map(|name| format!("reward {name}"));
     reference.into_iter().chain(rewards).collect()
-}
-
-/// Bytes of a token that the backward pass needs, over all layers and the head.
-fn activation_bytes(model: &ModelConfig) -> u64 {
-    let layers = (0..model.num_hidden_layers).map(|index| layer_floats(model, model.is_moe(index)));
-    // The gradients of one layer's activations live beside them while it is passed backwards.
-    let backward = 2 * one_layer_bytes(model);
-    4 * layers.sum::<usize>() as u64 + backward + 4 * 4 * model.hidden_size as u64
 }
 
 /// Bytes of a token in the widest layer, for passes that keep nothing.
@@ -439,6 +446,18 @@ mod tests {
             match owner.as_str() {
                 "policy/activations" => assert_eq!(*bytes, 8 * parts[owner]),
                 _ => assert_eq!(*bytes, parts[owner], "{owner}"),
+            }
+        }
+    }
+
+    #[test]
+    fn recomputed_layers_lower_activations_and_nothing_else() {
+        let (kept, again) = (planned(&[]), planned(&["engine.recompute=9"]));
+        let (kept, again) = (&kept.stages[0].phases["train"], &again.stages[0].phases["train"]);
+        for (owner, bytes) in kept {
+            match owner.as_str() {
+                "policy/activations" => assert!(again[owner] < *bytes, "{}", again[owner]),
+                _ => assert_eq!(*bytes, again[owner], "{owner}"),
             }
         }
     }

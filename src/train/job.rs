@@ -73,6 +73,8 @@ pub struct StepReport {
     pub memory_high_water: u64,
     /// True if loss or gradient was not finite: no weight was changed.
     pub skipped: bool,
+    /// True if the weights were changed before all ranks' figures were known, and changed back.
+    pub was_taken_back: bool,
     /// Version of the weights after the step.
     pub policy_version: u64,
     /// What the router of each MoE layer did.

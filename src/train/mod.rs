@@ -7,12 +7,16 @@ pub mod learning_rate;
 pub mod objective;
 pub mod optimizer;
 pub mod pipeline;
+pub mod ranks;
 pub mod rollouts;
 pub mod routing;
+mod stages;
 pub mod step;
+pub mod zero;
 
 pub use learning_rate::learning_rate;
 pub use objective::{Items, Micro};
 pub use optimizer::Optimizer;
+pub use ranks::Ranks;
 pub use rollouts::Rollouts;
 pub use step::{Trainee, train_step};

@@ -12,6 +12,7 @@ use crate::model::heads::{Heads, VocabularyOutput};
 use crate::model::{Documents, Family, Gradients, Params, Pass};
 use crate::rl::grpo::{TokenLoss, k3_value};
 use rehearsal_kernels::{Activity, Buffer, Kernels, OutOfMemory};
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// The examples of one optimizer step.
@@ -25,7 +26,7 @@ pub enum Items<'a> {
 }
 
 /// Sums over a step.
-#[derive(Default)]
+#[derive(Default, Serialize, Deserialize)]
 pub struct Tally {
     /// The objective.
     pub loss: f64,
@@ -177,6 +178,23 @@ impl<'a> Items<'a> {
 }
 
 impl Tally {
+    /// Adds what another rank summed.
+    pub fn join(&mut self, other: Tally) {
+        self.loss += other.loss;
+        self.ordered += other.ordered;
+        self.kl += other.kl;
+        self.entropy += other.entropy;
+        self.clipped += other.clipped;
+        self.gap += other.gap;
+        if other.gap_max > self.gap_max || other.gap_max.is_nan() {
+            self.gap_max = other.gap_max;
+        }
+        self.sampler_kl += other.sampler_kl;
+        self.weights += other.weights;
+        self.truncated += other.truncated;
+        self.tokens += other.tokens;
+    }
+
     /// Adds a rollout: its loss, the trainer's log-probabilities and entropies, the sampler's log-probabilities.
     pub(super) fn add(
         &mut self,
@@ -239,6 +257,8 @@ fn next_token(
         first += document.tokens.len() as u32;
     }
     if rows.is_empty() {
+        // No target among these documents: the heads' gradient is zero, and not forgotten.
+        micro.heads.nothing(micro.gradients);
         return Ok(());
     }
     let output = micro.logprobs(&rows, &targets, 1.0)?;

@@ -123,20 +123,32 @@ impl Schedule {
         Ok(Schedule { kind, stages: (0..stages).map(list).collect(), micro_batches })
     }
 
+    /// Place in the stack of a stage's piece, the lowest 0.
+    pub fn place(&self, stage: usize, chunk: usize) -> usize {
+        if chunk == 0 { stage } else { self.last() - stage }
+    }
+
+    /// The stage of a place in the stack, and which of its pieces it is.
+    pub fn owner(&self, place: usize) -> (usize, usize) {
+        if place < self.stages.len() { (place, 0) } else { (self.last() - place, 1) }
+    }
+
+    /// The uppermost place of the stack.
+    pub fn last(&self) -> usize {
+        self.stages.len() * self.kind.chunks() - 1
+    }
+
     /// The entry that `entry` of a stage waits for, and whose: what comes from a neighbour, or from the stage itself.
     pub fn waits_for(&self, stage: usize, entry: Entry) -> Vec<(usize, Entry)> {
-        let (stages, last) = (self.stages.len(), self.stages.len() * self.kind.chunks() - 1);
-        // Place of a piece in the stack, and back.
-        let place = if entry.chunk == 0 { stage } else { last - stage };
-        let owner = |place: usize| if place < stages { (place, 0) } else { (last - place, 1) };
+        let place = self.place(stage, entry.chunk);
         let of = |pass, place: usize| {
-            let (stage, chunk) = owner(place);
+            let (stage, chunk) = self.owner(place);
             (stage, Entry { pass, micro_batch: entry.micro_batch, chunk })
         };
         match entry.pass {
             Pass::Forward if place == 0 => Vec::new(),
             Pass::Forward => vec![of(Pass::Forward, place - 1)],
-            Pass::BackwardInput if place == last => vec![of(Pass::Forward, place)],
+            Pass::BackwardInput if place == self.last() => vec![of(Pass::Forward, place)],
             Pass::BackwardInput => {
                 // One backward pass hands on its gradient when all of it is done.
                 let above = match self.kind {

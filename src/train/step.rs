@@ -9,17 +9,20 @@
 
 use super::job::{Dropping, StepReport};
 use super::learning_rate::learning_rate;
-use super::objective::{Items, Micro, Tally};
+use super::objective::{Items, Tally};
 use super::optimizer::Optimizer;
+use super::ranks::Ranks;
 use super::routing::{balance_loss, layer_routing};
-use crate::config::failpoint::failpoint;
+use super::stages;
+use crate::cluster::link::Operation;
+use crate::cluster::wire::{decode, encode};
+use crate::cluster::{Doing, Team};
 use crate::config::routing::Balance;
 use crate::config::stage::OptimizerConfig;
 use crate::model::moe::Routing;
-use crate::model::pass::indices;
-use crate::model::{Capacity, Gradients, PackedModel, Params, Transformer};
-use rehearsal_kernels::{Activity, Kernels, OutOfMemory};
-use std::ops::Range;
+use crate::model::{Gradients, PackedModel, Params, PassError, Transformer};
+use rehearsal_kernels::{Activity, Kernels};
+use serde::{Deserialize, Serialize};
 use std::time::Instant;
 
 /// Tokens that go through the model at once where nobody asks for another number: enough rows for every expert's
@@ -40,6 +43,8 @@ pub struct Trainee<'a> {
     pub gradients: &'a mut Gradients,
     /// Moments.
     pub optimizer: &'a mut Optimizer,
+    /// Who else trains it.
+    pub ranks: &'a Ranks,
 }
 
 /// What a step is to do, apart from its examples.
@@ -59,48 +64,48 @@ pub struct StepSettings<'a> {
     /// Examples that go through the model at once, if the budget allows, in whole groups of rollouts that share a
     /// prompt; 0 for about [`TOKENS_AT_ONCE`] tokens.
     pub micro_batch: usize,
+    /// Layers of each piece of the stack, from the lowest, whose activations are computed again. Changes no bit.
+    pub recompute: usize,
 }
 
-/// Runs one step. The caller repacks the weights if `!report.skipped`.
+/// Runs one step. The caller repacks the weights if `!report.skipped`. All ranks of a team run it with the same settings
+/// and items, and all return the same figures but for bytes, seconds and, beyond rank 0, what routers did.
 pub fn train_step(
     trainee: &mut Trainee<'_>,
     settings: &StepSettings<'_>,
     items: &Items<'_>,
-) -> Result<StepReport, OutOfMemory> {
+) -> Result<StepReport, PassError> {
     let began = Instant::now();
     let fits = |d: &Dropping| matches!(items, Items::Documents(documents) if documents.len() == d.protected.len());
     assert!(
         settings.dropping.is_none_or(fits),
         "dropping is for documents, and knows each of them"
     );
-    let mut at_once = atoms_at_once(items, settings.micro_batch);
-    let Summed { tally, routings, rows } = loop {
-        match gradients(trainee, settings, at_once, items) {
-            Err(_) if at_once > 1 => at_once = at_once.div_ceil(2),
+    let ranks = trainee.ranks;
+    ranks.timeline.take();
+    let mut at_once = atoms_at_once(items, settings.micro_batch, &ranks.team);
+    let summed = loop {
+        trainee.gradients.clear(trainee.kernels);
+        match stages::run(trainee, settings, items, at_once) {
+            // Ranks of a team would have to do so together.
+            Err(PassError::Memory(_)) if at_once > 1 && ranks.team.is_alone() => {
+                at_once = at_once.div_ceil(2);
+            }
             outcome => break outcome?,
         }
     };
     let scalar_head = items.uses_scalar_head();
-    let missing = trainee.gradients.missing(&trainee.model.layout, scalar_head);
-    assert!(missing.is_empty() || items.is_empty(), "no gradient was written for {missing:?}");
-
-    trainee.kernels.enter(Activity::Update);
-    let gradient_norm = trainee.kernels.squared_sum(&trainee.gradients.slab.whole()).sqrt();
-    let rate = learning_rate(settings.optimizer, settings.step, settings.steps, settings.share);
-    let balance_loss = balance_loss(&routings);
-    let skipped =
-        !(tally.loss.is_finite() && balance_loss.is_finite() && gradient_norm.is_finite());
-    if !skipped {
-        trainee.optimizer.update(
-            trainee.kernels,
-            settings.optimizer,
-            rate,
-            gradient_norm,
-            trainee.params,
-            trainee.gradients,
-            scalar_head,
-        );
+    if stages::micro_batches(items.len(), at_once, ranks).iter().any(|range| !range.is_empty()) {
+        let missing = trainee.gradients.missing(&trainee.model.layout, scalar_head);
+        assert!(missing.is_empty(), "no gradient was written for {missing:?}");
     }
+    let routings = all_routings(ranks, summed.routings)?;
+    let rate = learning_rate(settings.optimizer, settings.step, settings.steps, settings.share);
+    let own = Figures { tally: summed.tally, rows: summed.rows, ..Figures::default() };
+    let own = Figures { balance_loss: balance_loss(&routings), ..own };
+    let Updated { figures, gradient_norm, skipped, was_taken_back } =
+        update(trainee, settings, own, rate, scalar_head)?;
+    let Figures { tally, balance_loss, rows, .. } = figures;
     Ok(StepReport {
         loss: tally.loss,
         balance_loss,
@@ -118,6 +123,7 @@ pub fn train_step(
         micro_batch: examples_of(items, at_once),
         memory_high_water: trainee.kernels.arena().high_water(),
         skipped,
+        was_taken_back,
         policy_version: 0,
         routing: layer_routing(&routings),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
@@ -128,24 +134,156 @@ pub fn train_step(
     })
 }
 
-/// What the micro-batches of a step add up to.
-#[derive(Default)]
-struct Summed {
+/// What ranks tell each other of their part of a step.
+#[derive(Default, Serialize, Deserialize)]
+struct Figures {
     tally: Tally,
-    /// By micro-batch and layer.
-    routings: Vec<Vec<Routing>>,
-    /// Token rows that went through the model.
+    /// Only rank 0 has it.
+    balance_loss: f64,
     rows: u64,
+    /// Squares of the gradients that the rank answers for.
+    squares: f64,
+}
+
+impl Figures {
+    /// Adds another rank's.
+    fn add(&mut self, other: Figures) {
+        self.tally.join(other.tally);
+        self.balance_loss += other.balance_loss;
+        self.rows += other.rows;
+        self.squares += other.squares;
+    }
+
+    fn is_finite(&self) -> bool {
+        [self.tally.loss, self.balance_loss, self.squares].iter().all(|figure| figure.is_finite())
+    }
+}
+
+/// What became of the weights.
+struct Updated {
+    figures: Figures,
+    gradient_norm: f64,
+    skipped: bool,
+    was_taken_back: bool,
+}
+
+/// Sums the gradients and updates the weights. Stages of a pipeline do not wait for each other's figures: they update
+/// as if nothing had to be clipped, and take it back if something has to be (optimizer post-validation, arXiv 2401.10241).
+fn update(
+    trainee: &mut Trainee<'_>,
+    settings: &StepSettings<'_>,
+    mut own: Figures,
+    rate: f64,
+    scalar_head: bool,
+) -> Result<Updated, PassError> {
+    let Trainee { kernels, ranks, .. } = *trainee;
+    let (zero, timeline) = (&ranks.zero, &ranks.timeline);
+    kernels.enter(Activity::Update);
+    let since = timeline.now();
+    zero.reduce(kernels, &mut trainee.gradients.slab)?;
+    timeline.add(Doing::Reduce, since);
+    own.squares = zero.squares(kernels, &trainee.gradients.slab);
+    let bytes = encode(&own);
+    let sent = ranks.world.send_to_all("figures", Operation::AllGather, 0, 1, |_| bytes.clone())?;
+
+    let apply = |trainee: &mut Trainee<'_>, scale: f64| {
+        let since = timeline.now();
+        trainee.optimizer.update(
+            kernels,
+            settings.optimizer,
+            rate,
+            scale,
+            &zero.own,
+            trainee.params,
+            trainee.gradients,
+            scalar_head,
+        );
+        timeline.add(Doing::Update, since);
+    };
+    let before = match ranks.team.mesh.pipeline() > 1 && own.is_finite() {
+        true => Some(trainee.optimizer.before(kernels, &zero.own, trainee.params)?),
+        false => None,
+    };
+    if before.is_some() {
+        apply(trainee, 1.0);
+    }
+    let figures = joined(own, sent.take()?);
+    let gradient_norm = figures.squares.sqrt();
+    let (clip, skipped) = (settings.optimizer.clip, !figures.is_finite());
+    let scale = if clip > 0.0 && gradient_norm > clip { clip / gradient_norm } else { 1.0 };
+    let was_taken_back = before.is_some() && (skipped || scale != 1.0);
+    if let Some(before) = before.as_ref().filter(|_| was_taken_back) {
+        trainee.optimizer.take_back(kernels, &zero.own, trainee.params, before);
+    }
+    if !skipped && (before.is_none() || was_taken_back) {
+        apply(trainee, scale);
+    }
+    if !skipped {
+        let since = timeline.now();
+        zero.gather(kernels, &mut trainee.params.slab)?;
+        timeline.add(Doing::Gather, since);
+    }
+    Ok(Updated { figures, gradient_norm, skipped, was_taken_back })
+}
+
+/// All ranks' figures, added in order of the ranks.
+fn joined(own: Figures, others: Vec<Option<Vec<u8>>>) -> Figures {
+    let mut own = Some(own);
+    let figures = others.into_iter().map(|bytes| match bytes {
+        Some(bytes) => decode(&bytes).expect("ranks run the same program"),
+        None => own.take().expect("one place is the own one"),
+    });
+    let add = |mut sum: Figures, other| {
+        sum.add(other);
+        sum
+    };
+    figures.reduce(add).expect("there is a rank")
+}
+
+/// What all routers did, by micro-batch of the step and by layer; rank 0 has it.
+fn all_routings(
+    ranks: &Ranks,
+    own: Vec<Vec<Vec<Routing>>>,
+) -> Result<Vec<Vec<Routing>>, PassError> {
+    if ranks.team.is_alone() {
+        return Ok(own.into_iter().map(|pieces| pieces.concat()).collect());
+    }
+    let all = ranks.world.gather("what routers did", 0, encode(&own))?;
+    let mut all: Vec<Vec<Vec<Vec<Routing>>>> =
+        all.iter().map(|bytes| decode(bytes).expect("ranks run the same program")).collect();
+    let (mesh, schedule) = (ranks.team.mesh, ranks.schedule());
+    let batches = all.first().map_or(0, Vec::len) * mesh.data();
+    let last = mesh.pipeline() * schedule.chunks() - 1;
+    let of_batch = |batch: usize| {
+        let (data, number) = (batch % mesh.data(), batch / mesh.data());
+        let of_place = |place: usize| {
+            let is_first = place < mesh.pipeline();
+            let (stage, chunk) = if is_first { (place, 0) } else { (last - place, 1) };
+            std::mem::take(&mut all[stage * mesh.data() + data][number][chunk])
+        };
+        (0..=last).flat_map(of_place).collect::<Vec<Routing>>()
+    };
+    let routings: Vec<Vec<Routing>> = (0..batches).map(of_batch).collect();
+    // Micro-batches that only fill up the schedule have no tokens.
+    let has_tokens = |routing: &Vec<Routing>| routing.iter().any(|layer| layer.tokens > 0);
+    Ok(routings.into_iter().filter(has_tokens).collect())
 }
 
 /// Atoms that go through the model at once if the budget allows: those of `asked` examples, or if that is 0 as many as
 /// hold [`TOKENS_AT_ONCE`] tokens on the average.
-fn atoms_at_once(items: &Items<'_>, asked: usize) -> usize {
+fn atoms_at_once(items: &Items<'_>, asked: usize, team: &Team) -> usize {
     let atoms = match asked {
         0 => TOKENS_AT_ONCE * items.len() / items.tokens().max(1),
         asked => asked / items.largest(),
     };
-    atoms.clamp(1, items.len().max(1))
+    // All data ranks have something to do, and a pipeline has micro-batches to fill it.
+    let stages = team.mesh.pipeline();
+    let least = match stages {
+        1 => 1,
+        _ => team.schedule().least_micro_batches(stages).max(2 * stages),
+    };
+    let most = items.len() / (team.mesh.data() * least);
+    atoms.clamp(1, most.max(1))
 }
 
 /// Examples of so many atoms, as a step reports them.
@@ -154,69 +292,6 @@ fn examples_of(items: &Items<'_>, atoms: usize) -> usize {
 }
 
 /// Examples that a step takes at once if the budget allows; `asked` is [`StepSettings::micro_batch`].
-pub fn examples_at_once(items: &Items<'_>, asked: usize) -> usize {
-    examples_of(items, atoms_at_once(items, asked))
-}
-
-/// Loss and gradients of all atoms, so many at once.
-fn gradients(
-    trainee: &mut Trainee<'_>,
-    settings: &StepSettings<'_>,
-    at_once: usize,
-    items: &Items<'_>,
-) -> Result<Summed, OutOfMemory> {
-    trainee.gradients.clear(trainee.kernels);
-    let mut summed = Summed::default();
-    for first in (0..items.len()).step_by(at_once) {
-        let range = first..items.len().min(first + at_once);
-        backpropagate(trainee, settings, items, range, &mut summed)?;
-        failpoint("mid-gradient");
-    }
-    Ok(summed)
-}
-
-/// Forward and backward of one micro-batch.
-fn backpropagate(
-    trainee: &mut Trainee<'_>,
-    settings: &StepSettings<'_>,
-    items: &Items<'_>,
-    range: Range<usize>,
-    summed: &mut Summed,
-) -> Result<(), OutOfMemory> {
-    let (kernels, model, packed) = (trainee.kernels, trainee.model, trainee.packed);
-    kernels.enter(Activity::Forward);
-    let documents = items.pack(kernels, range.clone())?;
-    let mut pass = model.pass(kernels, &documents, packed);
-    pass.balance = settings.balance;
-    pass.sequences = items.documents();
-    pass.capacity = settings.dropping.map(|d| capacity(kernels, d, range.clone())).transpose()?;
-    let (hidden, saved) = model.forward(&pass, trainee.params, packed)?;
-    let mut d_hidden = pass.floats(hidden.rows(), hidden.cols())?;
-    kernels.fill(&mut d_hidden, 0.0);
-    let mut micro = Micro {
-        pass: &pass,
-        params: trainee.params,
-        heads: &packed.heads,
-        hidden: &hidden,
-        d_hidden: &mut d_hidden,
-        gradients: trainee.gradients,
-    };
-    items.evaluate(range, &mut micro, &mut summed.tally)?;
-    kernels.enter(Activity::Backward);
-    let routing =
-        model.backward(&pass, trainee.params, packed, saved, d_hidden, trainee.gradients)?;
-    summed.routings.push(routing);
-    summed.rows += hidden.rows() as u64;
-    Ok(())
-}
-
-/// What the devices may process of the documents in `range`.
-fn capacity(
-    kernels: &dyn Kernels,
-    dropping: &Dropping,
-    range: Range<usize>,
-) -> Result<Capacity, OutOfMemory> {
-    let protected: Vec<u32> = dropping.protected[range].iter().map(|p| u32::from(*p)).collect();
-    let protected = indices(kernels, &protected)?;
-    Ok(Capacity { factor: dropping.capacity_factor, protected })
+pub fn examples_at_once(items: &Items<'_>, asked: usize, team: &Team) -> usize {
+    examples_of(items, atoms_at_once(items, asked, team))
 }

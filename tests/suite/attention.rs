@@ -184,7 +184,7 @@ fn trained_logits(tiny: &Tiny<'_>, form: AttentionForm, tokens: &[u32]) -> Vec<f
     let pass = tiny.model.pass(tiny.kernels, &documents, &packed);
     let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
     let all: Vec<u32> = (0..tokens.len() as u32).collect();
-    let logits = packed.heads.logits(tiny.kernels, &tiny.params, &hidden, &all).unwrap();
+    let logits = packed.heads().logits(tiny.kernels, &tiny.params, &hidden, &all).unwrap();
     tiny.kernels.download_f64(&logits)
 }
 

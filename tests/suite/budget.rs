@@ -11,6 +11,7 @@
 
 use crate::runs::{check_refused, done, finished, rehearsal, smoke_with, steps, weights};
 use crate::tiny::config;
+use rehearsal::cluster::Team;
 use rehearsal::config::{EngineConfig, ModelConfig, Offload};
 use rehearsal::data::example::{Batch, Sequence};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
@@ -180,7 +181,8 @@ fn large() -> ModelConfig {
 fn large_engine(spill: PathBuf) -> HybridEngine {
     let offload = Some(Offload::ALL.to_vec());
     let engine = EngineConfig { threads: 2, offload, ..EngineConfig::default() };
-    HybridEngine::new(EngineSetup { model: large(), engine, seed: 1, spill }).unwrap()
+    HybridEngine::new(EngineSetup { model: large(), engine, seed: 1, spill, team: Team::alone() })
+        .unwrap()
 }
 
 fn stage(policy: ModelSource, reference: Option<ModelSource>) -> PrepareStage {

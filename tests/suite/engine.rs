@@ -1,6 +1,7 @@
 //! The hybrid engine: what is resident in each phase, what a stamp refuses, what comes back bit for bit.
 
 use crate::tiny::config;
+use rehearsal::cluster::Team;
 use rehearsal::config::engine::{AttentionForm, Prefill};
 use rehearsal::config::routing::Balance;
 use rehearsal::config::stage::{LengthNorm, OptimizerConfig, RatioLevel};
@@ -21,6 +22,7 @@ pub fn engine(folder: &TempDir, edit: impl FnOnce(&mut EngineConfig)) -> HybridE
         engine,
         seed: 1,
         spill: folder.path().join("spill"),
+        team: Team::alone(),
     })
     .unwrap()
 }

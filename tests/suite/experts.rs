@@ -138,7 +138,7 @@ fn layer(
     let format = WeightFormat::default();
     let packing = Packing { kernels, owner, version: 0, format, training: false };
     let index = &tiny.model.layout.layers[1].feed_forward;
-    let moe = Moe::pack(&packing, &tiny.params, &tiny.model.config, index).unwrap();
+    let moe = Moe::pack(&packing, &tiny.params, &tiny.model.config, index, None).unwrap();
     let number = |(i, length): (usize, &usize)| vec![i as u32; *length];
     let segment: Vec<u32> = lengths.iter().enumerate().flat_map(number).collect();
     let segment = indices(kernels, &segment).unwrap();

@@ -25,7 +25,7 @@ fn scored(tiny: &Tiny<'_>, packed: &PackedModel) -> Vec<f64> {
     let pass = tiny.model.pass(tiny.kernels, &documents, packed);
     let hidden = tiny.model.forward_only(&pass, &tiny.params, packed).unwrap();
     let rows: Vec<u32> = (0..document.len() as u32 - 1).collect();
-    let heads = &packed.heads;
+    let heads = packed.heads();
     heads
         .logprobs(&pass, &tiny.params, &hidden, &rows, &document[1..], 1.0, false)
         .unwrap()

@@ -32,6 +32,7 @@ mod prefill;
 #[cfg(feature = "mpi")]
 mod processes;
 mod profile;
+mod ranks;
 mod requirements;
 mod rollout_formats;
 mod rollouts;

@@ -203,7 +203,7 @@ fn logprobs(tiny: &Tiny<'_>, form: AttentionForm, documents: &[&[u32]], which: u
     let base: usize = documents[..which].iter().map(|d| d.len()).sum();
     let rows: Vec<u32> = (0..documents[which].len() as u32 - 1).map(|i| base as u32 + i).collect();
     packed
-        .heads
+        .heads()
         .logprobs(&pass, &tiny.params, &hidden, &rows, &documents[which][1..], 1.0, false)
         .unwrap()
         .logprobs
@@ -283,7 +283,7 @@ fn decoding_has_the_bits_of_the_training_forward_in_the_form_of_the_sampler() {
         let pass = tiny.model.pass(&kernels, &documents, &packed);
         let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
         let rows: Vec<u32> = (0..document.len() as u32).collect();
-        let logits = packed.heads.logits(&kernels, &tiny.params, &hidden, &rows).unwrap();
+        let logits = packed.heads().logits(&kernels, &tiny.params, &hidden, &rows).unwrap();
         assert_eq!(decoded, bits(&kernels, &logits), "{:?}", config.attention());
     }
 }

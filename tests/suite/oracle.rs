@@ -9,6 +9,7 @@ use crate::engine::stage;
 use crate::tiny::{Tiny, cpu, relative_l2};
 use candle_core::{Device, Tensor};
 use rehearsal::checkpoint::{TensorFolder, read_model_config};
+use rehearsal::cluster::Team;
 use rehearsal::config::EngineConfig;
 use rehearsal::config::engine::AttentionForm::{self, Absorbed, Expanded};
 use rehearsal::config::engine::Prefill;
@@ -53,7 +54,8 @@ impl Fixture {
         let settings =
             EngineConfig { threads: 2, page_tokens: PAGE_TOKENS, ..EngineConfig::default() };
         let spill = work.path().join("spill");
-        let setup = EngineSetup { model: config, engine: settings, seed: 0, spill };
+        let setup =
+            EngineSetup { model: config, engine: settings, seed: 0, spill, team: Team::alone() };
         let mut engine = HybridEngine::new(setup).unwrap();
         let policy = ModelSource::Folder(folder.to_path_buf());
         engine
@@ -137,7 +139,7 @@ fn trained(tiny: &Tiny<'_>, documents: &[Sequence], form: AttentionForm) -> Vec<
     let pass = tiny.model.pass(kernels, &documents, &packed);
     let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
     let all: Vec<u32> = (0..hidden.rows() as u32).collect();
-    kernels.download_f64(&packed.heads.logits(kernels, &tiny.params, &hidden, &all).unwrap())
+    kernels.download_f64(&packed.heads().logits(kernels, &tiny.params, &hidden, &all).unwrap())
 }
 
 #[test]

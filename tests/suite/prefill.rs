@@ -1,6 +1,7 @@
 //! Prompts by cost: chunks in the expanded form, merged by log-sum-exp, against one absorbed pass.
 
 use crate::tiny::{Tiny, config, config_lite, cpu, reference, worst};
+use rehearsal::cluster::Team;
 use rehearsal::config::engine::Prefill::{self, Absorbed, ByCost};
 use rehearsal::config::{EngineConfig, ModelConfig};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
@@ -89,7 +90,9 @@ fn rollouts(prefill: Prefill, lengths: &[(u32, usize)], engine: EngineConfig) ->
     let folder = TempDir::new().unwrap();
     let model = roomy(config());
     let spill = folder.path().join("spill");
-    let mut device = HybridEngine::new(EngineSetup { model, engine, seed: 1, spill }).unwrap();
+    let mut device =
+        HybridEngine::new(EngineSetup { model, engine, seed: 1, spill, team: Team::alone() })
+            .unwrap();
     device.prepare(&PrepareStage { prefill, ..crate::engine::stage(None) }).unwrap();
     device.enter_phase(Phase::Generate).unwrap();
     let request = |(slot, length): &(u32, usize)| GenerateRequest {

@@ -1,6 +1,7 @@
 //! `--profile`: it counts what a step does, changes nothing of it, and is told as a table and as JSON.
 
 use crate::engine::{batch, job, stage};
+use rehearsal::cluster::Team;
 use rehearsal::config::engine::AttentionForm;
 use rehearsal::config::{EngineConfig, ModelConfig, load_model};
 use rehearsal::data::example::{Batch, Sequence};
@@ -19,7 +20,11 @@ use tempfile::TempDir;
 fn engine(model: ModelConfig, place: &TempDir, profile: Option<Arc<Profile>>) -> HybridEngine {
     let engine = EngineConfig { threads: 2, page_tokens: 4, ..EngineConfig::default() };
     let spill = place.path().join("spill");
-    HybridEngine::profiled(EngineSetup { model, engine, seed: 1, spill }, profile).unwrap()
+    HybridEngine::profiled(
+        EngineSetup { model, engine, seed: 1, spill, team: Team::alone() },
+        profile,
+    )
+    .unwrap()
 }
 
 fn preset(name: &str) -> std::path::PathBuf {

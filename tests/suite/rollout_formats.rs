@@ -6,6 +6,7 @@ use crate::runs::{
     steps, weights,
 };
 use crate::training::saved;
+use rehearsal::cluster::Team;
 use rehearsal::config::engine::Prefill;
 use rehearsal::config::routing::Balance;
 use rehearsal::config::stage::{OptimizerConfig, Stage};
@@ -34,6 +35,7 @@ fn ready(folder: &TempDir, learning_rate: f64) -> HybridEngine {
         },
         seed: 1,
         spill: folder.path().join("spill"),
+        team: Team::alone(),
     })
     .unwrap();
     let optimizer = Some(OptimizerConfig { learning_rate, ..OptimizerConfig::default() });

@@ -4,6 +4,7 @@ use crate::engine::stage;
 use crate::runs::{contents, done, rehearsal, steps, weights};
 use crate::tiny::config_grouped;
 use crate::training::saved;
+use rehearsal::cluster::Team;
 use rehearsal::config::EngineConfig;
 use rehearsal::config::engine::AttentionForm::Expanded;
 use rehearsal::config::routing::Balance;
@@ -24,7 +25,14 @@ const PAPER: Balance = Balance { expert: 0.003, device: 0.05, communication: 0.0
 fn engine_of(folder: &TempDir, threads: usize) -> HybridEngine {
     let engine = EngineConfig { threads, ..EngineConfig::default() };
     let spill = folder.path().join("spill");
-    HybridEngine::new(EngineSetup { model: config_grouped(), engine, seed: 1, spill }).unwrap()
+    HybridEngine::new(EngineSetup {
+        model: config_grouped(),
+        engine,
+        seed: 1,
+        spill,
+        team: Team::alone(),
+    })
+    .unwrap()
 }
 
 fn plan(balance: Balance, learning_rate: f64) -> PrepareStage {

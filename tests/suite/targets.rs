@@ -29,7 +29,7 @@ fn the_loss_is_the_mean_over_targets_and_no_prompt_token_adds_to_it() {
         let hidden = tiny.model.forward_only(&pass, &tiny.params, &packed).unwrap();
         let rows: Vec<u32> = (prompt as u32 - 1..document.tokens.len() as u32 - 1).collect();
         let replies = &document.tokens[prompt..];
-        let heads = &packed.heads;
+        let heads = packed.heads();
         let output =
             heads.logprobs(&pass, &tiny.params, &hidden, &rows, replies, 1.0, false).unwrap();
         sum -= output.logprobs.iter().sum::<f64>();

@@ -6,14 +6,14 @@ use std::process::Command;
 
 /// Folder of `src/` and the folders that it may import (docs: architecture, "who may import whom").
 const MAY_IMPORT: &[(&str, &[&str])] = &[
-    ("actors", &["engine", "data", "rl", "checkpoint", "console", "config"]),
-    ("plan", &["engine", "train", "model", "config"]),
-    ("engine", &["train", "inference", "model", "checkpoint", "data", "rl", "config"]),
-    ("train", &["model", "rl", "data", "config"]),
+    ("actors", &["engine", "data", "rl", "checkpoint", "cluster", "console", "config"]),
+    ("plan", &["engine", "train", "model", "cluster", "config"]),
+    ("engine", &["train", "inference", "model", "checkpoint", "cluster", "data", "rl", "config"]),
+    ("train", &["model", "rl", "data", "cluster", "config"]),
     ("inference", &["model", "data", "rl", "config"]),
     ("model", &["cluster", "config"]),
     ("rl", &["data", "config"]),
-    ("checkpoint", &["config"]),
+    ("checkpoint", &["cluster", "config"]),
     ("data", &["config"]),
     ("cluster", &["config"]),
     ("console", &["config"]),

@@ -164,22 +164,22 @@ impl<'a> Tiny<'a> {
             factor,
             protected: indices(self.kernels, protected).unwrap(),
         });
-        let (hidden, saved) = self.model.forward(&pass, &self.params, &packed).unwrap();
+        let (hidden, saved) = self.model.forward(&pass, &self.params, &packed, 0, None).unwrap();
         let mut d_hidden = pass.floats(hidden.rows(), hidden.cols()).unwrap();
         self.kernels.fill(&mut d_hidden, 0.0);
         let mut tally = Tally::default();
         let mut micro = Micro {
             pass: &pass,
             params: &self.params,
-            heads: &packed.heads,
+            heads: packed.heads(),
             hidden: &hidden,
             d_hidden: &mut d_hidden,
             gradients: &mut gradients,
         };
         items.evaluate(0..items.len(), &mut micro, &mut tally).unwrap();
-        let routings = self
+        let (_, routings) = self
             .model
-            .backward(&pass, &self.params, &packed, saved, d_hidden, &mut gradients)
+            .backward(&pass, &self.params, &packed, 0, saved, d_hidden, &mut gradients)
             .unwrap();
         (tally.loss + balance_loss(std::slice::from_ref(&routings)), gradients, routings)
     }

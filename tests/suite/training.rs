@@ -10,6 +10,7 @@ use rehearsal::engine::hybrid::HybridEngine;
 use rehearsal::engine::phase::*;
 use rehearsal::model::{Gradients, Params};
 use rehearsal::train::Optimizer;
+use rehearsal::train::Ranks;
 use rehearsal_kernels::Kernels;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -100,10 +101,12 @@ fn an_update_clips_by_the_global_norm_and_decays_matrices_only() {
         kernels.upload(&values, &mut gradients.slab.tensor_mut(index));
     }
     let norm = kernels.squared_sum(&gradients.slab.whole()).sqrt();
+    let runs = Ranks::alone(&tiny.model.config, &layout).zero.own;
     let settings = OptimizerConfig { weight_decay: 0.1, clip: 1.0, ..OptimizerConfig::default() };
     let before: Vec<Vec<f64>> = weights(&kernels, &tiny.params);
-    let mut optimizer = Optimizer::new(&kernels, &layout, "policy").unwrap();
-    optimizer.update(&kernels, &settings, 0.01, norm, &mut tiny.params, &gradients, false);
+    let mut optimizer = Optimizer::new(&kernels, &runs, "policy").unwrap();
+    let (params, scale) = (&mut tiny.params, settings.clip / norm);
+    optimizer.update(&kernels, &settings, 0.01, scale, &runs, params, &gradients, false);
     let after = weights(&kernels, &tiny.params);
     for (index, spec) in layout.specs.iter().enumerate() {
         for (i, (before, after)) in before[index].iter().zip(&after[index]).enumerate() {

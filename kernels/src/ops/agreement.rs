@@ -374,6 +374,11 @@ fn movement_agrees_with_the_reference() {
         kernels.fill(&mut filled.set(), 0.75);
         kernels.add(&taken.get(), &mut filled.set());
         kernels.scale(&filled.get(), 1.3, &mut taken.set());
+        // Bytes go out and come back as they are, whatever lies between the rows.
+        let bytes = kernels.download_bytes(&taken.get());
+        assert_eq!(bytes.len(), taken.get().len() * kernels.float().size());
+        kernels.fill(&mut taken.set(), 0.0);
+        kernels.upload_bytes(&bytes, &mut taken.set());
         let mut order = duplicate(kernels, &index);
         kernels.fill(&mut order.rows_of_mut(0..1), 7.0);
         let order = kernels.download_indices(&order).into_iter().map(f64::from).collect();

@@ -38,6 +38,22 @@ pub(crate) fn download<T: Element, D>(src: &Buffer, convert: fn(T) -> D) -> Vec<
     out
 }
 
+/// See [`Kernels::download_bytes`](crate::Kernels::download_bytes).
+pub(crate) fn download_bytes(src: &Buffer) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(src.len() * src.dtype().size());
+    (0..src.rows()).for_each(|row| bytes.extend_from_slice(src.row_bytes(row)));
+    bytes
+}
+
+/// See [`Kernels::upload_bytes`](crate::Kernels::upload_bytes).
+pub(crate) fn upload_bytes(src: &[u8], dst: &mut Buffer) {
+    let width = dst.cols() * dst.dtype().size();
+    assert_eq!(src.len(), dst.rows() * width, "bytes for a buffer");
+    for row in 0..dst.rows() {
+        dst.row_bytes_mut(row).copy_from_slice(&src[row * width..][..width]);
+    }
+}
+
 /// See [`Kernels::fill`](crate::Kernels::fill).
 pub(crate) fn fill(cx: &Cx, dst: &mut Buffer, value: f64) {
     match dst.dtype() {

@@ -112,6 +112,14 @@ impl Kernels for ReferenceKernels {
         movement::read(src)
     }
 
+    fn download_bytes(&self, src: &Buffer) -> Vec<u8> {
+        movement::download_bytes(src)
+    }
+
+    fn upload_bytes(&self, src: &[u8], dst: &mut Buffer) {
+        movement::upload_bytes(src, dst);
+    }
+
     fn fill(&self, dst: &mut Buffer, value: f64) {
         movement::fill(dst, value);
     }

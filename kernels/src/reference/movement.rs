@@ -18,6 +18,27 @@ pub fn read<T: Element>(src: &Buffer) -> Vec<T> {
     (0..src.rows).flat_map(|i| src.row(i).iter().copied()).collect()
 }
 
+pub fn download_bytes(src: &Buffer) -> Vec<u8> {
+    match src.dtype() {
+        DType::F64 => read::<f64>(src).into_iter().flat_map(f64::to_le_bytes).collect(),
+        DType::F32 => read::<f32>(src).into_iter().flat_map(f32::to_le_bytes).collect(),
+        DType::U32 => read::<u32>(src).into_iter().flat_map(u32::to_le_bytes).collect(),
+        DType::U8 => read::<u8>(src),
+    }
+}
+
+pub fn upload_bytes(src: &[u8], dst: &mut Buffer) {
+    fn numbers<const N: usize, T>(src: &[u8], from: fn([u8; N]) -> T) -> Vec<T> {
+        src.chunks_exact(N).map(|bytes| from(bytes.try_into().expect("N bytes"))).collect()
+    }
+    match dst.dtype() {
+        DType::F64 => write(&numbers(src, f64::from_le_bytes), dst),
+        DType::F32 => write(&numbers(src, f32::from_le_bytes), dst),
+        DType::U32 => write(&numbers(src, u32::from_le_bytes), dst),
+        DType::U8 => write(src, dst),
+    }
+}
+
 pub fn fill(dst: &mut Buffer, value: f64) {
     match dst.dtype() {
         DType::U32 => write(&vec![value as u32; dst.len()], dst),

@@ -1,0 +1,82 @@
+//! Team: the ranks of a run, as one of them sees them, and how they train together.
+
+use super::layout::Training;
+use super::link::Link;
+use super::local::Local;
+use super::mesh::{Mesh, MeshError};
+use crate::config::cluster::PipelineSchedule;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// See the module.
+#[derive(Clone)]
+pub struct Team {
+    /// The ways to the other ranks.
+    pub link: Arc<dyn Link>,
+    /// Who works with whom in training.
+    pub mesh: Mesh,
+    /// Order of a stage's passes.
+    pub schedule: PipelineSchedule,
+    /// How long a call may take.
+    pub deadline: Duration,
+    /// Whether nothing is computed while tokens of experts are under way. Changes no result.
+    pub is_serial: bool,
+}
+
+impl std::fmt::Debug for Team {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Team of rank {} in {:?}", self.rank(), self.mesh)
+    }
+}
+
+impl Team {
+    /// A run of one process.
+    pub fn alone() -> Team {
+        Team {
+            link: Arc::new(Local::new(1).remove(0)),
+            mesh: Mesh::ONE,
+            schedule: PipelineSchedule::OneForwardOneBackward,
+            deadline: Duration::from_secs(60),
+            is_serial: false,
+        }
+    }
+
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.link.rank()
+    }
+
+    /// Whether there is no other rank.
+    pub fn is_alone(&self) -> bool {
+        self.mesh.ranks() == 1
+    }
+
+    /// Order of a stage's passes; a single stage has nobody to wait for.
+    pub fn schedule(&self) -> PipelineSchedule {
+        match self.mesh.pipeline() {
+            1 => PipelineSchedule::OneForwardOneBackward,
+            _ => self.schedule,
+        }
+    }
+
+    /// Who holds what of a model with so many layers.
+    pub fn layout(&self, layers: usize) -> Training {
+        match self.schedule() {
+            PipelineSchedule::ZeroBubbleV => Training::in_a_v(self.mesh, layers),
+            _ => Training::new(self.mesh, layers),
+        }
+    }
+
+    /// Refuses a schedule that wants more pieces of the stack than there are layers.
+    pub fn require_pieces(
+        mesh: Mesh,
+        schedule: PipelineSchedule,
+        layers: usize,
+    ) -> Result<(), MeshError> {
+        let pipeline = mesh.pipeline();
+        match schedule == PipelineSchedule::ZeroBubbleV && pipeline > 1 && 2 * pipeline > layers {
+            true => Err(MeshError::Pieces { pipeline, layers }),
+            false => Ok(()),
+        }
+    }
+}

@@ -14,8 +14,8 @@ pub mod local;
 pub mod mpi;
 #[cfg(feature = "mpi")]
 mod mpi_calls;
-pub mod stop;
 pub mod pipe;
+pub mod stop;
 pub mod team;
 pub mod timeline;
 pub mod wire;

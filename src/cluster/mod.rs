@@ -8,6 +8,8 @@ pub mod mesh;
 
 // How ranks speak with each other, and what they do together.
 pub mod collective;
+pub mod control;
+pub mod join;
 pub mod link;
 pub mod local;
 #[cfg(feature = "mpi")]
@@ -26,6 +28,8 @@ pub mod reshard;
 #[cfg(feature = "mpi")]
 pub use self::mpi::Mpi;
 pub use collective::Group;
+pub use control::{Control, Letter};
+pub use join::{Ident, Joined, join};
 pub use layout::{Home, Slice, Tensor, Training};
 pub use link::{Broken, Link};
 pub use local::Local;

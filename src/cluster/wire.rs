@@ -143,6 +143,12 @@ impl Seal {
     }
 }
 
+/// Who says to have sealed a frame, before anything shows it.
+pub fn sender(frame: &[u8]) -> Option<usize> {
+    let bytes = frame.get(40..44)?;
+    Some(u32::from_le_bytes(bytes.try_into().expect("4 bytes")) as usize)
+}
+
 /// Reads a frame, without its length, of at most so many bytes; `None` where the stream ends before one begins.
 pub fn read_frame(stream: &mut impl Read, most: usize) -> std::io::Result<Option<Vec<u8>>> {
     let mut length = [0; 4];

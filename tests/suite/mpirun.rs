@@ -9,9 +9,10 @@ use std::process::{Command, Output};
 pub const CHECK: &str = "REHEARSAL_RANK_CHECK";
 
 /// mpirun for so many ranks, without the program.
-pub fn mpirun(ranks: usize) -> Command {
+pub fn mpirun(ranks: usize, options: &[&str]) -> Command {
     let mut command = Command::new("mpirun");
-    command.args(["--oversubscribe", "-n", &ranks.to_string()]);
+    // No test takes nearly as long; one that hangs is to end with all its processes.
+    command.args(options).args(["--timeout", "120", "--oversubscribe", "-n", &ranks.to_string()]);
     for allowed in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
         command.env(allowed, "1");
     }
@@ -19,12 +20,18 @@ pub fn mpirun(ranks: usize) -> Command {
     command
 }
 
-/// Has so many ranks make a check of `processes::as_a_rank`.
-pub fn ranks_check(ranks: usize, check: &str) -> Output {
-    let mut command = mpirun(ranks);
+/// Lets so many ranks make a check of `processes::as_a_rank`.
+pub fn check_command(ranks: usize, options: &[&str], check: &str) -> Command {
+    let mut command = mpirun(ranks, options);
     command.arg(std::env::current_exe().unwrap());
     command.args(["processes::as_a_rank", "--exact", "--nocapture", "--test-threads=1"]);
-    command.env(CHECK, check).output().expect("mpirun is installed: .ci/run does it")
+    command.env(CHECK, check);
+    command
+}
+
+/// The same, made.
+pub fn ranks_check(ranks: usize, check: &str) -> Output {
+    check_command(ranks, &[], check).output().expect("mpirun is installed: .ci/run does it")
 }
 
 /// What all ranks wrote, both streams.

@@ -1,11 +1,13 @@
-//! Several processes over MPI: collectives as over threads, transfers beside computation, deadlines.
+//! Several processes over MPI: collectives as over threads, transfers beside computation, deadlines, and who is named when a
+//! rank dies, hangs, or is at another call.
 //!
 //! A test starts this binary under mpirun, where [`as_a_rank`] makes the check that the environment names. Without MPI the
 //! tests fail: `.ci/run` installs it.
 
-use crate::mpirun::{CHECK, ranks_check, text};
+use crate::mpirun::{CHECK, check_command, ranks_check, text};
 use rehearsal::cluster::link::{Call, Frame, Lane, Operation};
-use rehearsal::cluster::{Broken, Group, Link, Mpi, Stop};
+use rehearsal::cluster::{Broken, Group, Ident, Joined, Link, Mpi, Stop, join};
+use rustix::process::{Signal, getpid, kill_process};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,6 +37,13 @@ impl Rank {
         Group::new(self.mpi.clone(), (0..self.mpi.ranks()).collect(), deadline)
     }
 
+    /// Makes the ranks a run whose control links bear a silence of two seconds.
+    fn join(&self) -> Joined {
+        let ident = Ident { host: "here".to_string(), pid: std::process::id(), ..Ident::default() };
+        let deadlines = [DEADLINE, Duration::from_secs(2)];
+        join(self.mpi.as_ref(), self.mpi.ranks(), &ident, deadlines, self.stop.clone()).unwrap()
+    }
+
     /// Says that the check is through, and leaves.
     fn passed(self, check: &str) {
         println!("rank {} passed {check}", self.rank());
@@ -52,6 +61,9 @@ fn as_a_rank() {
         "lanes" => lanes(Rank::start(None)),
         "overlap" => overlap(Rank::start(None)),
         "late" => late(Rank::start(None)),
+        "apart" => apart(Rank::start(None)),
+        "killed" => lost(Rank::start(None), Signal::KILL),
+        "stopped" => lost(Rank::start(None), Signal::STOP),
         "speed" => speed(Rank::start(None)),
         other => panic!("no check {other:?}"),
     }
@@ -169,6 +181,50 @@ fn late(rank: Rank) {
     std::process::exit(0);
 }
 
+/// Who is at another call is named on every rank, though only one of them sees it.
+fn apart(rank: Rank) {
+    let joined = rank.join();
+    let group = rank.group(DEADLINE);
+    let elements = if rank.rank() == 1 { 8 } else { 9 };
+    let why = group.all_reduce("gradients of stage 0", &mut vec![1.0_f32; elements]).unwrap_err();
+    let text = why.to_string();
+    for part in ["gradients of stage 0", "8 elements", "9 elements", "rank 1"] {
+        assert!(text.contains(part), "{text}");
+    }
+    println!("rank {} passed apart", rank.rank());
+    // The words of the first rank are on their way to all others.
+    joined.control.flush();
+    wait_for_all(&rank);
+}
+
+/// mpirun ends all others when the first one goes without leave.
+fn wait_for_all(rank: &Rank) {
+    std::thread::sleep(Duration::from_millis(500 + 200 * rank.rank() as u64));
+    std::process::exit(0);
+}
+
+/// A rank that dies, or is stopped, is named on all others within the silence that is borne.
+fn lost(rank: Rank, signal: Signal) {
+    let _joined = rank.join();
+    let group = rank.group(DEADLINE);
+    group.barrier("begin").unwrap();
+    let began = Instant::now();
+    let last = rank.mpi.ranks() - 1;
+    if rank.rank() == last {
+        kill_process(getpid(), signal).unwrap();
+    }
+    let why = group.all_reduce("gradients", &mut [1.0_f32; 5]).unwrap_err();
+    let seconds = began.elapsed().as_secs_f64();
+    let (is_named, longest) = match (signal, &why) {
+        (Signal::KILL, Broken::Gone { gone, .. }) => (*gone == last, 1.0),
+        (Signal::STOP, Broken::Late { missing, .. }) => (*missing == last, 4.0),
+        _ => (false, 0.0),
+    };
+    assert!(is_named && seconds < longest, "after {seconds} s: {why}");
+    println!("rank {} passed after {seconds:.2} s: {why}", rank.rank());
+    wait_for_all(&rank);
+}
+
 /// CPU seconds of this process so far.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap();
@@ -237,4 +293,21 @@ fn a_frame_arrives_while_its_sender_computes() {
 #[test]
 fn a_process_that_does_not_come_is_named_at_the_deadline() {
     check_passed(3, &text(&ranks_check(3, "late")));
+}
+
+#[test]
+fn a_process_at_another_call_is_named_on_all_of_them() {
+    check_passed(4, &text(&ranks_check(4, "apart")));
+}
+
+#[test]
+fn a_process_that_is_killed_is_named_on_all_others_at_once() {
+    // mpirun is to leave the others alone, so that they can tell.
+    let output = check_command(4, &["--enable-recovery"], "killed").output().unwrap();
+    check_passed(3, &text(&output));
+}
+
+#[test]
+fn a_process_that_hangs_is_named_on_all_others_within_the_deadline() {
+    check_passed(2, &text(&ranks_check(3, "stopped")));
 }

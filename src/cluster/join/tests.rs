@@ -1,0 +1,238 @@
+//! Joining and control links, with threads as ranks and TCP on the loopback between them.
+
+use super::*;
+use crate::cluster::{Letter, Local};
+use std::sync::mpsc::Receiver;
+use std::thread;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn ident(rank: usize) -> Ident {
+    Ident {
+        host: "here".to_string(),
+        pid: 100 + rank as u32,
+        processes: 3,
+        binary: "b".repeat(64),
+        config: BTreeMap::from([("seed".to_string(), "1".to_string())]),
+        memory: Some(1000 - rank as u64),
+    }
+}
+
+/// Joins so many ranks, each as `ident` says.
+fn joined(
+    ranks: usize,
+    silence: Duration,
+    ident: impl Fn(usize) -> Ident + Sync,
+) -> Vec<Result<Joined, Broken>> {
+    thread::scope(|scope| {
+        let start = |(rank, link): (usize, Local)| {
+            let ident = &ident;
+            let stop = Arc::new(Stop::default());
+            scope.spawn(move || join(&link, ranks, &ident(rank), [PATIENCE, silence], stop))
+        };
+        let threads: Vec<_> = Local::new(ranks).into_iter().enumerate().map(start).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn run(ranks: usize, silence: Duration) -> Vec<Joined> {
+    joined(ranks, silence, ident)
+        .into_iter()
+        .map(|rank| rank.unwrap_or_else(|e| panic!("{e}")))
+        .collect()
+}
+
+/// Waits until a rank stops, and tells why.
+fn why(joined: &Joined) -> Broken {
+    let (told, wait) = channel();
+    joined.control.stop().on_stop(move |why| drop(told.send(why.clone())));
+    wait.recv_timeout(PATIENCE).expect("the rank stops")
+}
+
+fn letters(joined: &Joined) -> Receiver<(usize, Letter)> {
+    let (heard, letters) = channel();
+    let heard = std::sync::Mutex::new(heard);
+    joined.control.listen(move |from, letter| {
+        heard.lock().unwrap().send((from, letter)).map_err(|error| error.to_string())
+    });
+    letters
+}
+
+#[test]
+fn ranks_know_each_other_and_their_letters_arrive_in_order() {
+    let ranks = run(3, PATIENCE);
+    for joined in &ranks {
+        assert_eq!(joined.names[2], "process 102 on here");
+        assert_eq!(joined.memory, Some(998), "the least of all ranks");
+    }
+    let letter = |correlation| Letter { correlation, body: vec![correlation as u8; 1 << 20] };
+    // Before anybody listens.
+    ranks[1].control.send(0, &letter(0)).unwrap();
+    let at_zero = letters(&ranks[0]);
+    (1..4).for_each(|number| ranks[1].control.send(0, &letter(number)).unwrap());
+    for number in 0..4 {
+        assert_eq!(at_zero.recv_timeout(PATIENCE).unwrap(), (1, letter(number)));
+    }
+    let at_two = letters(&ranks[2]);
+    ranks[0].control.send(2, &letter(9)).unwrap();
+    assert_eq!(at_two.recv_timeout(PATIENCE).unwrap(), (0, letter(9)));
+}
+
+#[test]
+fn why_one_rank_stops_is_told_to_all_in_the_same_words() {
+    let ranks = run(3, PATIENCE);
+    let apart = Broken::Apart {
+        rank: 2,
+        call: "gradients".to_string(),
+        other: 1,
+        theirs: "a barrier".to_string(),
+    };
+    ranks[2].control.stop().set(&apart);
+    ranks.iter().for_each(|rank| assert_eq!(why(rank), apart));
+    let refused = ranks[0].control.send(1, &Letter { correlation: 0, body: Vec::new() });
+    assert_eq!(refused, Err(apart), "nothing goes on");
+}
+
+#[test]
+fn a_rank_that_goes_without_leave_is_named_on_all_others_and_one_with_leave_is_not() {
+    let mut ranks = run(3, PATIENCE);
+    drop(ranks.pop());
+    for rank in &ranks {
+        let why = why(rank);
+        assert!(matches!(why, Broken::Gone { gone: 2, .. }), "{why}");
+        assert!(why.to_string().contains("process 102 on here"), "{why}");
+    }
+    let mut ranks = run(2, Duration::from_millis(400));
+    let last = ranks.pop().unwrap();
+    ranks[0].control.leave();
+    last.control.leave();
+    last.control.flush();
+    drop(last);
+    thread::sleep(Duration::from_millis(600));
+    assert_eq!(ranks[0].control.stop().why(), None);
+}
+
+#[test]
+fn silence_is_named_at_its_deadline_and_a_beat_is_none() {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut silent, _) = listener.accept().unwrap();
+    let secret = Secret { key: [1; 32], epoch: 2 };
+    let stop = Arc::new(Stop::default());
+    let (close, open) = (Seal::new(secret, 0, 1), Seal::new(secret, 1, 0));
+    let connection = Connection { rank: 1, name: "process 7 on there".into(), stream, close, open };
+    let deadline = Duration::from_secs(1);
+    let control = Control::new(0, vec![connection], deadline, Arc::clone(&stop)).unwrap();
+    let began = Instant::now();
+    // It speaks for some time, and then no more.
+    let mut seal = Seal::new(secret, 1, 0);
+    let beat = [&[0][..], &encode("Beat")].concat();
+    for _ in 0..8 {
+        thread::sleep(Duration::from_millis(200));
+        silent.write_all(&seal.close(&beat)).unwrap();
+    }
+    assert_eq!(stop.why(), None, "it was heard");
+    let joined = Joined { control, names: Vec::new(), memory: None };
+    let why = why(&joined);
+    assert!(matches!(why, Broken::Late { missing: 1, seconds: 1, .. }), "{why}");
+    assert!(why.to_string().contains("process 7 on there"), "{why}");
+    assert!(
+        began.elapsed() > Duration::from_millis(2500) && began.elapsed() < Duration::from_secs(5)
+    );
+}
+
+/// What rank 0 makes of bytes from rank 1.
+fn refused(frames: impl FnOnce(Secret) -> Vec<Vec<u8>>) -> String {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let (mut other, _) = listener.accept().unwrap();
+    let (secret, stop) = (Secret { key: [1; 32], epoch: 2 }, Arc::new(Stop::default()));
+    let (close, open) = (Seal::new(secret, 0, 1), Seal::new(secret, 1, 0));
+    let connection = Connection { rank: 1, name: "process 7 on there".into(), stream, close, open };
+    let control = Control::new(0, vec![connection], PATIENCE, stop).unwrap();
+    frames(secret).iter().for_each(|frame| other.write_all(frame).unwrap());
+    why(&Joined { control, names: Vec::new(), memory: None }).to_string()
+}
+
+#[test]
+fn a_frame_without_the_secret_of_another_run_or_replayed_is_refused_by_name() {
+    let beat = [&[0][..], &encode("Beat")].concat();
+    let text = refused(|secret| {
+        let wrong = Secret { key: [9; 32], ..secret };
+        vec![Seal::new(wrong, 1, 0).close(&beat)]
+    });
+    assert!(
+        text.contains("rank 1, process 7 on there: a frame with a wrong tag; refused"),
+        "{text}"
+    );
+    let text = refused(|secret| vec![Seal::new(Secret { epoch: 3, ..secret }, 1, 0).close(&beat)]);
+    assert!(text.contains("a frame of run 0000000000000003"), "{text}");
+    let text = refused(|secret| vec![Seal::new(secret, 1, 0).close(&beat); 2]);
+    assert!(text.contains("frame 0, where 1 is next"), "{text}");
+    let text = refused(|_| vec![u32::MAX.to_le_bytes().to_vec()]);
+    assert!(text.contains("bytes, where 268435456 are the most"), "{text}");
+    let text = refused(|secret| vec![Seal::new(secret, 1, 0).close(&[7, 7])]);
+    assert!(text.contains("a frame of no known kind"), "{text}");
+}
+
+#[test]
+fn another_binary_or_config_is_refused_on_every_rank_with_what_differs() {
+    let refusals = |change: fn(&mut Ident)| {
+        let changed = move |rank| {
+            let mut ident = ident(rank);
+            if rank == 2 {
+                change(&mut ident);
+            }
+            ident
+        };
+        let ranks = joined(3, PATIENCE, changed);
+        let texts: Vec<String> = ranks.into_iter().map(|r| r.err().unwrap().to_string()).collect();
+        assert!(texts.iter().all(|text| *text == texts[0]), "{texts:?}");
+        texts[0].clone()
+    };
+    let text = refusals(|ident| ident.binary = "c".repeat(64));
+    assert!(text.starts_with("rank 2: process 102 on here is not taken: its binary"), "{text}");
+    assert!(text.contains("cccccccccccc") && text.contains("bbbbbbbbbbbb"), "{text}");
+    let text = refusals(|ident| drop(ident.config.insert("seed".into(), "2".into())));
+    assert!(text.contains("seed = 2 instead of 1"), "{text}");
+    let text = refusals(|ident| drop(ident.config.insert("cluster.data".into(), "4".into())));
+    assert!(text.contains("cluster.data = 4 instead of nothing"), "{text}");
+    let text = refusals(|ident| ident.processes = 5);
+    assert!(text.contains("it was told of 5 processes, rank 0 of 3"), "{text}");
+}
+
+#[test]
+fn a_rank_that_does_not_answer_is_named_at_the_deadline_of_joining() {
+    let mut links = Local::new(2).into_iter();
+    let (zero, _one) = (links.next().unwrap(), links.next().unwrap());
+    let deadlines = [Duration::from_millis(300), PATIENCE];
+    let why = join(&zero, 2, &ident(0), deadlines, Arc::default()).err().unwrap();
+    assert!(matches!(why, Broken::Late { missing: 1, .. }), "{why}");
+    assert!(why.to_string().contains("joining: who is there"), "{why}");
+    // It answers over the link, but its connection does not come.
+    let mut links = Local::new(2).into_iter();
+    let (zero, one) = (links.next().unwrap(), links.next().unwrap());
+    let since = Instant::now();
+    let joining = Joining { link: &one, ranks: 2, since, until: since + PATIENCE };
+    joining.send(0, "who is there", &ident(1)).unwrap();
+    let why = join(&zero, 2, &ident(0), deadlines, Arc::default()).err().unwrap();
+    assert!(why.to_string().contains("for the control link of process 101 on here"), "{why}");
+    // And rank 0 where nobody listens any more, or somebody else does.
+    let terms: Terms = match joining.receive(0, "who is taken").unwrap() {
+        Verdict::Taken(terms) => terms,
+        Verdict::Refused(why) => panic!("{why}"),
+    };
+    let joining = Joining { until: Instant::now() + Duration::from_millis(300), ..joining };
+    let why = joining.connect(&terms, &ident(1)).err().unwrap();
+    assert!(matches!(why, Broken::Late { missing: 0, .. }), "{why}");
+    assert!(why.to_string().contains(&format!("127.0.0.1:{}", terms.port)), "{why}");
+}
+
+#[test]
+fn a_routing_table_tells_the_host_s_own_addresses() {
+    let table = "Main:\n  +-- 0.0.0.0/0 3 0 5\n     |-- 0.0.0.0\n        /0 universe UNICAST\n     |-- 10.77.0.1\n        \
+                 /32 host LOCAL\n     |-- 10.77.0.255\n        /32 link BROADCAST\n     |-- 127.0.0.1\n        /32 host LOCAL\n";
+    let expected = [Ipv4Addr::new(10, 77, 0, 1), Ipv4Addr::LOCALHOST];
+    assert_eq!(local_addresses(table), expected);
+    assert!(own_addresses().ends_with(&[Ipv4Addr::LOCALHOST]));
+}

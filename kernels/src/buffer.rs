@@ -134,6 +134,16 @@ impl Buffer {
         View(self.piece(0..self.rows, range), PhantomData)
     }
 
+    /// Some columns of some rows.
+    pub fn block(&self, rows: Range<usize>, cols: Range<usize>) -> View<'_> {
+        View(self.piece(rows, cols), PhantomData)
+    }
+
+    /// Some columns of some rows, to write to.
+    pub fn block_mut(&mut self, rows: Range<usize>, cols: Range<usize>) -> ViewMut<'_> {
+        ViewMut(self.piece(rows, cols), PhantomData)
+    }
+
     /// The columns of `range`, all rows, to write to.
     pub fn cols_of_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
         ViewMut(self.piece(0..self.rows, range), PhantomData)

@@ -20,6 +20,8 @@ pub enum Lane {
     Up(u32),
     /// Their gradients on their way down to a piece of the stack.
     Down(u32),
+    /// Weights on their way to another layout.
+    Switch,
 }
 
 /// What ranks do together.

@@ -1,6 +1,6 @@
 //! Team: the ranks of a run, as one of them sees them, and how they train together.
 
-use super::layout::Training;
+use super::layout::{Sampling, Training};
 use super::link::Link;
 use super::local::Local;
 use super::mesh::{Mesh, MeshError};
@@ -17,6 +17,8 @@ pub struct Team {
     pub mesh: Mesh,
     /// Order of a stage's passes.
     pub schedule: PipelineSchedule,
+    /// Who holds what in sampling and scoring.
+    pub sampling: Sampling,
     /// How long a call may take.
     pub deadline: Duration,
     /// Whether nothing is computed while tokens of experts are under way. Changes no result.
@@ -36,6 +38,7 @@ impl Team {
             link: Arc::new(Local::new(1).remove(0)),
             mesh: Mesh::ONE,
             schedule: PipelineSchedule::OneForwardOneBackward,
+            sampling: Sampling { ranks: 1, tensor: 1, expert: 1 },
             deadline: Duration::from_secs(60),
             is_serial: false,
         }

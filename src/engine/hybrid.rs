@@ -12,21 +12,21 @@
 
 use super::formats::Formats;
 use super::parked_optimizer::ParkedOptimizer;
-use super::phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
+use super::phase::{Phase, PhaseReport, PrepareStage, Role};
 use super::resident::{
     Calibration, Resident, config_of, interrupted, out_of_memory, require_policy, save_model,
     write_slabs,
 };
-use super::scoring::Scorer;
+use super::switch::{Switch, experts_of as sampling_experts};
 use super::utilisation::Chores;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
-use crate::cluster::{Team, Timeline};
+use crate::cluster::{Group, Team, Timeline};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
 use crate::config::{EngineConfig, ModelConfig};
-use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, Transformer};
+use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, Part, Transformer};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::ranks::{experts_of, part_of};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
@@ -70,6 +70,10 @@ pub struct HybridEngine {
     pub(super) setup: EngineSetup,
     pub(super) phase: Phase,
     pub(super) policy: Option<Resident>,
+    /// The policy's way to the layout of sampling, if that is another than the one of training.
+    pub(super) switch: Option<Switch>,
+    /// All ranks.
+    pub(super) world: Group,
     pub(super) policy_version: u64,
     pub(super) others: BTreeMap<Role, Resident>,
     pub(super) optimizer: Option<ParkedOptimizer>,
@@ -94,6 +98,8 @@ pub(super) struct Working {
     pub gradients: Option<Gradients>,
     pub cache: Option<LatentCache>,
     pub scored: Option<(Role, Params, PackedModel)>,
+    /// The policy's weights in the layout of sampling, if that is another than the one of training.
+    pub switched: Option<Params>,
 }
 
 impl HybridEngine {
@@ -112,11 +118,14 @@ impl HybridEngine {
             Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),
             None => Arc::new(plain),
         };
+        let (link, ranks) = (setup.team.link.clone(), (0..setup.team.mesh.ranks()).collect());
         Ok(HybridEngine {
+            world: Group::new(link, ranks, setup.team.deadline),
             kernels,
             setup,
             phase: Phase::Idle,
             policy: None,
+            switch: None,
             policy_version: 0,
             others: BTreeMap::new(),
             optimizer: None,
@@ -135,6 +144,7 @@ impl HybridEngine {
         self.enter_phase(Phase::Idle)?;
         let _during = Activity::Load.begin(&self.kernels);
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
+        self.switch = None;
         self.others.clear();
         (self.balance, self.fitting) = (stage.balance, 0);
         (self.form, self.prefill) = (stage.form, stage.prefill);
@@ -153,6 +163,8 @@ impl HybridEngine {
         let (part, experts) = (part_of(team, &config), experts_of(team, &timeline));
         let model = Transformer::of_part(kernels, &config, stage.value_head, part, experts)
             .map_err(out_of_memory)?;
+        self.switch =
+            Switch::new(kernels, team, &config, &model.layout, &timeline).map_err(out_of_memory)?;
         let ranks = Ranks::new(team, &config, &model.layout, timeline);
         let mut policy = Resident::load(kernels, &Role::Policy, model, &stage.policy, seed, spill)?;
         if let Some(settings) = &stage.optimizer {
@@ -173,7 +185,11 @@ impl HybridEngine {
         for (role, source, value_head) in others {
             let config = config_of(&self.setup.model, &source)?;
             let (kernels, spill) = (self.kernels.as_ref(), self.setup.spill.as_path());
-            let model = Transformer::new(kernels, &config, value_head).map_err(out_of_memory)?;
+            let team = &self.setup.team;
+            let part = Part::in_sampling(&config, &team.sampling, team.rank());
+            let experts = sampling_experts(team, &Arc::new(Timeline::since(Instant::now())));
+            let model = Transformer::of_part(kernels, &config, value_head, part, experts)
+                .map_err(out_of_memory)?;
             let model = Resident::load(kernels, &role, model, &source, seed, spill)?;
             self.others.insert(role, model);
             self.park()?;
@@ -217,53 +233,6 @@ impl HybridEngine {
         }
         let seconds = began.elapsed().as_secs_f64();
         Ok(PhaseReport { seconds, bytes_out, bytes_in, chores, left, ..self.holdings() })
-    }
-
-    /// Runs one model over whole sequences.
-    pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
-        let _during = Activity::Score.begin(&self.kernels);
-        let scorer = self.scorer(&job.role)?;
-        let began = Instant::now();
-        let scores = scorer.score(job);
-        if job.role == Role::Reference {
-            self.chores.reference_seconds += began.elapsed().as_secs_f64();
-        }
-        scores
-    }
-
-    /// A model of the Score phase, packed.
-    pub(super) fn scorer(&mut self, role: &Role) -> Result<Scorer<'_>> {
-        self.expect_phase(Phase::Score, "score")?;
-        let (form, format) = (self.form, self.formats.weights);
-        if self.working.scored.as_ref().is_none_or(|(scored, ..)| scored != role) {
-            self.kernels.enter(Activity::Switch);
-            self.unload_scored()?;
-            let kernels = self.kernels.as_ref();
-            let resident = match role {
-                Role::Policy => self.policy.as_mut(),
-                role => self.others.get_mut(role),
-            };
-            let Some(resident) = resident else {
-                bail!("the engine holds no model {}", role.name())
-            };
-            let began = Instant::now();
-            let (params, _) = resident.take(kernels)?;
-            self.chores.moved_since(began);
-            let pack = PackFor { format, ..PackFor::documents(form, false) };
-            let began = Instant::now();
-            let packed =
-                resident.model.pack(kernels, &params, &role.name(), self.policy_version, pack);
-            self.chores.packed_since(began);
-            self.working.scored = Some((role.clone(), params, packed.map_err(out_of_memory)?));
-            kernels.enter(Activity::Score);
-        }
-        let (role, params, packed) = self.working.scored.as_ref().expect("just loaded");
-        let resident =
-            if *role == Role::Policy { self.policy.as_ref() } else { self.others.get(role) };
-        let resident = resident.expect("it was just loaded");
-        let calibration = resident.model.layout.score.map(|_| resident.calibration);
-        let (kernels, model) = (self.kernels.as_ref(), &resident.model);
-        Ok(Scorer { kernels, model, params, packed, calibration })
     }
 
     /// One optimizer step of the policy (or of the reward model that is being fitted).

@@ -15,6 +15,7 @@ pub mod hybrid;
 mod readying;
 mod sampling;
 mod scoring;
+mod switch;
 
 pub mod utilisation;
 

@@ -46,15 +46,29 @@ impl HybridEngine {
         drop(packed);
         let resident =
             if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
-        resident.expect("a scored model is held").weights.put(params.slab);
+        // What a switch made is not what the policy is kept as.
+        if role != Role::Policy || self.switch.is_none() {
+            resident.expect("a scored model is held").weights.put(params.slab);
+        }
         // A reward model or reference makes room for the next one at once.
         self.park()
     }
 
     pub(super) fn pack_policy(&mut self, pack: PackFor) -> Result<()> {
-        let began = Instant::now();
         self.working.packed = None;
+        if pack.training {
+            self.working.switched = None;
+        } else if self.working.switched.is_none() {
+            self.working.switched = self.switched()?;
+        }
+        let began = Instant::now();
         let kernels = self.kernels.as_ref();
+        if let (Some(switch), Some(params)) = (&self.switch, &self.working.switched) {
+            let packed = switch.model.pack(kernels, params, "policy", self.policy_version, pack);
+            self.working.packed = Some(packed.map_err(out_of_memory)?);
+            self.chores.packed_since(began);
+            return Ok(());
+        }
         let policy = self.policy.as_mut().expect("only called with a policy");
         let (params, _) = policy.take(kernels)?;
         let packed = policy.model.pack(kernels, &params, "policy", self.policy_version, pack);

@@ -38,6 +38,14 @@ impl Forward for Decoder<'_> {
         Ok(if sampling.is_empty() { Vec::new() } else { self.kernels.sample(&logits, sampling) })
     }
 
+    fn go_on(&mut self, has_rows: bool) -> Result<bool> {
+        self.model.go_on(has_rows).map_err(interrupted)
+    }
+
+    fn stand_by(&mut self) -> Result<()> {
+        self.model.stand_by(self.kernels, self.packed).map_err(interrupted)
+    }
+
     fn copy_page(&mut self, from: u32, to: u32, tokens: usize) {
         self.cache.copy_page(self.kernels, from, to, tokens);
     }
@@ -126,6 +134,7 @@ impl HybridEngine {
         on_group: &mut dyn FnMut(TokenGroup),
     ) -> Result<GenerateReport> {
         self.expect_phase(Phase::Generate, "generate")?;
+        let job = &job.share(self.setup.team.mesh.ranks(), self.setup.team.rank());
         let pages = |engine: &HybridEngine, page_bytes, context| {
             pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
         };
@@ -229,8 +238,12 @@ impl HybridEngine {
         }
         let cache = self.working.cache.as_mut().expect("just made");
         let limits = Limits { decode_batch, context, page_count: cache.page_count(), page_tokens };
-        let policy = self.policy.as_mut().expect("checked by expect_phase");
         let packed = self.working.packed.as_ref().expect("Generate packs the policy");
+        if let (Some(switch), Some(params)) = (&self.switch, &self.working.switched) {
+            let model = &switch.model;
+            return work(&mut Decoder { kernels, model, params, packed, cache }, &limits);
+        }
+        let policy = self.policy.as_mut().expect("checked by expect_phase");
         let (params, _) = policy.take(kernels)?;
         let result = work(
             &mut Decoder { kernels, model: &policy.model, params: &params, packed, cache },

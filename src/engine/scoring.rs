@@ -2,14 +2,20 @@
 //!
 //! Neighbours that begin alike, as replies to one prompt, share those tokens' rows; that changes no bit.
 
-use super::phase::{ScoreJob, SequenceScore};
+use super::hybrid::HybridEngine;
+use super::phase::{Phase, Role, ScoreJob, SequenceScore};
 use super::resident::{Calibration, interrupted, out_of_memory};
 use super::sampling::each_distribution;
+use crate::cluster::Team;
+use crate::cluster::wire::{decode, encode};
 use crate::config::fault::Fault;
-use crate::model::{Documents, Family, PackedModel, Params, PassError, Transformer, places};
+use crate::model::{
+    Documents, Family, PackFor, PackedModel, Params, PassError, Transformer, places,
+};
 use anyhow::{Result, bail};
-use rehearsal_kernels::Kernels;
+use rehearsal_kernels::{Activity, Kernels};
 use std::ops::Range;
+use std::time::Instant;
 
 /// Rows that go through the model at once, if the budget allows; a longer sequence goes alone.
 pub const ROWS_AT_ONCE: usize = 4096;
@@ -34,14 +40,22 @@ pub(super) struct Scorer<'a> {
 impl Scorer<'_> {
     /// Scores every sequence of `job`, in order. Which sequences share a pass changes no bit, so that a pass that
     /// does not fit into the budget is begun again with half the rows.
-    pub fn score(&self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+    ///
+    /// Of a team each rank scores a part of them and returns that.
+    pub fn score(&self, job: &ScoreJob, team: &Team) -> Result<Vec<SequenceScore>> {
         check(self.model, job)?;
+        let job = &share(job, team.mesh.ranks(), team.rank());
         let mut scores = Vec::with_capacity(job.sequences.len());
         let (mut first, mut rows_at_once) = (0, ROWS_AT_ONCE);
-        while first < job.sequences.len() {
+        while self.model.go_on(first < job.sequences.len()).map_err(interrupted)? {
+            if first == job.sequences.len() {
+                self.model.stand_by(self.kernels, self.packed).map_err(interrupted)?;
+                continue;
+            }
             let end = first + fitting(job, first, rows_at_once);
             match self.pass(job, first..end) {
-                Err(PassError::Memory(_)) if end > first + 1 => {
+                // Ranks that share experts would have to begin again together.
+                Err(PassError::Memory(_)) if end > first + 1 && self.model.experts.is_none() => {
                     rows_at_once = rows(job, first).take(end - first).sum::<usize>() / 2;
                 }
                 outcome => {
@@ -105,6 +119,95 @@ impl Scorer<'_> {
         let logprobs =
             |own: &[u32]| SequenceScore::Logprobs(next.by_ref().take(own.len()).collect());
         Ok(shared.own().map(logprobs).collect())
+    }
+}
+
+impl HybridEngine {
+    /// Runs one model over whole sequences.
+    pub fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
+        let _during = Activity::Score.begin(&self.kernels);
+        let team = self.setup.team.clone();
+        let scorer = self.scorer(&job.role)?;
+        let began = Instant::now();
+        let scores = scorer.score(job, &team);
+        let scores = scores.and_then(|scores| self.gathered(scores));
+        if job.role == Role::Reference {
+            self.chores.reference_seconds += began.elapsed().as_secs_f64();
+        }
+        scores
+    }
+
+    /// All ranks' scores in order, at rank 0; nothing elsewhere.
+    fn gathered(&self, scores: Vec<SequenceScore>) -> Result<Vec<SequenceScore>> {
+        if self.setup.team.is_alone() {
+            return Ok(scores);
+        }
+        let all = self.world.gather("scores", 0, encode(&scores))?;
+        let parts: Result<Vec<Vec<SequenceScore>>, _> =
+            all.iter().map(|bytes| decode(bytes)).collect();
+        Ok(parts?.concat())
+    }
+
+    /// A model of the Score phase, packed.
+    pub(super) fn scorer(&mut self, role: &Role) -> Result<Scorer<'_>> {
+        self.expect_phase(Phase::Score, "score")?;
+        let (form, format) = (self.form, self.formats.weights);
+        if self.working.scored.as_ref().is_none_or(|(scored, ..)| scored != role) {
+            self.kernels.enter(Activity::Switch);
+            self.unload_scored()?;
+            let pack = PackFor { format, ..PackFor::documents(form, false) };
+            let switched = if *role == Role::Policy { self.switched()? } else { None };
+            let kernels = self.kernels.as_ref();
+            let resident = match role {
+                Role::Policy => self.policy.as_mut(),
+                role => self.others.get_mut(role),
+            };
+            let Some(resident) = resident else {
+                bail!("the engine holds no model {}", role.name())
+            };
+            let began = Instant::now();
+            let params = match switched {
+                Some(params) => params,
+                None => resident.take(kernels)?.0,
+            };
+            self.chores.moved_since(began);
+            let began = Instant::now();
+            let switch = self.switch.as_ref().filter(|_| *role == Role::Policy);
+            let model = switch.map_or(&resident.model, |switch| &switch.model);
+            let packed = model.pack(kernels, &params, &role.name(), self.policy_version, pack);
+            self.chores.packed_since(began);
+            self.working.scored = Some((role.clone(), params, packed.map_err(out_of_memory)?));
+            kernels.enter(Activity::Score);
+        }
+        let (role, params, packed) = self.working.scored.as_ref().expect("just loaded");
+        let resident =
+            if *role == Role::Policy { self.policy.as_ref() } else { self.others.get(role) };
+        let resident = resident.expect("it was just loaded");
+        let has_scalar_head = resident.model.layout.has_value_head;
+        let calibration = has_scalar_head.then_some(resident.calibration);
+        let switch = self.switch.as_ref().filter(|_| *role == Role::Policy);
+        let model = switch.map_or(&resident.model, |switch| &switch.model);
+        let kernels = self.kernels.as_ref();
+        Ok(Scorer { kernels, model, params, packed, calibration })
+    }
+}
+
+/// The sequences that one of several ranks scores: neighbours, which may begin alike, about as many tokens for each.
+fn share(job: &ScoreJob, ranks: usize, rank: usize) -> ScoreJob {
+    let tokens: usize = job.sequences.iter().map(Vec::len).sum();
+    let mut sum = 0;
+    let rank_of = |sequence: &Vec<u32>| {
+        sum += sequence.len();
+        // By the middle of each, so that all ranks have some of few.
+        (2 * sum - sequence.len()) * ranks / (2 * tokens).max(1)
+    };
+    let own: Vec<bool> = job.sequences.iter().map(rank_of).map(|of| of == rank).collect();
+    let keep = |place: &usize| own[*place];
+    let places: Vec<usize> = (0..own.len()).filter(keep).collect();
+    ScoreJob {
+        sequences: places.iter().map(|place| job.sequences[*place].clone()).collect(),
+        first: places.iter().filter_map(|place| job.first.get(*place).copied()).collect(),
+        ..job.clone()
     }
 }
 

@@ -25,12 +25,39 @@ pub struct Chores {
     pub offload_seconds: f64,
     /// Forward passes of the reference.
     pub reference_seconds: f64,
+    /// Changes of the layout of ranks.
+    pub switched: Switched,
+}
+
+/// What changes of the layout of ranks took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Switched {
+    /// Bytes that all ranks sent.
+    pub moved_bytes: u64,
+    /// Bytes that any plan would have had to send.
+    pub least_bytes: u64,
+    /// Bytes that this rank sent.
+    pub sent_bytes: u64,
+    /// Bytes that came to it.
+    pub received_bytes: u64,
+    /// Seconds.
+    pub seconds: f64,
 }
 
 impl Chores {
     /// Adds what was packed since then.
     pub fn packed_since(&mut self, began: Instant) {
         self.pack_seconds += began.elapsed().as_secs_f64();
+    }
+
+    /// Adds a change of layout.
+    pub fn switched(&mut self, switched: Switched) {
+        let sum = &mut self.switched;
+        sum.moved_bytes += switched.moved_bytes;
+        sum.least_bytes += switched.least_bytes;
+        sum.sent_bytes += switched.sent_bytes;
+        sum.received_bytes += switched.received_bytes;
+        sum.seconds += switched.seconds;
     }
 
     /// Adds what was moved since then.

@@ -20,6 +20,14 @@ pub trait Forward {
     fn version(&self) -> u64;
     /// Says what the next passes are for, to who counts time.
     fn enter(&mut self, _activity: Activity) {}
+    /// Whether there is another pass, for this rank or for one that shares its experts.
+    fn go_on(&mut self, has_rows: bool) -> Result<bool> {
+        Ok(has_rows)
+    }
+    /// Takes part in a pass of other ranks.
+    fn stand_by(&mut self) -> Result<()> {
+        Ok(())
+    }
     /// Copies the first `tokens` entries of cache page `from` to page `to`.
     fn copy_page(&mut self, from: u32, to: u32, tokens: usize);
     /// Writes the rows' cache entries, then samples one token per wanted row, in order. May want
@@ -55,7 +63,11 @@ pub fn generate(
     );
     let mut scheduler = Scheduler::new(job, limits)?;
     let (mut report, mut plan) = (GenerateReport::default(), Plan::default());
-    while !scheduler.is_done() {
+    while forward.go_on(!scheduler.is_done())? {
+        if scheduler.is_done() {
+            forward.stand_by()?;
+            continue;
+        }
         scheduler.admit();
         let is_prefill = scheduler.prefill(&mut plan);
         forward.enter(if is_prefill { Activity::Prefill } else { Activity::Decode });

@@ -39,6 +39,27 @@ pub struct GenerateJob {
     pub policy_version: u64,
 }
 
+impl GenerateJob {
+    /// What one of several ranks samples: whole groups, the dearest first to who has least. A prompt's tokens cost as much as
+    /// new ones, of which nobody knows how many there will be. Who samples a rollout changes none of its tokens.
+    pub fn share(&self, ranks: usize, rank: usize) -> GenerateJob {
+        let cost = |request: &GenerateRequest| {
+            request.tokens.len() + request.samples as usize * self.max_new_tokens
+        };
+        let mut order: Vec<usize> = (0..self.requests.len()).collect();
+        order.sort_by_key(|place| std::cmp::Reverse(cost(&self.requests[*place])));
+        let (mut loads, mut own) = (vec![0; ranks], Vec::new());
+        for place in order {
+            let least = (0..ranks).min_by_key(|rank| loads[*rank]).expect("there is a rank");
+            loads[least] += cost(&self.requests[place]);
+            own.extend((least == rank).then_some(place));
+        }
+        own.sort_unstable();
+        let requests = own.into_iter().map(|place| self.requests[place].clone()).collect();
+        GenerateJob { requests, ..self.clone() }
+    }
+}
+
 /// The finished rollouts of one request (their `text` is still empty).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenGroup {
@@ -101,5 +122,42 @@ impl GenerateReport {
         passes.passes += 1;
         passes.seconds += seconds;
         passes.cached_tokens += cached_tokens;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_share_the_groups_of_a_job_evenly_and_each_is_somebody_s() {
+        let request = |slot: u32| GenerateRequest {
+            slot,
+            tokens: vec![1; (slot as usize * 7) % 30 + 1],
+            prompt: u64::from(slot),
+            samples: 1 + slot % 4,
+        };
+        let job = GenerateJob {
+            requests: (0..23).map(request).collect(),
+            max_new_tokens: 16,
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            stop_tokens: Vec::new(),
+            seed: 1,
+            step: 0,
+            policy_version: 0,
+        };
+        assert_eq!(job.share(1, 0), job);
+        let shares: Vec<GenerateJob> = (0..4).map(|rank| job.share(4, rank)).collect();
+        let mut slots: Vec<u32> = shares.iter().flat_map(|s| &s.requests).map(|r| r.slot).collect();
+        slots.sort_unstable();
+        assert_eq!(slots, (0..23).collect::<Vec<u32>>());
+        let load = |job: &GenerateJob| -> usize {
+            job.requests.iter().map(|r| r.tokens.len() + 16 * r.samples as usize).sum()
+        };
+        let loads: Vec<usize> = shares.iter().map(load).collect();
+        let (least, most) = (loads.iter().min().unwrap(), loads.iter().max().unwrap());
+        assert!(most - least <= 94, "within the dearest group: {loads:?}");
     }
 }

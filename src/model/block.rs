@@ -8,7 +8,7 @@ use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::moe::{Moe, MoePending, MoeSaved, Routing};
 use super::norm::{Norm, Normed};
 use super::params::{FeedForwardIndex, Gradients, LayerIndex, Params};
-use super::pass::{Pass, PassError};
+use super::pass::{Pass, PassError, floats};
 use super::prefill::SamplerRows;
 use super::transformer::PackFor;
 use crate::config::ModelConfig;
@@ -125,6 +125,15 @@ impl Block {
         match &self.feed_forward {
             FeedForward::Dense(mlp) => drop(mlp.forward(kernels, &post.y, x)?),
             FeedForward::Moe(moe) => drop(moe.forward(kernels, &post.y, x, None)?),
+        }
+        Ok(())
+    }
+
+    /// Takes part in a pass of other ranks without a row of its own.
+    pub fn stand_by(&self, kernels: &dyn Kernels, width: usize) -> Result<(), PassError> {
+        if let FeedForward::Moe(moe) = &self.feed_forward {
+            let [u, mut y] = [floats(kernels, 0, width)?, floats(kernels, 0, width)?];
+            moe.forward(kernels, &u, &mut y, None)?;
         }
         Ok(())
     }

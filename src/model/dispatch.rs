@@ -62,6 +62,13 @@ pub enum Slots<'a> {
 }
 
 impl ExpertRanks {
+    /// Whether any rank has rows for another pass. Ranks whose rows are all through take part in the passes of the others.
+    pub fn go_on(&self, has_rows: bool) -> Result<bool, Broken> {
+        let own = vec![vec![u8::from(has_rows)]; self.group.ranks().len()];
+        let all = self.group.all_to_all("who has rows", &own)?;
+        Ok(all.into_iter().flatten().any(|has_rows| has_rows == 1))
+    }
+
     /// Sends the rows of the slots of `routes` to the ranks of their experts.
     pub fn send(
         &self,

@@ -317,6 +317,24 @@ impl Transformer {
         self.layout.embed.expect("tokens enter where the embedding is")
     }
 
+    /// Takes part in a forward pass of the ranks that share this one's experts, without a row of its own.
+    pub fn stand_by(&self, kernels: &dyn Kernels, packed: &PackedModel) -> Result<(), PassError> {
+        let width = self.config.hidden_size;
+        packed.blocks.iter().try_for_each(|block| block.stand_by(kernels, width))
+    }
+
+    /// Whether any of the ranks that share experts has rows for another pass.
+    pub fn go_on(&self, has_rows: bool) -> Result<bool, PassError> {
+        match &self.experts {
+            Some(ranks) => {
+                // Nobody reads the intervals of sampling.
+                ranks.timeline.take();
+                Ok(ranks.go_on(has_rows)?)
+            }
+            None => Ok(has_rows),
+        }
+    }
+
     /// One step of the sampler: writes the rows' cache entries and returns the logits of the wanted rows.
     pub fn decode(
         &self,

@@ -33,6 +33,7 @@ mod prefill;
 mod processes;
 mod profile;
 mod ranks;
+mod ranks_engine;
 mod requirements;
 mod rollout_formats;
 mod rollouts;

@@ -3,6 +3,7 @@
 //! Ranks are threads here; nothing but the link between them knows.
 
 use super::tiny::{config_dense, config_grouped, documents};
+use rehearsal::cluster::layout::Sampling;
 use rehearsal::cluster::mesh::Load;
 use rehearsal::cluster::timeline::{Span, overlap};
 use rehearsal::cluster::{Doing, Local, Mesh, Team, Timeline};
@@ -76,13 +77,7 @@ pub fn train(
     let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
     let mesh = Mesh::new(layout.sizes, data * pipeline, load).unwrap();
     let (links, began) = (Local::new(mesh.ranks()), Instant::now());
-    let of_rank = |link: Local| Team {
-        link: Arc::new(link),
-        mesh,
-        schedule: layout.schedule,
-        deadline: Duration::from_secs(60),
-        is_serial: layout.is_serial,
-    };
+    let of_rank = |link| Team { is_serial: layout.is_serial, ..team(link, mesh, layout.schedule) };
     let ranks: Vec<OfRank> = thread::scope(|scope| {
         let start = |link| {
             let team = of_rank(link);
@@ -101,6 +96,18 @@ pub fn train(
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     join(ranks)
+}
+
+/// A rank of a team of threads.
+pub fn team(link: Local, mesh: Mesh, schedule: PipelineSchedule) -> Team {
+    Team {
+        link: Arc::new(link),
+        mesh,
+        schedule,
+        sampling: Sampling { ranks: mesh.ranks(), tensor: 1, expert: 1 },
+        deadline: Duration::from_secs(60),
+        is_serial: false,
+    }
 }
 
 /// What one rank has to tell.

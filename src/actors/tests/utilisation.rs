@@ -21,7 +21,7 @@ pub fn machine() -> Machine {
 }
 
 fn chores(pack_seconds: f64, offload_seconds: f64, reference_seconds: f64) -> Chores {
-    Chores { pack_seconds, offload_seconds, reference_seconds }
+    Chores { pack_seconds, offload_seconds, reference_seconds, ..Chores::default() }
 }
 
 /// What a change of phase reports; each part is a power of two, so that a sum tells what is in it.

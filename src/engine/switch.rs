@@ -1,0 +1,290 @@
+//! The switch: from the layout of training to that of sampling (deepseek_v2.md 4.5).
+//!
+//! Both are parts of one model, and the plan between them is data that every rank makes for itself. What a rank holds in
+//! both is copied; the rest goes from rank to rank in buckets, so that nobody ever has more than its two parts and a bucket.
+//! Training's weights stay as they are, so that the way back moves nothing.
+//!
+//! Invariants:
+//!   * no plan moves fewer elements
+//!   * all ranks switch weights of one policy version, which every message names
+
+use super::hybrid::HybridEngine;
+use super::resident::{interrupted, out_of_memory};
+use super::utilisation::Switched;
+use crate::cluster::layout::{Sampling, Slice};
+use crate::cluster::link::Lane;
+use crate::cluster::reshard::least;
+use crate::cluster::{Group, Moved, Pipe, Plan, Team, Timeline};
+use crate::config::ModelConfig;
+use crate::model::{ExpertRanks, Layout, Params, Part, PassError, Transformer, placement};
+use anyhow::Result;
+use rehearsal_kernels::{Kernels, OutOfMemory, Slab, View, ViewMut};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Elements that a rank sends, and receives, at once at most.
+const BUCKET: usize = 4 << 20;
+
+/// The way from one layout to the other, as one rank sees it.
+pub(super) struct Switch {
+    /// The policy's part in sampling.
+    pub model: Transformer,
+    plan: Plan,
+    least: usize,
+    /// Index of each tensor of the whole model in the two parts, if it is there.
+    training: Vec<usize>,
+    sampling: Vec<usize>,
+    /// Ends of the ways to and from each rank.
+    to: Vec<Pipe>,
+    from: Vec<Pipe>,
+    everybody: Group,
+}
+
+/// The ranks that share a rank's experts in sampling; `None` if it has them all.
+pub(super) fn experts_of(team: &Team, timeline: &Arc<Timeline>) -> Option<Arc<ExpertRanks>> {
+    let Sampling { expert, .. } = team.sampling;
+    (expert > 1).then(|| {
+        let first = team.rank() - team.rank() % expert;
+        let ranks = (first..first + expert).collect();
+        let group = Group::new(team.link.clone(), ranks, team.deadline);
+        Arc::new(ExpertRanks { group, timeline: timeline.clone(), is_serial: team.is_serial })
+    })
+}
+
+impl Switch {
+    /// The way of a model with `training` as this rank's part in training; `None` if all ranks hold the same in both.
+    pub fn new(
+        kernels: &dyn Kernels,
+        team: &Team,
+        config: &ModelConfig,
+        training: &Layout,
+        timeline: &Arc<Timeline>,
+    ) -> Result<Option<Switch>, OutOfMemory> {
+        let (mesh, sampling) = (team.mesh, team.sampling);
+        if mesh.pipeline() == 1 && mesh.expert() == sampling.expert {
+            return Ok(None);
+        }
+        let value_head = training.has_value_head;
+        let part = Part::in_sampling(config, &sampling, team.rank());
+        let experts = experts_of(team, timeline);
+        let model = Transformer::of_part(kernels, config, value_head, part, experts)?;
+        let tensors = placement::tensors(&Layout::new(config, value_head), config);
+        let layout = team.layout(config.num_hidden_layers);
+        let of_all = |of: &dyn Fn(usize) -> Vec<Slice>| -> Vec<Vec<Slice>> {
+            (0..mesh.ranks()).map(of).collect()
+        };
+        let held = of_all(&|rank| layout.weights(rank, &tensors));
+        let wanted = of_all(&|rank| sampling.weights(rank, &tensors));
+        let plan = Plan::new(&tensors, &held, &wanted, BUCKET);
+        let plan = plan.expect("training holds every tensor somewhere");
+        let pipe = |other| Pipe::new(team.link.clone(), other, Lane::Switch, team.deadline);
+        let index = |part: &Layout| {
+            let mut index = vec![usize::MAX; tensors.len()];
+            part.specs.iter().enumerate().for_each(|(place, spec)| index[spec.number] = place);
+            index
+        };
+        Ok(Some(Switch {
+            least: least(&held, &wanted),
+            training: index(training),
+            sampling: index(&model.layout),
+            to: (0..mesh.ranks()).map(pipe).collect(),
+            from: (0..mesh.ranks()).map(pipe).collect(),
+            everybody: Group::new(team.link.clone(), (0..mesh.ranks()).collect(), team.deadline),
+            model,
+            plan,
+        }))
+    }
+
+    /// Fills `to` from what the ranks hold in training.
+    pub fn run(
+        &self,
+        kernels: &dyn Kernels,
+        version: u64,
+        from: &Params,
+        to: &mut Params,
+    ) -> Result<Switched, PassError> {
+        let (began, width) = (Instant::now(), kernels.float().size());
+        let from = Side { slab: &from.slab, places: &self.training };
+        let to = SideMut { slab: &mut to.slab, places: &self.sampling };
+        let [sent_bytes, received_bytes] = self.execute(kernels, &self.plan, version, from, to)?;
+        Ok(Switched {
+            moved_bytes: (self.plan.sent() * width) as u64,
+            least_bytes: (self.least * width) as u64,
+            sent_bytes,
+            received_bytes,
+            seconds: began.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// Carries out a plan; returns the bytes that this rank sent and received.
+    fn execute(
+        &self,
+        kernels: &dyn Kernels,
+        plan: &Plan,
+        version: u64,
+        from: Side<'_>,
+        mut to: SideMut<'_>,
+    ) -> Result<[u64; 2], PassError> {
+        let (own, width) = (self.everybody.own(), kernels.float().size());
+        for (_, part) in plan.kept.iter().filter(|(rank, _)| *rank == own) {
+            kernels.copy(
+                &from.tensor(part).block(part.rows.clone(), part.cols.clone()),
+                &mut to.tensor(part).block_mut(part.rows.clone(), part.cols.clone()),
+            );
+        }
+        let mut bytes_of = [0, 0];
+        for (number, round) in plan.rounds.iter().enumerate() {
+            let name = |moved: &Moved| {
+                format!("weights of policy version {version}, tensor {}", moved.part.tensor)
+            };
+            for moved in round.iter().filter(|moved| moved.from == own) {
+                let held = from.tensor(&moved.part);
+                let bytes = kernels
+                    .download_bytes(&held.block(moved.part.rows.clone(), moved.part.cols.clone()));
+                bytes_of[0] += bytes.len() as u64;
+                self.to[moved.to].send(&name(moved), width, bytes)?;
+            }
+            for moved in round.iter().filter(|moved| moved.to == own) {
+                let elements = moved.part.elements();
+                let bytes = self.from[moved.from].receive(&name(moved), elements, width)?;
+                bytes_of[1] += bytes.len() as u64;
+                let mut wanted = to.tensor(&moved.part);
+                kernels.upload_bytes(
+                    &bytes,
+                    &mut wanted.block_mut(moved.part.rows.clone(), moved.part.cols.clone()),
+                );
+            }
+            // Nobody runs ahead of who has not taken its bucket yet.
+            self.everybody.barrier(&format!("bucket {number} of the switch"))?;
+        }
+        Ok(bytes_of)
+    }
+}
+
+/// What a rank holds, and where in it each tensor of the whole model is.
+struct Side<'a> {
+    slab: &'a Slab,
+    places: &'a [usize],
+}
+
+/// What a rank is to hold.
+struct SideMut<'a> {
+    slab: &'a mut Slab,
+    places: &'a [usize],
+}
+
+impl Side<'_> {
+    fn tensor(&self, part: &Slice) -> View<'_> {
+        self.slab.tensor(self.places[part.tensor])
+    }
+}
+
+impl SideMut<'_> {
+    fn tensor(&mut self, part: &Slice) -> ViewMut<'_> {
+        self.slab.tensor_mut(self.places[part.tensor])
+    }
+}
+
+impl HybridEngine {
+    /// The policy's weights in the layout of sampling, if that is another than the one of training.
+    pub(super) fn switched(&mut self) -> Result<Option<Params>> {
+        let Some(switch) = &self.switch else { return Ok(None) };
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_mut().expect("a policy has its switch");
+        let (held, _) = policy.take(kernels)?;
+        let mut wanted = Params::new(kernels, switch.model.layout.clone(), "policy in sampling")
+            .map_err(out_of_memory)?;
+        let switched = switch.run(kernels, self.policy_version, &held, &mut wanted);
+        policy.weights.put(held.slab);
+        let switched = switched.map_err(interrupted)?;
+        self.chores.switched(switched);
+        Ok(Some(wanted))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::mesh::{Load, Mesh};
+    use crate::cluster::{Link, Local};
+    use crate::config::cluster::PipelineSchedule;
+    use crate::config::load_model;
+    use crate::train::ranks::part_of;
+    use rehearsal_kernels::{Arena, CpuKernels};
+    use std::path::Path;
+    use std::thread;
+    use std::time::Duration;
+
+    /// Hash of each tensor of a part, by its number in the whole model.
+    fn hashes(kernels: &dyn Kernels, params: &Params) -> Vec<(usize, blake3::Hash)> {
+        let specs = params.layout.specs.iter().enumerate();
+        let hash = |index| blake3::hash(&kernels.download_bytes(&params.slab.tensor(index)));
+        specs.map(|(index, spec)| (spec.number, hash(index))).collect()
+    }
+
+    fn there_and_back(team: &Team, config: &ModelConfig) -> Option<Switched> {
+        let kernels = CpuKernels::new(1, Arena::new(None));
+        let timeline = Arc::new(Timeline::since(Instant::now()));
+        let whole = Transformer::new(&kernels, config, false).unwrap();
+        let mut all = Params::new(&kernels, whole.layout.clone(), "all").unwrap();
+        all.initialize(&kernels, 7, 1.0);
+        let all = hashes(&kernels, &all);
+        let layout = Arc::new(Layout::of_part(config, false, part_of(team, config)));
+        let mut held = Params::new(&kernels, layout.clone(), "held").unwrap();
+        held.initialize(&kernels, 7, 1.0);
+        let switch = Switch::new(&kernels, team, config, &layout, &timeline).unwrap()?;
+        let mut wanted = Params::new(&kernels, switch.model.layout.clone(), "wanted").unwrap();
+        let switched = switch.run(&kernels, 3, &held, &mut wanted).unwrap();
+        assert_eq!(switched.moved_bytes, switched.least_bytes);
+        for (number, hash) in hashes(&kernels, &wanted) {
+            assert_eq!(hash, all[number].1, "tensor {number}");
+        }
+        // And back, into memory that knows nothing of what it held.
+        let tensors = placement::tensors(&whole.layout, config);
+        let ranks = 0..team.mesh.ranks();
+        let training = team.layout(config.num_hidden_layers);
+        let from: Vec<_> = ranks.clone().map(|r| team.sampling.weights(r, &tensors)).collect();
+        let to: Vec<_> = ranks.map(|r| training.weights(r, &tensors)).collect();
+        let plan = Plan::new(&tensors, &from, &to, 1000).unwrap();
+        let mut back = Params::new(&kernels, layout.clone(), "back").unwrap();
+        let from = Side { slab: &wanted.slab, places: &switch.sampling };
+        let into = SideMut { slab: &mut back.slab, places: &switch.training };
+        switch.execute(&kernels, &plan, 3, from, into).unwrap();
+        assert_eq!(hashes(&kernels, &back), hashes(&kernels, &held));
+        Some(switched)
+    }
+
+    #[test]
+    fn weights_are_bit_for_bit_the_same_there_and_back_and_no_byte_more_than_needed_moves() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/smoke.json");
+        let config = load_model(&path).unwrap();
+        let load = Load { layers: config.num_hidden_layers, experts: config.n_routed_experts };
+        for (sizes, expert) in
+            [([2, 2, 2], 1), ([2, 2, 2], 4), ([4, 1, 4], 2), ([1, 2, 1], 2), ([2, 1, 2], 2)]
+        {
+            let mesh = Mesh::new(sizes, sizes[0] * sizes[1], load).unwrap();
+            let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert };
+            let results: Vec<Option<Switched>> = thread::scope(|scope| {
+                let start = |link: Local| {
+                    let link: Arc<dyn Link> = Arc::new(link);
+                    let (schedule, config) = (PipelineSchedule::ZeroBubbleH1, &config);
+                    let deadline = Duration::from_secs(20);
+                    let team = Team { link, mesh, schedule, sampling, deadline, is_serial: false };
+                    scope.spawn(move || there_and_back(&team, config))
+                };
+                let threads: Vec<_> = Local::new(mesh.ranks()).into_iter().map(start).collect();
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            // Without stages, and with as many ranks for the experts, nothing has to be done.
+            let moves = sizes[1] > 1 || sizes[2] != expert;
+            assert!(
+                results.iter().all(|switched| switched.is_some() == moves),
+                "{sizes:?} {expert}"
+            );
+            let sum = |of: fn(&Switched) -> u64| results.iter().flatten().map(of).sum::<u64>();
+            let moved = results[0].map_or(0, |switched| switched.moved_bytes);
+            assert_eq!([sum(|s| s.sent_bytes), sum(|s| s.received_bytes)], [moved; 2]);
+            assert!(moved > 0 || !moves);
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! Engines of several ranks: the rollouts and scores of one, and alignment steps that switch between two layouts.
+
+use crate::engine::{settings, stage};
+use crate::ranks::{model, team};
+use rehearsal::cluster::layout::Sampling;
+use rehearsal::cluster::mesh::Load;
+use rehearsal::cluster::{Local, Mesh, Team};
+use rehearsal::config::EngineConfig;
+use rehearsal::config::cluster::PipelineSchedule::{self, *};
+use rehearsal::config::routing::Balance;
+use rehearsal::data::example::Prompt;
+use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
+use rehearsal::engine::phase::*;
+use rehearsal::rl::grpo::GrpoSettings;
+use rehearsal::rl::rollout::{Group, ScoredGroup};
+use std::path::PathBuf;
+use std::sync::{Barrier, Mutex};
+use std::thread;
+use tempfile::TempDir;
+
+/// Layouts of training and of sampling.
+#[derive(Clone, Copy, Debug)]
+struct Layouts {
+    sizes: [usize; 3],
+    schedule: PipelineSchedule,
+    sampling_expert: usize,
+}
+
+/// What alignment steps gave on one rank.
+#[derive(Default)]
+struct Steps {
+    /// Groups that this rank sampled in each step.
+    sampled: Vec<usize>,
+    groups: Vec<Vec<TokenGroup>>,
+    scores: Vec<Vec<SequenceScore>>,
+    reports: Vec<StepReport>,
+    /// Of each rank's changes to Generate.
+    switches: Vec<PhaseReport>,
+}
+
+/// Runs `work` on the engine of every rank; the results in order of the ranks.
+fn on_engines<T: Send>(
+    layouts: Layouts,
+    work: impl Fn(&mut HybridEngine, usize) -> T + Sync,
+) -> Vec<T> {
+    let Layouts { sizes, schedule, sampling_expert } = layouts;
+    let config = model();
+    let load = Load { layers: config.num_hidden_layers, experts: config.n_routed_experts };
+    let mesh = Mesh::new(sizes, sizes[0] * sizes[1], load).unwrap();
+    let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert: sampling_expert };
+    let folder = TempDir::new().unwrap();
+    let spill: PathBuf = folder.path().into();
+    thread::scope(|scope| {
+        let start = |(rank, link): (usize, Local)| {
+            let team = Team { sampling, ..team(link, mesh, schedule) };
+            let (work, spill) = (&work, spill.join(rank.to_string()));
+            let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
+            let setup = EngineSetup { model: model(), engine, seed: 1, spill, team };
+            scope.spawn(move || work(&mut HybridEngine::new(setup).unwrap(), rank))
+        };
+        let links = Local::new(mesh.ranks()).into_iter().enumerate();
+        let threads: Vec<_> = links.map(start).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+fn job(policy_version: u64) -> GenerateJob {
+    let request = |slot: u32| GenerateRequest {
+        slot,
+        tokens: (0..3 + slot % 5).map(|i| (slot * 7 + i * 3) % 27 + 2).collect(),
+        prompt: slot.into(),
+        samples: 2 + slot % 2,
+    };
+    GenerateJob {
+        requests: (0..7).map(request).collect(),
+        max_new_tokens: 9,
+        temperature: 1.0,
+        top_p: 1.0,
+        top_k: 0,
+        stop_tokens: vec![1, 2],
+        seed: 4,
+        step: policy_version,
+        policy_version,
+    }
+}
+
+/// What ranks have sampled, for all of them.
+struct Pool {
+    groups: Mutex<Vec<TokenGroup>>,
+    everybody: Barrier,
+}
+
+impl Pool {
+    /// All ranks' groups in order of slot.
+    fn share(&self, groups: Vec<TokenGroup>) -> Vec<TokenGroup> {
+        self.groups.lock().unwrap().extend(groups);
+        self.everybody.wait();
+        let mut all = self.groups.lock().unwrap().clone();
+        all.sort_by_key(|group| group.slot);
+        if self.everybody.wait().is_leader() {
+            self.groups.lock().unwrap().clear();
+        }
+        self.everybody.wait();
+        all
+    }
+}
+
+/// Sampling, scoring by the policy and by the reference, and an update.
+fn step(engine: &mut HybridEngine, pool: &Pool, steps: &mut Steps) {
+    let version = steps.reports.last().map_or(0, |report| report.policy_version);
+    steps.switches.push(engine.enter_phase(Phase::Generate).unwrap());
+    let (job, mut groups) = (job(version), Vec::new());
+    engine.generate(&job, &mut |group| groups.push(group)).unwrap();
+    steps.sampled.push(groups.len());
+    let groups = pool.share(groups);
+    let (mut sequences, mut first) = (Vec::new(), Vec::new());
+    for group in &groups {
+        let prompt = &job.requests[group.slot as usize].tokens;
+        for rollout in &group.rollouts {
+            sequences.push([prompt.as_slice(), &rollout.tokens].concat());
+            first.push(prompt.len());
+        }
+    }
+    engine.enter_phase(Phase::Score).unwrap();
+    for role in [Role::Policy, Role::Reference] {
+        let (sequences, first) = (sequences.clone(), first.clone());
+        let job = ScoreJob { role, sequences, temperature: 1.0, first };
+        steps.scores.push(engine.score(&job).unwrap());
+    }
+    engine.enter_phase(Phase::Train).unwrap();
+    let groups_scored = groups.iter().map(|group| scored(group, &job)).collect();
+    let settings = GrpoSettings { max_new_tokens: 9, ..settings() };
+    let job =
+        TrainJob::Grpo { groups: groups_scored, settings, micro_batch: 0, share_prompts: true };
+    steps.reports.push(engine.train(&job).unwrap());
+    steps.groups.push(groups);
+}
+
+/// Long replies are better than short ones.
+fn scored(group: &TokenGroup, job: &GenerateJob) -> ScoredGroup {
+    let lengths: Vec<f64> = group.rollouts.iter().map(|r| r.tokens.len() as f64).collect();
+    let mean = lengths.iter().sum::<f64>() / lengths.len() as f64;
+    let tokens = job.requests[group.slot as usize].tokens.clone();
+    let prompt = Prompt { index: 0, text: String::new(), tokens, answer: None };
+    let group = Group {
+        slot: group.slot,
+        prompt: prompt.into(),
+        policy_version: group.policy_version,
+        rollouts: group.rollouts.clone().into(),
+    };
+    let advantages = lengths.iter().map(|length| length - mean).collect();
+    let (components, reference) = (Vec::new(), Vec::new());
+    ScoredGroup { group, components, rewards: lengths, advantages, reference }
+}
+
+fn two_steps(layouts: Layouts) -> Vec<Steps> {
+    let ranks = layouts.sizes[0] * layouts.sizes[1];
+    let pool = Pool { groups: Mutex::default(), everybody: Barrier::new(ranks) };
+    on_engines(layouts, |engine, _| {
+        let balance = Balance::NONE;
+        engine.prepare(&PrepareStage { balance, ..stage(Some(ModelSource::Fresh)) }).unwrap();
+        let mut steps = Steps::default();
+        (0..2).for_each(|_| step(engine, &pool, &mut steps));
+        steps
+    })
+}
+
+#[test]
+fn ranks_sample_and_score_as_one_to_the_bit_and_take_the_same_steps() {
+    let one_rank =
+        Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 };
+    let one = two_steps(one_rank).remove(0);
+    assert!(one.reports.iter().all(|report| report.gradient_norm > 0.0));
+    for (sizes, schedule, sampling_expert) in [
+        ([2, 1, 1], OneForwardOneBackward, 1),
+        ([2, 1, 2], OneForwardOneBackward, 2),
+        ([2, 2, 2], ZeroBubbleH1, 4),
+        ([1, 3, 1], ZeroBubbleV, 1),
+        ([4, 1, 4], OneForwardOneBackward, 2),
+    ] {
+        let layouts = Layouts { sizes, schedule, sampling_expert };
+        let many = two_steps(layouts);
+        let first = &many[0];
+        // The same weights to the bit in the first step: so the same rollouts and scores, whoever sampled them.
+        assert_eq!(first.groups[0], one.groups[0], "{layouts:?}");
+        assert_eq!(first.scores[..2], one.scores[..2], "{layouts:?}");
+        assert!(many[1..].iter().all(|other| other.scores.iter().all(Vec::is_empty)));
+        let sampled: Vec<usize> = many.iter().map(|steps| steps.sampled[0]).collect();
+        assert!(sampled.iter().all(|groups| *groups > 0), "everybody samples: {sampled:?}");
+        for (many, one) in first.reports.iter().zip(&one.reports) {
+            assert!((many.loss - one.loss).abs() < 1e-3, "{layouts:?}");
+            assert!((many.gradient_norm / one.gradient_norm - 1.0).abs() < 1e-3, "{layouts:?}");
+            let gap = many.grpo.as_ref().unwrap().logprob_gap_max;
+            assert_eq!(gap, 0.0, "{layouts:?}: the sampler's numbers are the trainer's");
+        }
+        let switches = sizes[1] > 1 || sizes[2] != sampling_expert;
+        for steps in &many {
+            for entered in &steps.switches {
+                let switched = entered.chores.switched;
+                assert_eq!(switched.moved_bytes > 0, switches, "{layouts:?}");
+                assert_eq!(switched.moved_bytes, switched.least_bytes, "{layouts:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_whose_weights_are_another_version_is_refused_before_its_first_token() {
+    let layouts = Layouts { sizes: [1, 2, 1], schedule: ZeroBubbleH1, sampling_expert: 1 };
+    let errors = on_engines(layouts, |engine, rank| {
+        engine.prepare(&stage(None)).unwrap();
+        if rank == 1 {
+            // As if a step had not reached this rank.
+            let folder = TempDir::new().unwrap();
+            let state = engine.save(folder.path(), true);
+            drop(state);
+            engine
+                .restore(folder.path(), &SavedState { policy_version: 3, optimizer_step: 0 })
+                .unwrap();
+        }
+        engine.enter_phase(Phase::Generate).unwrap_err().to_string()
+    });
+    for error in errors {
+        assert!(
+            error.contains("policy version 3") && error.contains("policy version 0"),
+            "{error}"
+        );
+    }
+}

@@ -9,5 +9,12 @@ mod hostile;
 #[path = "../suite/runs.rs"]
 mod runs;
 
+#[path = "../suite/ranks.rs"]
+mod ranks;
+#[allow(dead_code, reason = "the suite's")]
+#[path = "../suite/tiny.rs"]
+mod tiny;
+
 mod exact_steps;
 mod hostile_files;
+mod layouts;

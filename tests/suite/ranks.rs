@@ -4,9 +4,10 @@
 
 use super::tiny::{config_dense, config_grouped, documents};
 use rehearsal::cluster::layout::Sampling;
+use rehearsal::cluster::link::{Call, Frame, Lane};
 use rehearsal::cluster::mesh::Load;
 use rehearsal::cluster::timeline::{Span, overlap};
-use rehearsal::cluster::{Doing, Local, Mesh, Team, Timeline};
+use rehearsal::cluster::{Broken, Doing, Link, Local, Mesh, Team, Timeline};
 use rehearsal::config::ModelConfig;
 use rehearsal::config::cluster::PipelineSchedule::{self, *};
 use rehearsal::config::engine::AttentionForm;
@@ -22,6 +23,7 @@ use rehearsal::train::{Items, Optimizer, Ranks, Trainee, train_step};
 use rehearsal_kernels::{Arena, CpuKernels, Kernels, Kind, ReferenceKernels};
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,6 +60,40 @@ pub struct Outcome {
     pub moments: Vec<u64>,
     /// What each rank did in the last step.
     pub spans: Vec<Vec<Span>>,
+    /// Bytes that all ranks sent each other.
+    pub sent: u64,
+}
+
+/// A link that counts the bytes it sends.
+struct Counted {
+    inner: Local,
+    sent: Arc<AtomicU64>,
+}
+
+impl Link for Counted {
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+
+    fn send(&self, to: usize, frame: Frame) -> Result<(), Broken> {
+        self.sent.fetch_add(frame.bytes.len() as u64, Ordering::Relaxed);
+        self.inner.send(to, frame)
+    }
+
+    fn receive(
+        &self,
+        from: usize,
+        lane: Lane,
+        call: &Call,
+        since: Instant,
+        until: Instant,
+    ) -> Result<Frame, Broken> {
+        self.inner.receive(from, lane, call, since, until)
+    }
+
+    fn stop(&self, why: &Broken) {
+        self.inner.stop(why);
+    }
 }
 
 /// Six layers, the first one dense, eight experts of four devices.
@@ -77,7 +113,10 @@ pub fn train(
     let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
     let mesh = Mesh::new(layout.sizes, data * pipeline, load).unwrap();
     let (links, began) = (Local::new(mesh.ranks()), Instant::now());
-    let of_rank = |link| Team { is_serial: layout.is_serial, ..team(link, mesh, layout.schedule) };
+    let sent = Arc::new(AtomicU64::new(0));
+    let count = |inner| Counted { inner, sent: sent.clone() };
+    let of_rank =
+        |link| Team { is_serial: layout.is_serial, ..team(count(link), mesh, layout.schedule) };
     let ranks: Vec<OfRank> = thread::scope(|scope| {
         let start = |link| {
             let team = of_rank(link);
@@ -95,11 +134,11 @@ pub fn train(
         let threads: Vec<_> = links.into_iter().map(start).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
-    join(ranks)
+    Outcome { sent: sent.load(Ordering::Relaxed), ..join(ranks) }
 }
 
 /// A rank of a team of threads.
-pub fn team(link: Local, mesh: Mesh, schedule: PipelineSchedule) -> Team {
+pub fn team(link: impl Link + 'static, mesh: Mesh, schedule: PipelineSchedule) -> Team {
     Team {
         link: Arc::new(link),
         mesh,
@@ -217,6 +256,7 @@ fn join(ranks: Vec<OfRank>) -> Outcome {
         weights,
         moments: ranks.iter().map(|rank| rank.moments).collect(),
         spans: ranks.iter().map(|rank| rank.spans.clone()).collect(),
+        sent: 0,
         reports: ranks.into_iter().next().unwrap().reports,
     }
 }

@@ -67,11 +67,16 @@ pub fn run(args: CheckArgs) -> Result<()> {
         return say_json(&report);
     }
     say(report.to_string().trim_end())?;
-    // It may run elsewhere: what this machine lacks is no fault of the config.
-    if let Some(refusal) = report.over_memory() {
+    // It may run elsewhere: what this machine lacks is no fault of the config, and a cluster is elsewhere.
+    if report.cluster.is_none()
+        && let Some(refusal) = report.over_memory()
+    {
         say(&format!("note      {}", refusal.lines().next().unwrap_or_default()))?;
     }
-    say(&format!("devices: {}", devices(args.threads.count())))
+    match report.cluster {
+        Some(_) => Ok(()),
+        None => say(&format!("devices: {}", devices(args.threads.count()))),
+    }
 }
 
 /// What this build finds to compute on.

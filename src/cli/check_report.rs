@@ -1,5 +1,6 @@
 //! What `check` found: the figures, which are its JSON with stable keys, and why a run is refused.
 
+mod cluster;
 mod text;
 
 use super::machine::share_for_arenas;
@@ -10,8 +11,9 @@ use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{generated_lines, sequence};
 use crate::plan::memory::Owners;
 use crate::plan::{
-    Comparison, Estimate, Memory, Utilisation, cache_bytes_per_token, cache_elements_per_token,
-    compare, estimate, host_bytes, memory, model_memory, utilisation,
+    ClusterPlan, Comparison, Estimate, Memory, PlanError, Utilisation, cache_bytes_per_token,
+    cache_elements_per_token, cluster_plan, compare, estimate, host_bytes, memory, model_memory,
+    utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -53,8 +55,11 @@ pub struct CheckReport {
     pub estimate: Option<Estimate>,
     /// Examples of the data sets that were read.
     pub lines: BTreeMap<String, u64>,
+    /// Of a run on many processes, or for machines that its config describes.
+    #[serde(rename = "plan")]
+    pub cluster: Option<ClusterPlan>,
     #[serde(skip)]
-    plan: Option<Memory>,
+    planned: Option<Memory>,
     /// Stage that holds most outside the arenas, and its bytes.
     #[serde(skip)]
     host: Option<(String, u64)>,
@@ -107,7 +112,8 @@ impl CheckReport {
             estimate: Some(estimate(config, &models, &lines, threads, products)),
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
-            plan: Some(plan),
+            planned: Some(plan),
+            cluster: cluster_plan(config, &models).map_err(|error| unplannable(loaded, error))?,
             ..CheckReport::costs(&loaded.file, &config.model, sequence(config))
         })
     }
@@ -144,7 +150,8 @@ impl CheckReport {
             exact: None,
             estimate: None,
             lines: BTreeMap::new(),
-            plan: None,
+            planned: None,
+            cluster: None,
             host: None,
             free: None,
         }
@@ -152,7 +159,7 @@ impl CheckReport {
 
     /// Why the run cannot fit into its budget, if it cannot even with one example at a time.
     pub fn over_budget(&self) -> Option<String> {
-        let (budget, plan) = (self.budget_bytes?, self.plan.as_ref()?);
+        let (budget, plan) = (self.budget_bytes?, self.planned.as_ref()?);
         let (stage, phase, least) = plan.least()?;
         (least > budget).then(|| {
             format!(
@@ -172,7 +179,7 @@ impl CheckReport {
 
     /// Why the run cannot fit into this machine, if it cannot even with one example at a time.
     pub fn over_memory(&self) -> Option<String> {
-        let (free, plan) = (self.free?, self.plan.as_ref()?);
+        let (free, plan) = (self.free?, self.planned.as_ref()?);
         let (stage, phase, least) = plan.least()?;
         // Without a budget the arenas keep to their share; what stands outside them comes on top in any case.
         let arenas = if self.budget_bytes.is_some() { free } else { share_for_arenas(free) };
@@ -200,13 +207,18 @@ impl CheckReport {
 
     /// Most bytes that a run is planned to hold at once.
     pub fn peak_bytes(&self) -> u64 {
-        self.plan.as_ref().and_then(Memory::peak).map_or(0, |(_, _, bytes)| bytes)
+        self.planned.as_ref().and_then(Memory::peak).map_or(0, |(_, _, bytes)| bytes)
     }
 
     /// Most bytes that the run folder takes.
     pub fn disk_bytes(&self) -> u64 {
         self.estimate.as_ref().map_or(0, |estimate| estimate.disk_bytes)
     }
+}
+
+fn unplannable(loaded: &Loaded, error: PlanError) -> ConfigError {
+    let path: Vec<&str> = std::iter::once("cluster").chain(error.path).collect();
+    loaded.fault(&path, error.message)
 }
 
 /// The way out for groups of rollouts that are too large to go through at once, to be put between two others.
@@ -307,7 +319,7 @@ mod tests {
         let set = ["stage.align.group_size=1024", "stage.align.prompts=1"];
         let least = |more: &[&str]| {
             let report = run(&[&set[..], more].concat());
-            let (stage, phase, bytes) = report.plan.as_ref().and_then(Memory::least).unwrap();
+            let (stage, phase, bytes) = report.planned.as_ref().and_then(Memory::least).unwrap();
             (stage.to_string(), phase, bytes)
         };
         let (stage, phase, shared) = least(&[]);

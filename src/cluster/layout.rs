@@ -139,6 +139,11 @@ impl Training {
         Training { mesh, layers, chunks: 2 }
     }
 
+    /// The same with so many pieces for each stage, 1 or 2.
+    pub fn in_chunks(&self, chunks: usize) -> Training {
+        Training { chunks, ..self.clone() }
+    }
+
     /// The mesh.
     pub fn mesh(&self) -> &Mesh {
         &self.mesh
@@ -227,6 +232,11 @@ impl Training {
             Shared { parts: (0..ranks.len()).map(part).collect(), ranks }
         };
         groups.into_iter().map(shared).collect()
+    }
+
+    /// Stage and piece of it that end the stack, with the head.
+    pub fn last_piece(&self) -> (usize, usize) {
+        (self.last_stage(), self.chunks - 1)
     }
 
     /// The stage that has the head.

@@ -3,6 +3,7 @@
 //! Processes are started by mpirun or srun; these keys say what each of them holds. They change no result but for the
 //! order in which numbers are added, and are no part of a run's identity: a run may go on in another layout.
 
+use super::hardware::HardwareConfig;
 use serde::{Deserialize, Serialize};
 
 /// `[cluster]`.
@@ -21,6 +22,8 @@ pub struct ClusterConfig {
     pub deadline_seconds: u64,
     /// The layout of sampling.
     pub rollout: RolloutLayout,
+    /// The machines that `check` plans for; without them it predicts no hours.
+    pub hardware: Option<HardwareConfig>,
 }
 
 impl Default for ClusterConfig {
@@ -32,6 +35,7 @@ impl Default for ClusterConfig {
             schedule: PipelineSchedule::OneForwardOneBackward,
             deadline_seconds: 60,
             rollout: RolloutLayout::default(),
+            hardware: None,
         }
     }
 }

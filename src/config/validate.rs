@@ -7,13 +7,14 @@ use super::data::{Schema, SetConfig, Split};
 use super::document::{ConfigError, Node};
 use super::nearest::{hint, listed};
 use super::validate_model::MOST_POSITIONS;
-use super::{RunConfig, StageKind, validate_stage};
+use super::{RunConfig, StageKind, validate_cluster, validate_stage};
 use std::path::Path;
 
 /// Checks a whole run, whose model was checked. Relative paths start in `folder`.
 pub fn run(config: &RunConfig, document: &Node, folder: &Path) -> Result<(), ConfigError> {
     let rules = Rules { config, document, folder };
     rules.numbers()?;
+    validate_cluster::cluster(&rules)?;
     rules.sets()?;
     rules.word_machine()?;
     rules.needle()?;
@@ -46,10 +47,6 @@ const NEEDLE_FILES: [&str; 4] =
 
 /// Splits that a tokenizer can be trained with.
 const SPLITS: [&str; 3] = ["deepseek-llm", "deepseek-coder", "gpt-2"];
-
-/// Most threads of the device.
-/// Ranks in one direction of a layout at most.
-const MOST_RANKS: usize = 1 << 16;
 
 /// Threads at most.
 pub const MOST_THREADS: usize = 1024;
@@ -112,14 +109,12 @@ impl Rules<'_> {
 
     fn numbers(&self) -> Result<(), ConfigError> {
         let (engine, checkpoint) = (&self.config.engine, &self.config.checkpoint);
-        let cluster = &self.config.cluster;
         let least_one = [
             ("engine", "page_tokens", engine.page_tokens as u64),
             ("engine", "decode_batch", engine.decode_batch as u64),
             ("engine", "mailbox", engine.mailbox as u64),
             ("engine", "deadline_seconds", engine.deadline_seconds),
             ("engine", "restart_window_seconds", engine.restart_window_seconds),
-            ("cluster", "deadline_seconds", cluster.deadline_seconds),
             ("checkpoint", "every_steps", checkpoint.every_steps),
             ("checkpoint", "every_seconds", checkpoint.every_seconds),
         ];
@@ -138,8 +133,6 @@ impl Rules<'_> {
             ("engine", "page_tokens", engine.page_tokens, 1 << 20),
             ("engine", "decode_batch", engine.decode_batch, 1 << 20),
             ("engine", "mailbox", engine.mailbox, 1 << 16),
-            ("cluster", "data", cluster.data, MOST_RANKS),
-            ("cluster", "pipeline", cluster.pipeline, MOST_RANKS),
             ("checkpoint", "keep", checkpoint.keep, 10_000),
         ];
         for (table, key, value, most) in most {

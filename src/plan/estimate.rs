@@ -205,12 +205,13 @@ fn rollouts(stage: &GrpoStage) -> u64 {
     stage.steps * (stage.prompts * stage.group_size) as u64
 }
 
-fn reply_tokens(stage: &GrpoStage) -> u64 {
+/// Tokens that a rollout is taken to have.
+pub(super) fn reply_tokens(stage: &GrpoStage) -> u64 {
     (stage.max_new_tokens as u64).div_ceil(2)
 }
 
 /// A quarter of an example is its prompt.
-fn prompt_tokens(config: &RunConfig, stage: &GrpoStage) -> u64 {
+pub(super) fn prompt_tokens(config: &RunConfig, stage: &GrpoStage) -> u64 {
     let room = stage_room(config, stage);
     (example_tokens(config) as u64 / 4).clamp(1, room.max(1))
 }

@@ -318,7 +318,7 @@ impl Sizes<'_> {
 }
 
 /// The models beside the policy that a GRPO stage needs, by their role's name.
-fn others(stage: &GrpoStage) -> Vec<String> {
+pub(super) fn others(stage: &GrpoStage) -> Vec<String> {
     let reference = (stage.kl_weight != 0.0).then(|| "reference".to_string());
     let rewards = stage
         .reward
@@ -327,6 +327,21 @@ fn others(stage: &GrpoStage) -> Vec<String> {
         .filter_map(|entry| entry.model.as_ref())
         .map(|name| format!("reward {name}"));
     reference.into_iter().chain(rewards).collect()
+}
+
+/// Tokens that go through the model at once in training, as far as memory goes.
+pub(super) fn tokens_at_once(config: &RunConfig, model: &ModelConfig, kind: &StageKind) -> u64 {
+    Sizes { config, model, at_once: usize::MAX }.live_tokens(kind)
+}
+
+/// Numbers of a token that a layer keeps for its backward pass.
+pub(super) fn kept_numbers(model: &ModelConfig, moe: bool) -> usize {
+    layer_floats(model, moe)
+}
+
+/// Numbers of a token in the widest layer.
+pub(super) fn widest_numbers(model: &ModelConfig) -> usize {
+    one_layer_bytes(model) as usize / 4
 }
 
 /// Bytes of a token in the widest layer, for passes that keep nothing.

@@ -3,6 +3,10 @@
 //! Arithmetic on the config alone; reads no file and touches no device. Counts of parameters, tensors
 //! and cache bytes are exact, everything else is an estimate and says so.
 
+// Of a run that is spread over many processes.
+pub mod cluster;
+pub mod simulation;
+
 // Exact.
 pub mod comparison;
 pub mod cost;
@@ -13,6 +17,7 @@ pub mod host;
 pub mod limit;
 pub mod memory;
 
+pub use cluster::{ClusterPlan, PlanError, cluster_plan};
 pub use comparison::{Comparison, compare};
 pub use cost::{Utilisation, cache_bytes_per_token, cache_elements_per_token, utilisation};
 pub use estimate::{Estimate, StageEstimate, estimate};

@@ -163,6 +163,11 @@ impl Schedule {
 
     /// When each entry runs, if passes take `times` and messages none; `None` if stages wait for each other.
     pub fn simulate(&self, times: Times) -> Option<Timeline> {
+        self.simulate_uneven(|_, _| times)
+    }
+
+    /// The same where the pieces of stages differ: `times` of a stage and of its piece.
+    pub fn simulate_uneven(&self, times: impl Fn(usize, usize) -> Times) -> Option<Timeline> {
         let mut ends: BTreeMap<(usize, Entry), f64> = BTreeMap::new();
         let mut stages = vec![Vec::new(); self.stages.len()];
         loop {
@@ -175,7 +180,7 @@ impl Schedule {
                     let Some(ready) = ready.collect::<Option<Vec<f64>>>() else { break };
                     let free = done.last().map_or(0.0, |ran| ran.end);
                     let start = ready.into_iter().fold(free, f64::max);
-                    let end = start + times.of(entry.pass);
+                    let end = start + times(stage, entry.chunk).of(entry.pass);
                     done.push(Ran { entry, start, end });
                     ends.insert((stage, entry), end);
                 }
@@ -205,7 +210,8 @@ impl Schedule {
 }
 
 impl Times {
-    fn of(self, pass: Pass) -> f64 {
+    /// Seconds of a pass.
+    pub fn of(self, pass: Pass) -> f64 {
         match pass {
             Pass::Forward => self.forward,
             Pass::BackwardInput => self.backward_input,

@@ -14,6 +14,7 @@ mod alignment;
 mod architectures;
 mod attention;
 mod budget;
+mod cluster_plan;
 mod edges;
 mod end_to_end;
 mod engine;

@@ -2,6 +2,7 @@
 
 use super::super::machine::share_for_arenas;
 use super::super::output::{duration, grouped};
+use super::cluster::write_cluster;
 use super::{Against, CheckReport};
 use crate::config::Bytes;
 use crate::plan::cost::PEAK_FLOPS;
@@ -20,6 +21,9 @@ impl fmt::Display for CheckReport {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let counts = &self.parameters;
         writeln!(out, "{}: right", self.file)?;
+        if let Some(plan) = &self.cluster {
+            return write_cluster(out, self, plan);
+        }
         writeln!(
             out,
             "model     {} parameters in {} tensors",
@@ -90,7 +94,7 @@ impl CheckReport {
         if let Some(exact) = self.exact {
             writeln!(out, "rollouts  {}", if exact { EXACT } else { FAST })?;
         }
-        if let Some((stage, phase, bytes)) = self.plan.as_ref().and_then(Memory::peak) {
+        if let Some((stage, phase, bytes)) = self.planned.as_ref().and_then(Memory::peak) {
             writeln!(
                 out,
                 "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",

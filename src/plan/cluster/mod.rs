@@ -1,0 +1,368 @@
+//! The plan of a run that is spread over a cluster: bytes of every rank, bubbles, what ranks send each other, hours.
+//!
+//! What is exact: elements and owners of every tensor (the layouts that a run uses), what a change of layout moves, the order
+//! of passes. What is an estimate: activations, cache, FLOPs outside of products. What is a prediction: every second, from
+//! `[cluster.hardware]`, whose figures stand in the report; without the table there are none.
+
+pub mod alignment;
+pub mod batch;
+pub mod bytes;
+pub mod load;
+pub mod rollouts;
+pub mod step;
+pub mod switch;
+pub mod traffic;
+
+use super::memory::total;
+use crate::cluster::layout::{Sampling, Training};
+use crate::cluster::mesh::{self, Mesh};
+use crate::config::cluster::RolloutLayout;
+use crate::config::nearest::joined;
+use crate::config::{ClusterConfig, HardwareConfig, ModelConfig, RunConfig, StageKind};
+use crate::model::{Layout, flops_per_token, parameters, placement};
+use crate::plan::estimate::sequence;
+use crate::train::pipeline::{Kind, Schedule};
+use alignment::{Alignment, AlignmentPlan};
+use batch::Batch;
+use bytes::{Layouts, Peak, Sizes, StageBytes, over_device};
+use load::Load;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use step::{SCHEDULES, Step, StepPlan};
+use switch::SwitchPlan;
+
+/// The plan. Its keys are stable.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ClusterPlan {
+    /// Ranks, D x P.
+    pub ranks: usize,
+    /// How they share the work.
+    pub layout: ClusterLayout,
+    /// The most bytes that a rank holds.
+    pub peak_device_bytes: u64,
+    /// Where that is.
+    pub peak: Peak,
+    /// Whether a device and a host hold it; absent without `[cluster.hardware]`.
+    pub fits: Option<bool>,
+    /// Bytes that the hosts of a node's ranks hold for them.
+    pub host_bytes_per_node: u64,
+    /// Bytes by ranks, phase and owner.
+    pub bytes: Vec<StageBytes>,
+    /// Bytes of weights as they are computed with: of a rank if each tensor were held once,
+    pub weight_bytes_once: f64,
+    /// and of a rank as it is, in the mean.
+    pub weight_bytes_held: f64,
+    /// FLOPs of a token in training.
+    pub flops_per_token: f64,
+    /// Idle share of the first stage that is planned, without messages.
+    pub bubble_share: Option<f64>,
+    /// Its bytes to experts and back in a step.
+    pub all_to_all_bytes: Option<f64>,
+    /// Bytes that a switch from training to sampling moves.
+    pub reshard_bytes: Option<f64>,
+    /// Its GPU hours, predicted.
+    pub gpu_hours_per_trillion_tokens: Option<f64>,
+    /// GPU hours that were published.
+    pub published_gpu_hours_per_trillion_tokens: Option<f64>,
+    /// The first over the second, less 1.
+    pub relative_error: Option<f64>,
+    /// Stages that train on text.
+    pub training: Vec<StepPlan>,
+    /// GRPO stages.
+    pub alignment: Vec<AlignmentPlan>,
+    /// What a reader should know.
+    pub notes: Vec<String>,
+    /// `[cluster.hardware]`: what all seconds are predicted from.
+    pub assumptions: Option<HardwareConfig>,
+}
+
+/// `[cluster]` in short.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ClusterLayout {
+    /// Data ranks of a stage.
+    pub data: usize,
+    /// Stages.
+    pub pipeline: usize,
+    /// Ranks that share experts.
+    pub expert: usize,
+    /// Order of passes.
+    pub schedule: &'static str,
+    /// Sampling.
+    pub rollout: RolloutLayout,
+}
+
+/// A layout that cannot be planned: the last part of its key, and why.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{message}")]
+pub struct PlanError {
+    /// Path of the key below `cluster`.
+    pub path: Vec<&'static str>,
+    /// What is wrong, and the way out.
+    pub message: String,
+}
+
+/// The plan of a run whose config asks for one: by a layout of more than one rank, or by `[cluster.hardware]`. `models` are
+/// those of its stages.
+pub fn cluster_plan(
+    config: &RunConfig,
+    models: &[ModelConfig],
+) -> Result<Option<ClusterPlan>, PlanError> {
+    let cluster = &config.cluster;
+    let layouts = layouts(cluster, &config.model)?;
+    match layouts.training.mesh().ranks() == 1 && cluster.hardware.is_none() {
+        true => Ok(None),
+        false => Planner { config, models, layouts }.plan().map(Some),
+    }
+}
+
+pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<Layouts, PlanError> {
+    let load = mesh::Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
+    let sizes = [cluster.data, cluster.pipeline, cluster.expert];
+    let mesh = Mesh::new(sizes, cluster.data * cluster.pipeline, load)
+        .map_err(|error| PlanError { path: vec![error.key()], message: error.to_string() })?;
+    let pieces = cluster.pipeline * cluster.schedule.chunks();
+    if pieces > model.num_hidden_layers {
+        let message = format!(
+            "cluster.schedule makes {pieces} pieces of the model's {} layers for cluster.pipeline = {}; take fewer stages, or \
+             a schedule with one piece for each",
+            model.num_hidden_layers, cluster.pipeline
+        );
+        return Err(PlanError { path: vec!["schedule"], message });
+    }
+    let sampling = sampling(&cluster.rollout, mesh.ranks(), model)?;
+    let training =
+        Training::new(mesh, model.num_hidden_layers).in_chunks(cluster.schedule.chunks());
+    let tensors = placement::tensors(&Layout::new(model, false), model);
+    Ok(Layouts::new(training, sampling, tensors))
+}
+
+/// The layout of sampling: both sizes divide the ranks, and the larger one the smaller.
+fn sampling(
+    rollout: &RolloutLayout,
+    ranks: usize,
+    model: &ModelConfig,
+) -> Result<Sampling, PlanError> {
+    let RolloutLayout { tensor, expert } = *rollout;
+    let experts = model.n_routed_experts.max(1);
+    let heads = model.num_attention_heads;
+    let divides = |size: usize, number: usize| size > 0 && number.is_multiple_of(size);
+    let rules = [
+        ("tensor", tensor, "the number of ranks", ranks),
+        ("tensor", tensor, "num_attention_heads", heads),
+        ("expert", expert, "the number of ranks", ranks),
+        ("expert", expert, "n_routed_experts", experts),
+    ];
+    for (key, size, of, number) in rules {
+        if !divides(size, number) {
+            let fits =
+                |size: &usize| rules.iter().all(|(k, _, _, n)| *k != key || divides(*size, *n));
+            let fitting: Vec<String> =
+                (1..=ranks).filter(fits).map(|size| size.to_string()).collect();
+            let message = format!(
+                "cluster.rollout.{key} = {size} does not divide {of} = {number}; use {}",
+                joined(&fitting, "or")
+            );
+            return Err(PlanError { path: vec!["rollout", key], message });
+        }
+    }
+    if !tensor.max(expert).is_multiple_of(tensor.min(expert)) {
+        let message = format!(
+            "cluster.rollout.tensor = {tensor} and cluster.rollout.expert = {expert}: one has to divide the other; use \
+             tensor = 1, or the same for both"
+        );
+        return Err(PlanError { path: vec!["rollout", "tensor"], message });
+    }
+    Ok(Sampling { ranks, tensor, expert })
+}
+
+struct Planner<'a> {
+    config: &'a RunConfig,
+    models: &'a [ModelConfig],
+    layouts: Layouts,
+}
+
+/// Bytes of the ranks of each stage of the pipeline, and who of all holds most.
+struct Filled {
+    stages: Vec<StageBytes>,
+    peak: Peak,
+    host_bytes_per_node: u64,
+}
+
+impl Planner<'_> {
+    fn plan(&self) -> Result<ClusterPlan, PlanError> {
+        let cluster = &self.config.cluster;
+        let (mesh, hardware) = (*self.layouts.training.mesh(), cluster.hardware.as_ref());
+        let filled = self.bytes()?;
+        let switch = self.switch()?;
+        let (training, alignment) = self.steps(switch.as_ref())?;
+        let first = training.first();
+        let hours = first.and_then(|step| step.simulated).map(|s| s.gpu_hours_per_trillion_tokens);
+        let published = hardware.and_then(|hardware| hardware.published_gpu_hours);
+        let number = self.load(&self.config.model).number_bytes();
+        let held: u64 = self.layouts.held.iter().map(|held| held.weights).sum();
+        let fits = hardware.map(|hardware| {
+            filled.peak.bytes <= hardware.device_memory.0
+                && filled.host_bytes_per_node <= hardware.host_memory.0
+        });
+        let schedule = cluster.schedule;
+        Ok(ClusterPlan {
+            ranks: mesh.ranks(),
+            layout: ClusterLayout {
+                data: mesh.data(),
+                pipeline: mesh.pipeline(),
+                expert: mesh.expert(),
+                schedule: SCHEDULES.iter().find(|(_, kind)| *kind == schedule).map_or("", |s| s.0),
+                rollout: cluster.rollout,
+            },
+            peak_device_bytes: filled.peak.bytes,
+            fits,
+            host_bytes_per_node: filled.host_bytes_per_node,
+            weight_bytes_once: parameters(&self.config.model).total as f64 * number
+                / mesh.ranks() as f64,
+            weight_bytes_held: held as f64 * number / mesh.pipeline() as f64,
+            flops_per_token: flops_per_token(&self.config.model, sequence(self.config)),
+            bubble_share: first.map(|step| step.bubble_share),
+            all_to_all_bytes: first.map(|step| step.traffic.all_to_all),
+            reshard_bytes: switch.map(|switch| switch.bytes),
+            gpu_hours_per_trillion_tokens: hours,
+            published_gpu_hours_per_trillion_tokens: published,
+            relative_error: hours.zip(published).map(|(hours, published)| hours / published - 1.0),
+            notes: self.notes(&filled),
+            bytes: filled.stages,
+            peak: filled.peak,
+            training,
+            alignment,
+            assumptions: hardware.cloned(),
+        })
+    }
+
+    fn load<'b>(&'b self, model: &'b ModelConfig) -> Load<'b> {
+        let hardware = self.config.cluster.hardware.as_ref();
+        Load { model, hardware, expert: self.layouts.training.mesh().expert() }
+    }
+
+    fn batch(&self, kind: &StageKind, model: &ModelConfig) -> Batch {
+        Batch::new(self.config, model, kind, self.layouts.training.mesh().data())
+    }
+
+    fn kind(&self) -> Kind {
+        self.config.cluster.schedule
+    }
+
+    /// A schedule of as many micro-batches as can be live at once.
+    fn schedule(&self, stage: &str, batch: &Batch) -> Result<Schedule, PlanError> {
+        let stages = self.layouts.training.mesh().pipeline();
+        let live = batch.micro_batches.min(4 * stages);
+        Schedule::new(self.kind(), stages, live).map_err(|error| PlanError {
+            path: vec!["schedule"],
+            message: format!("stage {stage}: {error}"),
+        })
+    }
+
+    fn bytes(&self) -> Result<Filled, PlanError> {
+        let mesh = *self.layouts.training.mesh();
+        let empty = |place: usize| StageBytes {
+            first_rank: place * mesh.data(),
+            last_rank: (place + 1) * mesh.data() - 1,
+            layers: self.layouts.training.layers(place).iter().map(|r| [r.start, r.end]).collect(),
+            recomputed_layers: 0,
+            phases: BTreeMap::new(),
+        };
+        let mut stages: Vec<StageBytes> = (0..mesh.pipeline()).map(empty).collect();
+        let mut peak = Peak { bytes: 0, rank: 0, phase: "train", stage: String::new() };
+        let mut host = vec![0; mesh.pipeline()];
+        for (stage, model) in self.config.stages.iter().zip(self.models) {
+            let batch = self.batch(&stage.kind, model);
+            let schedule = self.schedule(&stage.name, &batch)?;
+            let (config, layouts, load) = (self.config, &self.layouts, self.load(model));
+            let sizes = Sizes { config, stage, load, layouts, batch, schedule: &schedule };
+            for (place, filled) in stages.iter_mut().enumerate() {
+                let (phases, recomputed) = sizes.phases(place);
+                filled.recomputed_layers = filled.recomputed_layers.max(recomputed);
+                host[place] = sizes.host(place).max(host[place]);
+                for (phase, owners) in phases {
+                    let bytes = total(&owners);
+                    if bytes > peak.bytes {
+                        let (rank, stage) = (filled.first_rank, stage.name.clone());
+                        peak = Peak { bytes, rank, phase, stage };
+                    }
+                    let held = filled.phases.entry(phase).or_default();
+                    if bytes > total(held) {
+                        *held = owners;
+                    }
+                }
+            }
+        }
+        let node = self.config.cluster.hardware.as_ref().map_or(1, |h| h.devices_per_node);
+        let of_rank =
+            |rank: usize| if rank < mesh.ranks() { host[mesh.place(rank).stage] } else { 0 };
+        let of_node = |first: usize| (first..first + node).map(of_rank).sum();
+        let host_bytes_per_node = (0..mesh.ranks()).step_by(node).map(of_node).max().unwrap_or(0);
+        Ok(Filled { stages, peak, host_bytes_per_node })
+    }
+
+    /// The switch of layouts, for runs that sample.
+    fn switch(&self) -> Result<Option<SwitchPlan>, PlanError> {
+        let has_rollouts = self.config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
+        if !has_rollouts {
+            return Ok(None);
+        }
+        let number = self.load(&self.config.model).number_bytes();
+        let node = self.config.cluster.hardware.as_ref().map(|h| h.devices_per_node);
+        let plan = SwitchPlan::new(&self.layouts, number, node);
+        plan.map(Some)
+            .map_err(|error| PlanError { path: vec!["rollout"], message: error.to_string() })
+    }
+
+    fn steps(
+        &self,
+        switch: Option<&SwitchPlan>,
+    ) -> Result<(Vec<StepPlan>, Vec<AlignmentPlan>), PlanError> {
+        let (mut training, mut alignment) = (Vec::new(), Vec::new());
+        let (kind, layouts) = (self.kind(), &self.layouts);
+        for (stage, model) in self.config.stages.iter().zip(self.models) {
+            let (load, batch) = (self.load(model), self.batch(&stage.kind, model));
+            match (&stage.kind, switch) {
+                (StageKind::Pretrain(_) | StageKind::LongContext(_), _) => {
+                    training.push(Step { load, layouts, kind, batch }.plan(&stage.name));
+                }
+                (StageKind::Grpo(grpo), Some(switch)) => {
+                    let config = self.config;
+                    let step = Alignment { config, grpo, load, layouts, kind, batch };
+                    let plan = step.plan(&stage.name, switch).map_err(|stuck| PlanError {
+                        path: vec!["schedule"],
+                        message: format!("stage {}: {stuck}", stage.name),
+                    })?;
+                    alignment.push(plan);
+                }
+                _ => {}
+            }
+        }
+        Ok((training, alignment))
+    }
+
+    fn notes(&self, filled: &Filled) -> Vec<String> {
+        let cluster = &self.config.cluster;
+        let mut notes = Vec::new();
+        if let Some(hardware) = &cluster.hardware {
+            notes.extend(over_device(&filled.peak, hardware.device_memory, &hardware.device));
+            let (host, room) = (filled.host_bytes_per_node, hardware.host_memory);
+            if host > room.0 {
+                let host = crate::config::Bytes(host);
+                notes.push(format!(
+                    "the ranks of a node keep {host} on a host that has {room}; offload less"
+                ));
+            }
+        }
+        let samples = self.config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
+        let RolloutLayout { tensor, expert } = cluster.rollout;
+        if samples && tensor > 1 && self.config.model.attention() == crate::config::Attention::Mla {
+            notes.push(format!(
+                "cluster.rollout.tensor = {tensor} holds the latent cache of every sequence {tensor} times, once on each rank \
+                 of a tensor group; tensor = 1 (each rank attends for its own sequences) with expert = {} holds it once",
+                expert.max(tensor)
+            ));
+        }
+        notes
+    }
+}

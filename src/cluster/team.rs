@@ -5,6 +5,7 @@ use super::link::Link;
 use super::local::Local;
 use super::mesh::{Mesh, MeshError};
 use crate::config::cluster::PipelineSchedule;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -17,8 +18,12 @@ pub struct Team {
     pub mesh: Mesh,
     /// Order of a stage's passes.
     pub schedule: PipelineSchedule,
-    /// Who holds what in sampling and scoring.
+    /// Who holds what in sampling and scoring, of the ranks that this one samples and scores with.
     pub sampling: Sampling,
+    /// Ranks behind the trainers that only sample, while those train; 0 if the trainers sample.
+    pub samplers: usize,
+    /// Who of them holds what.
+    pub samplers_layout: Sampling,
     /// How long a call may take.
     pub deadline: Duration,
     /// Whether nothing is computed while tokens of experts are under way. Changes no result.
@@ -39,6 +44,8 @@ impl Team {
             mesh: Mesh::ONE,
             schedule: PipelineSchedule::OneForwardOneBackward,
             sampling: Sampling { ranks: 1, tensor: 1, expert: 1 },
+            samplers: 0,
+            samplers_layout: Sampling { ranks: 0, tensor: 1, expert: 1 },
             deadline: Duration::from_secs(60),
             is_serial: false,
         }
@@ -49,9 +56,25 @@ impl Team {
         self.link.rank()
     }
 
-    /// Whether there is no other rank.
+    /// Whether this rank only samples.
+    pub fn is_sampler(&self) -> bool {
+        self.rank() >= self.mesh.ranks()
+    }
+
+    /// The ranks that sample and score together with this one: trainers, or those that only sample.
+    pub fn peers(&self) -> Range<usize> {
+        let trainers = self.mesh.ranks();
+        if self.is_sampler() { trainers..trainers + self.samplers } else { 0..trainers }
+    }
+
+    /// The number of this rank among its peers.
+    pub fn place(&self) -> usize {
+        self.rank() - self.peers().start
+    }
+
+    /// Whether there is no other rank to train, sample or score with.
     pub fn is_alone(&self) -> bool {
-        self.mesh.ranks() == 1
+        self.peers().len() == 1
     }
 
     /// Order of a stage's passes; a single stage has nobody to wait for.

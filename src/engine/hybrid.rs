@@ -17,7 +17,7 @@ use super::resident::{
     Calibration, Resident, config_of, interrupted, out_of_memory, require_policy, save_model,
     write_slabs,
 };
-use super::switch::{Switch, experts_of as sampling_experts};
+use super::switch::{Switch, Way, experts_of as sampling_experts};
 use super::utilisation::Chores;
 use crate::checkpoint::TensorFolder;
 use crate::checkpoint::tensors::OPTIMIZER_FILE;
@@ -72,7 +72,9 @@ pub struct HybridEngine {
     pub(super) policy: Option<Resident>,
     /// The policy's way to the layout of sampling, if that is another than the one of training.
     pub(super) switch: Option<Switch>,
-    /// All ranks.
+    /// The policy's way to the ranks that only sample, if there are any.
+    pub(super) to_samplers: Option<Way>,
+    /// All ranks that sample and score together.
     pub(super) world: Group,
     pub(super) policy_version: u64,
     pub(super) others: BTreeMap<Role, Resident>,
@@ -94,7 +96,7 @@ pub struct HybridEngine {
 pub(super) struct Working {
     pub packed: Option<PackedModel>,
     /// What the weights are packed as for sampling.
-    sampling: WeightFormat,
+    pub(super) sampling: WeightFormat,
     pub gradients: Option<Gradients>,
     pub cache: Option<LatentCache>,
     pub scored: Option<(Role, Params, PackedModel)>,
@@ -118,7 +120,7 @@ impl HybridEngine {
             Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),
             None => Arc::new(plain),
         };
-        let (link, ranks) = (setup.team.link.clone(), (0..setup.team.mesh.ranks()).collect());
+        let (link, ranks) = (setup.team.link.clone(), setup.team.peers().collect());
         Ok(HybridEngine {
             world: Group::new(link, ranks, setup.team.deadline),
             kernels,
@@ -126,6 +128,7 @@ impl HybridEngine {
             phase: Phase::Idle,
             policy: None,
             switch: None,
+            to_samplers: None,
             policy_version: 0,
             others: BTreeMap::new(),
             optimizer: None,
@@ -144,12 +147,11 @@ impl HybridEngine {
         self.enter_phase(Phase::Idle)?;
         let _during = Activity::Load.begin(&self.kernels);
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
-        self.switch = None;
+        (self.switch, self.to_samplers) = (None, None);
         self.others.clear();
         (self.balance, self.fitting) = (stage.balance, 0);
         (self.form, self.prefill) = (stage.form, stage.prefill);
-        let (kernels, seed, spill) =
-            (self.kernels.as_ref(), self.setup.seed, self.setup.spill.as_path());
+        let (seed, spill) = (self.setup.seed, &self.setup.spill.clone());
         // Whoever only looks at a model may look at a reward model's weights too.
         if stage.optimizer.is_some() {
             require_policy(&stage.policy)?;
@@ -159,20 +161,17 @@ impl HybridEngine {
             config.rope_scaling = yarn.clone();
             config.max_position_embeddings = *positions;
         }
-        let (team, timeline) = (&self.setup.team, Arc::new(Timeline::since(Instant::now())));
-        let (part, experts) = (part_of(team, &config), experts_of(team, &timeline));
-        let model = Transformer::of_part(kernels, &config, stage.value_head, part, experts)
-            .map_err(out_of_memory)?;
-        self.switch =
-            Switch::new(kernels, team, &config, &model.layout, &timeline).map_err(out_of_memory)?;
-        let ranks = Ranks::new(team, &config, &model.layout, timeline);
+        let (model, ranks) = self.policy_model(&config, stage.value_head)?;
+        let kernels = self.kernels.as_ref();
         let mut policy = Resident::load(kernels, &Role::Policy, model, &stage.policy, seed, spill)?;
+        policy.calibration = Calibration::default();
+        self.policy = Some(policy);
+        // Who only samples has no other model and no optimizer.
+        let Some(ranks) = ranks else { return Ok(()) };
         if let Some(settings) = &stage.optimizer {
             self.optimizer =
                 Some(ParkedOptimizer::new(kernels, ranks, settings, stage.steps, spill)?);
         }
-        policy.calibration = Calibration::default();
-        self.policy = Some(policy);
         let mut others: Vec<_> =
             stage.reference.iter().map(|source| (Role::Reference, source.clone(), false)).collect();
         let folder = |path: &PathBuf| super::phase::ModelSource::Folder(path.clone());
@@ -186,7 +185,7 @@ impl HybridEngine {
             let config = config_of(&self.setup.model, &source)?;
             let (kernels, spill) = (self.kernels.as_ref(), self.setup.spill.as_path());
             let team = &self.setup.team;
-            let part = Part::in_sampling(&config, &team.sampling, team.rank());
+            let part = Part::in_sampling(&config, &team.sampling, team.place());
             let experts = sampling_experts(team, &Arc::new(Timeline::since(Instant::now())));
             let model = Transformer::of_part(kernels, &config, value_head, part, experts)
                 .map_err(out_of_memory)?;
@@ -195,6 +194,35 @@ impl HybridEngine {
             self.park()?;
         }
         Ok(())
+    }
+
+    /// This rank's part of the policy, and what it needs of the others if it trains; readies the ways between layouts.
+    fn policy_model(
+        &mut self,
+        config: &ModelConfig,
+        value_head: bool,
+    ) -> Result<(Transformer, Option<Ranks>)> {
+        let (kernels, team) = (self.kernels.as_ref(), &self.setup.team);
+        let timeline = Arc::new(Timeline::since(Instant::now()));
+        let (part, experts) = match team.is_sampler() {
+            true => (
+                Part::in_sampling(config, &team.sampling, team.place()),
+                sampling_experts(team, &timeline),
+            ),
+            false => (part_of(team, config), experts_of(team, &timeline)),
+        };
+        let model = Transformer::of_part(kernels, config, value_head, part, experts);
+        let model = model.map_err(out_of_memory)?;
+        if team.samplers > 0 {
+            self.to_samplers = Some(Way::to_samplers(team, config, &model.layout));
+        }
+        if team.is_sampler() {
+            return Ok((model, None));
+        }
+        self.switch =
+            Switch::new(kernels, team, config, &model.layout, &timeline).map_err(out_of_memory)?;
+        let ranks = Ranks::new(team, config, &model.layout, timeline);
+        Ok((model, Some(ranks)))
     }
 
     /// Leaves the current phase's memory and readies the next one's. Does nothing if already there.
@@ -220,11 +248,7 @@ impl HybridEngine {
             }
             if self.policy.is_some() {
                 match phase {
-                    Phase::Generate => {
-                        let (format, prefill) = (sampling, self.prefill);
-                        self.pack_policy(PackFor { format, prefill, ..PackFor::SAMPLING })?;
-                        self.working.sampling = sampling;
-                    }
+                    Phase::Generate => self.pack_for_sampling(sampling)?,
                     Phase::Train => bytes_in += self.ready_training()?,
                     Phase::Score | Phase::Idle => {}
                 }

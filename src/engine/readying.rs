@@ -9,6 +9,7 @@ use crate::config::Offload;
 use crate::config::engine::AttentionForm;
 use crate::model::{Gradients, PackFor};
 use anyhow::Result;
+use rehearsal_kernels::WeightFormat;
 use std::time::Instant;
 
 impl HybridEngine {
@@ -75,6 +76,14 @@ impl HybridEngine {
         policy.weights.put(params.slab);
         self.working.packed = Some(packed.map_err(out_of_memory)?);
         self.chores.packed_since(began);
+        Ok(())
+    }
+
+    /// Packs the policy for Generate, in this format.
+    pub(super) fn pack_for_sampling(&mut self, format: WeightFormat) -> Result<()> {
+        let prefill = self.prefill;
+        self.pack_policy(PackFor { format, prefill, ..PackFor::SAMPLING })?;
+        self.working.sampling = format;
         Ok(())
     }
 

@@ -134,7 +134,8 @@ impl HybridEngine {
         on_group: &mut dyn FnMut(TokenGroup),
     ) -> Result<GenerateReport> {
         self.expect_phase(Phase::Generate, "generate")?;
-        let job = &job.share(self.setup.team.mesh.ranks(), self.setup.team.rank());
+        let team = &self.setup.team;
+        let job = &job.share(team.peers().len(), team.place());
         let pages = |engine: &HybridEngine, page_bytes, context| {
             pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
         };

@@ -44,7 +44,7 @@ impl Scorer<'_> {
     /// Of a team each rank scores a part of them and returns that.
     pub fn score(&self, job: &ScoreJob, team: &Team) -> Result<Vec<SequenceScore>> {
         check(self.model, job)?;
-        let job = &share(job, team.mesh.ranks(), team.rank());
+        let job = &share(job, team.peers().len(), team.place());
         let mut scores = Vec::with_capacity(job.sequences.len());
         let (mut first, mut rows_at_once) = (0, ROWS_AT_ONCE);
         while self.model.go_on(first < job.sequences.len()).map_err(interrupted)? {

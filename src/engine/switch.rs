@@ -2,22 +2,23 @@
 //!
 //! Both are parts of one model, and the plan between them is data that every rank makes for itself. What a rank holds in
 //! both is copied; the rest goes from rank to rank in buckets, so that nobody ever has more than its two parts and a bucket.
-//! Training's weights stay as they are, so that the way back moves nothing.
+//! Training's weights stay as they are, so that the way back moves nothing. Ranks that only sample get theirs the same way.
 //!
 //! Invariants:
 //!   * no plan moves fewer elements
 //!   * all ranks switch weights of one policy version, which every message names
 
 use super::hybrid::HybridEngine;
+use super::phase::Phase;
 use super::resident::{interrupted, out_of_memory};
 use super::utilisation::Switched;
 use crate::cluster::layout::{Sampling, Slice};
 use crate::cluster::link::Lane;
 use crate::cluster::reshard::least;
-use crate::cluster::{Group, Moved, Pipe, Plan, Team, Timeline};
+use crate::cluster::{Group, Moved, Pipe, Plan, Team, Tensor, Timeline};
 use crate::config::ModelConfig;
 use crate::model::{ExpertRanks, Layout, Params, Part, PassError, Transformer, placement};
-use anyhow::Result;
+use anyhow::{Result, bail, ensure};
 use rehearsal_kernels::{Kernels, OutOfMemory, Slab, View, ViewMut};
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,16 +26,21 @@ use std::time::Instant;
 /// Elements that a rank sends, and receives, at once at most.
 const BUCKET: usize = 4 << 20;
 
-/// The way from one layout to the other, as one rank sees it.
+/// The policy's way to the layout in which it is sampled and scored, as one rank sees it.
 pub(super) struct Switch {
-    /// The policy's part in sampling.
+    /// The policy's part there.
     pub model: Transformer,
+    way: Way,
+}
+
+/// A way of weights from one layout to another.
+pub(super) struct Way {
     plan: Plan,
     least: usize,
-    /// Index of each tensor of the whole model in the two parts, if it is there.
-    training: Vec<usize>,
-    sampling: Vec<usize>,
-    /// Ends of the ways to and from each rank.
+    /// Index of each tensor of the whole model in what this rank holds, and in what it is to hold, if it is there.
+    held: Vec<usize>,
+    wanted: Vec<usize>,
+    /// Ends of the pipes to and from each rank.
     to: Vec<Pipe>,
     from: Vec<Pipe>,
     everybody: Group,
@@ -44,7 +50,7 @@ pub(super) struct Switch {
 pub(super) fn experts_of(team: &Team, timeline: &Arc<Timeline>) -> Option<Arc<ExpertRanks>> {
     let Sampling { expert, .. } = team.sampling;
     (expert > 1).then(|| {
-        let first = team.rank() - team.rank() % expert;
+        let first = team.rank() - team.place() % expert;
         let ranks = (first..first + expert).collect();
         let group = Group::new(team.link.clone(), ranks, team.deadline);
         Arc::new(ExpertRanks { group, timeline: timeline.clone(), is_serial: team.is_serial })
@@ -70,42 +76,73 @@ impl Switch {
         let model = Transformer::of_part(kernels, config, value_head, part, experts)?;
         let tensors = placement::tensors(&Layout::new(config, value_head), config);
         let layout = team.layout(config.num_hidden_layers);
-        let of_all = |of: &dyn Fn(usize) -> Vec<Slice>| -> Vec<Vec<Slice>> {
-            (0..mesh.ranks()).map(of).collect()
+        let ranks = 0..mesh.ranks();
+        let held = ranks.clone().map(|rank| layout.weights(rank, &tensors)).collect();
+        let wanted = ranks.map(|rank| sampling.weights(rank, &tensors)).collect();
+        let way = Way::new(team, &tensors, held, wanted, Some(training), Some(&model.layout));
+        Ok(Some(Switch { model, way }))
+    }
+}
+
+impl Way {
+    /// From trainers to the ranks that only sample; `own` is what this rank holds of the policy.
+    pub fn to_samplers(team: &Team, config: &ModelConfig, own: &Layout) -> Way {
+        let tensors = placement::tensors(&Layout::new(config, own.has_value_head), config);
+        let (layout, trainers) = (team.layout(config.num_hidden_layers), team.mesh.ranks());
+        let ranks = 0..trainers + team.samplers;
+        let held = |rank: usize| match rank < trainers {
+            true => layout.weights(rank, &tensors),
+            false => Vec::new(),
         };
-        let held = of_all(&|rank| layout.weights(rank, &tensors));
-        let wanted = of_all(&|rank| sampling.weights(rank, &tensors));
-        let plan = Plan::new(&tensors, &held, &wanted, BUCKET);
-        let plan = plan.expect("training holds every tensor somewhere");
-        let pipe = |other| Pipe::new(team.link.clone(), other, Lane::Switch, team.deadline);
-        let index = |part: &Layout| {
-            let mut index = vec![usize::MAX; tensors.len()];
-            part.specs.iter().enumerate().for_each(|(place, spec)| index[spec.number] = place);
-            index
+        let wanted = |rank: usize| match rank < trainers {
+            true => Vec::new(),
+            false => team.samplers_layout.weights(rank - trainers, &tensors),
         };
-        Ok(Some(Switch {
-            least: least(&held, &wanted),
-            training: index(training),
-            sampling: index(&model.layout),
-            to: (0..mesh.ranks()).map(pipe).collect(),
-            from: (0..mesh.ranks()).map(pipe).collect(),
-            everybody: Group::new(team.link.clone(), (0..mesh.ranks()).collect(), team.deadline),
-            model,
-            plan,
-        }))
+        let (held, wanted) = (ranks.clone().map(held).collect(), ranks.map(wanted).collect());
+        let [from, to] = if team.is_sampler() { [None, Some(own)] } else { [Some(own), None] };
+        Way::new(team, &tensors, held, wanted, from, to)
     }
 
-    /// Fills `to` from what the ranks hold in training.
+    /// From what each rank holds to what each wants; `from` and `to` are this rank's parts in the two.
+    fn new(
+        team: &Team,
+        tensors: &[Tensor],
+        held: Vec<Vec<Slice>>,
+        wanted: Vec<Vec<Slice>>,
+        from: Option<&Layout>,
+        to: Option<&Layout>,
+    ) -> Way {
+        let ranks = 0..held.len();
+        let plan = Plan::new(tensors, &held, &wanted, BUCKET);
+        let pipe = |other| Pipe::new(team.link.clone(), other, Lane::Switch, team.deadline);
+        let index = |part: Option<&Layout>| {
+            let mut index = vec![usize::MAX; tensors.len()];
+            let specs = part.into_iter().flat_map(|part| part.specs.iter().enumerate());
+            specs.for_each(|(place, spec)| index[spec.number] = place);
+            index
+        };
+        Way {
+            plan: plan.expect("training holds every tensor somewhere"),
+            least: least(&held, &wanted),
+            held: index(from),
+            wanted: index(to),
+            to: ranks.clone().map(pipe).collect(),
+            from: ranks.clone().map(pipe).collect(),
+            everybody: Group::new(team.link.clone(), ranks.collect(), team.deadline),
+        }
+    }
+
+    /// Carries out the plan: what this rank holds lies in `from`, what it is to hold goes to `to`.
     pub fn run(
         &self,
         kernels: &dyn Kernels,
         version: u64,
-        from: &Params,
-        to: &mut Params,
+        from: Option<&Slab>,
+        to: Option<&mut Slab>,
     ) -> Result<Switched, PassError> {
         let (began, width) = (Instant::now(), kernels.float().size());
-        let from = Side { slab: &from.slab, places: &self.training };
-        let to = SideMut { slab: &mut to.slab, places: &self.sampling };
+        let from = from.map(|slab| Side { slab, places: &self.held });
+        let to = to.map(|slab| SideMut { slab, places: &self.wanted });
         let [sent_bytes, received_bytes] = self.execute(kernels, &self.plan, version, from, to)?;
         Ok(Switched {
             moved_bytes: (self.plan.sent() * width) as u64,
@@ -116,17 +153,19 @@ impl Switch {
         })
     }
 
-    /// Carries out a plan; returns the bytes that this rank sent and received.
+    /// Returns the bytes that this rank sent and received.
     fn execute(
         &self,
         kernels: &dyn Kernels,
         plan: &Plan,
         version: u64,
-        from: Side<'_>,
-        mut to: SideMut<'_>,
+        from: Option<Side<'_>>,
+        mut to: Option<SideMut<'_>>,
     ) -> Result<[u64; 2], PassError> {
+        const HELD: &str = "the plan knows who holds what";
         let (own, width) = (self.everybody.own(), kernels.float().size());
         for (_, part) in plan.kept.iter().filter(|(rank, _)| *rank == own) {
+            let (from, to) = (from.as_ref().expect(HELD), to.as_mut().expect(HELD));
             kernels.copy(
                 &from.tensor(part).block(part.rows.clone(), part.cols.clone()),
                 &mut to.tensor(part).block_mut(part.rows.clone(), part.cols.clone()),
@@ -138,21 +177,19 @@ impl Switch {
                 format!("weights of policy version {version}, tensor {}", moved.part.tensor)
             };
             for moved in round.iter().filter(|moved| moved.from == own) {
-                let held = from.tensor(&moved.part);
-                let bytes = kernels
-                    .download_bytes(&held.block(moved.part.rows.clone(), moved.part.cols.clone()));
+                let (part, held) = (&moved.part, from.as_ref().expect(HELD).tensor(&moved.part));
+                let bytes =
+                    kernels.download_bytes(&held.block(part.rows.clone(), part.cols.clone()));
                 bytes_of[0] += bytes.len() as u64;
                 self.to[moved.to].send(&name(moved), width, bytes)?;
             }
             for moved in round.iter().filter(|moved| moved.to == own) {
-                let elements = moved.part.elements();
+                let (part, elements) = (&moved.part, moved.part.elements());
                 let bytes = self.from[moved.from].receive(&name(moved), elements, width)?;
                 bytes_of[1] += bytes.len() as u64;
-                let mut wanted = to.tensor(&moved.part);
-                kernels.upload_bytes(
-                    &bytes,
-                    &mut wanted.block_mut(moved.part.rows.clone(), moved.part.cols.clone()),
-                );
+                let mut wanted = to.as_mut().expect(HELD).tensor(part);
+                let mut wanted = wanted.block_mut(part.rows.clone(), part.cols.clone());
+                kernels.upload_bytes(&bytes, &mut wanted);
             }
             // Nobody runs ahead of who has not taken its bucket yet.
             self.everybody.barrier(&format!("bucket {number} of the switch"))?;
@@ -194,11 +231,42 @@ impl HybridEngine {
         let (held, _) = policy.take(kernels)?;
         let mut wanted = Params::new(kernels, switch.model.layout.clone(), "policy in sampling")
             .map_err(out_of_memory)?;
-        let switched = switch.run(kernels, self.policy_version, &held, &mut wanted);
+        let (from, to) = (Some(&held.slab), Some(&mut wanted.slab));
+        let switched = switch.way.run(kernels, self.policy_version, from, to);
         policy.weights.put(held.slab);
         let switched = switched.map_err(interrupted)?;
         self.chores.switched(switched);
         Ok(Some(wanted))
+    }
+
+    /// Trainers give the policy of this version to the ranks that only sample. All of both take part, between their jobs.
+    pub fn hand_over(&mut self, version: u64) -> Result<Switched> {
+        let Some(way) = &self.to_samplers else {
+            bail!("no rank of this run only samples (cluster.samplers)")
+        };
+        let (kernels, is_sampler) = (self.kernels.as_ref(), self.setup.team.is_sampler());
+        let Some(policy) = self.policy.as_mut() else { bail!("no policy is loaded") };
+        ensure!(
+            is_sampler || self.policy_version == version,
+            "the policy is version {} and is to be handed over as {version}",
+            self.policy_version
+        );
+        let (mut own, _) = policy.take(kernels)?;
+        let switched = match is_sampler {
+            true => way.run(kernels, version, None, Some(&mut own.slab)),
+            false => way.run(kernels, version, Some(&own.slab), None),
+        };
+        if !is_sampler {
+            policy.weights.put(own.slab);
+            return switched.map_err(interrupted);
+        }
+        policy.weights.put_changed(own.slab);
+        let switched = switched.map_err(interrupted)?;
+        self.policy_version = version;
+        if self.phase == Phase::Generate {
+            self.pack_for_sampling(self.working.sampling)?;
+        }
+        Ok(switched)
     }
 }
 
@@ -234,7 +302,8 @@ mod tests {
         held.initialize(&kernels, 7, 1.0);
         let switch = Switch::new(&kernels, team, config, &layout, &timeline).unwrap()?;
         let mut wanted = Params::new(&kernels, switch.model.layout.clone(), "wanted").unwrap();
-        let switched = switch.run(&kernels, 3, &held, &mut wanted).unwrap();
+        let (from, to) = (Some(&held.slab), Some(&mut wanted.slab));
+        let switched = switch.way.run(&kernels, 3, from, to).unwrap();
         assert_eq!(switched.moved_bytes, switched.least_bytes);
         for (number, hash) in hashes(&kernels, &wanted) {
             assert_eq!(hash, all[number].1, "tensor {number}");
@@ -247,9 +316,9 @@ mod tests {
         let to: Vec<_> = ranks.map(|r| training.weights(r, &tensors)).collect();
         let plan = Plan::new(&tensors, &from, &to, 1000).unwrap();
         let mut back = Params::new(&kernels, layout.clone(), "back").unwrap();
-        let from = Side { slab: &wanted.slab, places: &switch.sampling };
-        let into = SideMut { slab: &mut back.slab, places: &switch.training };
-        switch.execute(&kernels, &plan, 3, from, into).unwrap();
+        let from = Side { slab: &wanted.slab, places: &switch.way.wanted };
+        let into = SideMut { slab: &mut back.slab, places: &switch.way.held };
+        switch.way.execute(&kernels, &plan, 3, Some(from), Some(into)).unwrap();
         assert_eq!(hashes(&kernels, &back), hashes(&kernels, &held));
         Some(switched)
     }
@@ -269,7 +338,7 @@ mod tests {
                     let link: Arc<dyn Link> = Arc::new(link);
                     let (schedule, config) = (PipelineSchedule::ZeroBubbleH1, &config);
                     let deadline = Duration::from_secs(20);
-                    let team = Team { link, mesh, schedule, sampling, deadline, is_serial: false };
+                    let team = Team { link, mesh, schedule, sampling, deadline, ..Team::alone() };
                     scope.spawn(move || there_and_back(&team, config))
                 };
                 let threads: Vec<_> = Local::new(mesh.ranks()).into_iter().map(start).collect();

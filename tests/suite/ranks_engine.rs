@@ -14,6 +14,7 @@ use rehearsal::engine::phase::*;
 use rehearsal::rl::grpo::GrpoSettings;
 use rehearsal::rl::rollout::{Group, ScoredGroup};
 use std::path::PathBuf;
+use std::sync::mpsc::channel;
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use tempfile::TempDir;
@@ -202,6 +203,128 @@ fn ranks_sample_and_score_as_one_to_the_bit_and_take_the_same_steps() {
             }
         }
     }
+}
+
+/// Three updates, each by rollouts of the version before the one that it changes (the first by its own): those of the next
+/// step are asked for before the update.
+fn updates(
+    engine: &mut HybridEngine,
+    mut ask: impl FnMut(&mut HybridEngine, u64, u64),
+    mut take: impl FnMut(&mut HybridEngine) -> Vec<TokenGroup>,
+) -> (Vec<Vec<TokenGroup>>, Vec<StepReport>) {
+    let (mut all, mut reports) = (Vec::new(), Vec::new());
+    ask(engine, 0, 0);
+    for step in 0..3 {
+        let groups = take(engine);
+        ask(engine, step + 1, step);
+        engine.enter_phase(Phase::Train).unwrap();
+        let job = asked(step, step.saturating_sub(1));
+        let groups_scored = groups.iter().map(|group| scored(group, &job)).collect();
+        let settings = GrpoSettings { max_new_tokens: 9, ..settings() };
+        let job =
+            TrainJob::Grpo { groups: groups_scored, settings, micro_batch: 0, share_prompts: true };
+        reports.push(engine.train(&job).unwrap());
+        all.push(groups);
+    }
+    take(engine);
+    (all, reports)
+}
+
+fn asked(step: u64, policy_version: u64) -> GenerateJob {
+    GenerateJob { step, ..job(policy_version) }
+}
+
+#[test]
+fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_would() {
+    // One rank, which samples ahead and then trains.
+    let one = on_engines(
+        Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 },
+        |engine, _| {
+            engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
+            let ahead = std::cell::RefCell::new(Vec::new());
+            let ask = |engine: &mut HybridEngine, step, version| {
+                engine.enter_phase(Phase::Generate).unwrap();
+                engine
+                    .generate(&asked(step, version), &mut |group| ahead.borrow_mut().push(group))
+                    .unwrap();
+            };
+            let take = |_: &mut HybridEngine| {
+                let mut groups = std::mem::take(&mut *ahead.borrow_mut());
+                groups.sort_by_key(|group: &TokenGroup| group.slot);
+                groups
+            };
+            updates(engine, ask, take)
+        },
+    )
+    .remove(0);
+    // A trainer, and two ranks that share the experts and sample meanwhile.
+    let mesh = Mesh::ONE;
+    let samplers_layout = Sampling { ranks: 2, tensor: 1, expert: 2 };
+    let folder = TempDir::new().unwrap();
+    let engine = |rank: usize, link: Local| {
+        let sampling = if rank > 0 { samplers_layout } else { Team::alone().sampling };
+        let team = Team {
+            sampling,
+            samplers: 2,
+            samplers_layout,
+            ..team(link, mesh, OneForwardOneBackward)
+        };
+        let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
+        let spill = folder.path().join(rank.to_string());
+        let mut engine =
+            HybridEngine::new(EngineSetup { model: model(), engine, seed: 1, spill, team })
+                .unwrap();
+        engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
+        engine
+    };
+    let many = thread::scope(|scope| {
+        let mut links = Local::new(3).into_iter();
+        let trainer = links.next().unwrap();
+        let (made, groups) = channel();
+        let orders: Vec<_> = links
+            .enumerate()
+            .map(|(place, link)| {
+                let (orders, work) = channel::<(u64, u64)>();
+                let (made, engine) = (made.clone(), &engine);
+                scope.spawn(move || {
+                    let mut engine = engine(1 + place, link);
+                    for (step, version) in work {
+                        if step > 0 {
+                            engine.hand_over(version).unwrap();
+                        }
+                        engine.enter_phase(Phase::Generate).unwrap();
+                        let mut groups = Vec::new();
+                        let job = asked(step, version);
+                        engine.generate(&job, &mut |group| groups.push(group)).unwrap();
+                        made.send(groups).unwrap();
+                    }
+                });
+                orders
+            })
+            .collect();
+        let mut trainer = engine(0, trainer);
+        let ask = |engine: &mut HybridEngine, step: u64, version: u64| {
+            orders.iter().for_each(|order| order.send((step, version)).unwrap());
+            if step > 0 {
+                let switched = engine.hand_over(version).unwrap();
+                assert_eq!(switched.moved_bytes, switched.least_bytes);
+                assert_eq!(switched.sent_bytes, switched.moved_bytes, "it alone has them");
+            }
+        };
+        let take = |_: &mut HybridEngine| {
+            let mut all = [groups.recv().unwrap(), groups.recv().unwrap()].concat();
+            all.sort_by_key(|group: &TokenGroup| group.slot);
+            all
+        };
+        updates(&mut trainer, ask, take)
+    });
+    assert_eq!(many.0, one.0, "the same rollouts to the bit");
+    let figures = |reports: &[StepReport]| -> Vec<[u64; 2]> {
+        reports.iter().map(|r| [r.loss, r.gradient_norm].map(f64::to_bits)).collect()
+    };
+    assert_eq!(figures(&many.1), figures(&one.1));
+    let versions: Vec<u64> = many.0.iter().map(|groups| groups[0].policy_version).collect();
+    assert_eq!(versions, [0, 0, 1]);
 }
 
 #[test]

@@ -13,8 +13,9 @@ use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
 use rehearsal::engine::phase::*;
 use rehearsal::rl::grpo::GrpoSettings;
 use rehearsal::rl::rollout::{Group, ScoredGroup};
+use std::cell::RefCell;
 use std::path::PathBuf;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Barrier, Mutex};
 use std::thread;
 use tempfile::TempDir;
@@ -234,75 +235,66 @@ fn asked(step: u64, policy_version: u64) -> GenerateJob {
     GenerateJob { step, ..job(policy_version) }
 }
 
+/// One rank, which samples ahead and then trains.
+fn samples_ahead(engine: &mut HybridEngine) -> (Vec<Vec<TokenGroup>>, Vec<StepReport>) {
+    engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
+    let ahead = RefCell::new(Vec::new());
+    let ask = |engine: &mut HybridEngine, step, version| {
+        engine.enter_phase(Phase::Generate).unwrap();
+        let job = asked(step, version);
+        engine.generate(&job, &mut |group| ahead.borrow_mut().push(group)).unwrap();
+    };
+    let take = |_: &mut HybridEngine| {
+        let mut groups = std::mem::take(&mut *ahead.borrow_mut());
+        groups.sort_by_key(|group: &TokenGroup| group.slot);
+        groups
+    };
+    updates(engine, ask, take)
+}
+
+/// A trainer, or one of two ranks that share the experts and only sample.
+fn trainer_or_sampler(rank: usize, link: Local, spill: PathBuf) -> HybridEngine {
+    let samplers_layout = Sampling { ranks: 2, tensor: 1, expert: 2 };
+    let sampling = if rank > 0 { samplers_layout } else { Team::alone().sampling };
+    let whole = team(link, Mesh::ONE, OneForwardOneBackward);
+    let team = Team { sampling, samplers: 2, samplers_layout, ..whole };
+    let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
+    let setup = EngineSetup { model: model(), engine, seed: 1, spill, team };
+    let mut engine = HybridEngine::new(setup).unwrap();
+    engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
+    engine
+}
+
+/// Samples what is asked for, each step from the version that was handed over for it.
+fn sample_all(mut engine: HybridEngine, work: Receiver<(u64, u64)>, made: Sender<Vec<TokenGroup>>) {
+    for (step, version) in work {
+        if step > 0 {
+            engine.hand_over(version).unwrap();
+        }
+        engine.enter_phase(Phase::Generate).unwrap();
+        let (job, mut groups) = (asked(step, version), Vec::new());
+        engine.generate(&job, &mut |group| groups.push(group)).unwrap();
+        made.send(groups).unwrap();
+    }
+}
+
 #[test]
 fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_would() {
-    // One rank, which samples ahead and then trains.
-    let one = on_engines(
-        Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 },
-        |engine, _| {
-            engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
-            let ahead = std::cell::RefCell::new(Vec::new());
-            let ask = |engine: &mut HybridEngine, step, version| {
-                engine.enter_phase(Phase::Generate).unwrap();
-                engine
-                    .generate(&asked(step, version), &mut |group| ahead.borrow_mut().push(group))
-                    .unwrap();
-            };
-            let take = |_: &mut HybridEngine| {
-                let mut groups = std::mem::take(&mut *ahead.borrow_mut());
-                groups.sort_by_key(|group: &TokenGroup| group.slot);
-                groups
-            };
-            updates(engine, ask, take)
-        },
-    )
-    .remove(0);
-    // A trainer, and two ranks that share the experts and sample meanwhile.
-    let mesh = Mesh::ONE;
-    let samplers_layout = Sampling { ranks: 2, tensor: 1, expert: 2 };
+    let alone = Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 };
+    let one = on_engines(alone, |engine, _| samples_ahead(engine)).remove(0);
     let folder = TempDir::new().unwrap();
-    let engine = |rank: usize, link: Local| {
-        let sampling = if rank > 0 { samplers_layout } else { Team::alone().sampling };
-        let team = Team {
-            sampling,
-            samplers: 2,
-            samplers_layout,
-            ..team(link, mesh, OneForwardOneBackward)
-        };
-        let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
-        let spill = folder.path().join(rank.to_string());
-        let mut engine =
-            HybridEngine::new(EngineSetup { model: model(), engine, seed: 1, spill, team })
-                .unwrap();
-        engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
-        engine
-    };
+    let spill = |rank: usize| folder.path().join(rank.to_string());
     let many = thread::scope(|scope| {
         let mut links = Local::new(3).into_iter();
-        let trainer = links.next().unwrap();
+        let first = links.next().unwrap();
         let (made, groups) = channel();
-        let orders: Vec<_> = links
-            .enumerate()
-            .map(|(place, link)| {
-                let (orders, work) = channel::<(u64, u64)>();
-                let (made, engine) = (made.clone(), &engine);
-                scope.spawn(move || {
-                    let mut engine = engine(1 + place, link);
-                    for (step, version) in work {
-                        if step > 0 {
-                            engine.hand_over(version).unwrap();
-                        }
-                        engine.enter_phase(Phase::Generate).unwrap();
-                        let mut groups = Vec::new();
-                        let job = asked(step, version);
-                        engine.generate(&job, &mut |group| groups.push(group)).unwrap();
-                        made.send(groups).unwrap();
-                    }
-                });
-                orders
-            })
-            .collect();
-        let mut trainer = engine(0, trainer);
+        let sampler = |(place, link)| {
+            let (orders, work) = channel();
+            let (made, spill) = (made.clone(), spill(1 + place));
+            scope.spawn(move || sample_all(trainer_or_sampler(1 + place, link, spill), work, made));
+            orders
+        };
+        let orders: Vec<_> = links.enumerate().map(sampler).collect();
         let ask = |engine: &mut HybridEngine, step: u64, version: u64| {
             orders.iter().for_each(|order| order.send((step, version)).unwrap());
             if step > 0 {
@@ -316,7 +308,7 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
             all.sort_by_key(|group: &TokenGroup| group.slot);
             all
         };
-        updates(&mut trainer, ask, take)
+        updates(&mut trainer_or_sampler(0, first, spill(0)), ask, take)
     });
     assert_eq!(many.0, one.0, "the same rollouts to the bit");
     let figures = |reports: &[StepReport]| -> Vec<[u64; 2]> {

@@ -8,6 +8,7 @@
 //! Knows no tensors: a file is bytes with a name.
 
 use super::disk::{disk_fault, is_plain_name, read_limited};
+use super::shards::spread;
 use crate::config::Fault;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -67,8 +68,16 @@ impl Manifest {
     /// Compares a folder with its manifest, byte for byte; the error names the file and what is
     /// wrong with it.
     pub fn verify(folder: &Path) -> Result<Manifest> {
+        Manifest::verify_share(folder, 0, 1)
+    }
+
+    /// The same, but of the files' content only this rank's share of so many: as many bytes as the others'.
+    pub fn verify_share(folder: &Path, rank: usize, ranks: usize) -> Result<Manifest> {
         let manifest = Manifest::read(folder)?;
-        for (name, record) in &manifest.files {
+        let all: Vec<usize> = (0..ranks).collect();
+        let work: Vec<_> = manifest.files.values().map(|file| (file.bytes, all.clone())).collect();
+        let readers = spread(&work, ranks);
+        for ((name, record), reader) in manifest.files.iter().zip(readers) {
             let path = folder.join(name);
             let fault = |what: String| {
                 Err(Fault::user(format!(
@@ -95,7 +104,7 @@ impl Manifest {
                 }
                 Ok(_) => {}
             }
-            if FileRecord::of(&path)? != *record {
+            if reader == rank && FileRecord::of(&path)? != *record {
                 return fault("its content is not what was written".to_string());
             }
         }
@@ -132,16 +141,53 @@ impl Manifest {
         Ok(sealed.manifest)
     }
 
-    /// Lists and hashes the files of a folder that is being committed.
-    pub(super) fn record_files(&mut self, folder: &Path) -> Result<()> {
+    /// Lists the files of a folder that is being committed. Those that ranks have written are recorded as they wrote
+    /// them, the others are hashed.
+    pub(super) fn record_files(
+        &mut self,
+        folder: &Path,
+        mut written: BTreeMap<String, FileRecord>,
+    ) -> Result<()> {
         self.format = FORMAT;
         self.files.clear();
+        let is_shared = !written.is_empty();
         for name in list_files(folder)?.into_iter().filter(|name| name != MANIFEST_FILE) {
             assert!(is_plain_name(&name), "{name:?} in a folder that is committed");
-            let record = FileRecord::of(&folder.join(&name))?;
+            let path = folder.join(&name);
+            let record = match written.remove(&name) {
+                Some(record) => {
+                    let found =
+                        std::fs::metadata(&path).map_err(|e| disk_fault("find", &path, e))?;
+                    if found.len() != record.bytes {
+                        return Err(Fault::user(format!(
+                            "{}: has {} bytes, and its rank wrote {}; all ranks must see the run's \
+                             folder as it is",
+                            path.display(),
+                            found.len(),
+                            record.bytes
+                        )));
+                    }
+                    record
+                }
+                None if is_shared && name.ends_with(".safetensors") => {
+                    return Err(Fault::user(format!(
+                        "{}: no rank wrote it in this commit; end what else writes there, and run \
+                         again with --resume",
+                        path.display()
+                    )));
+                }
+                None => FileRecord::of(&path)?,
+            };
             self.files.insert(name, record);
         }
-        Ok(())
+        match written.keys().next() {
+            None => Ok(()),
+            Some(name) => Err(Fault::user(format!(
+                "{}: a rank wrote it, and it is not there; put the run's folder (--out) on a disk \
+                 that all ranks share",
+                folder.join(name).display()
+            ))),
+        }
     }
 
     /// The file's bytes.

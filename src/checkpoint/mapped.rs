@@ -7,11 +7,14 @@
 //! program cuts short all the same is noticed before each read; if it is cut during one, the system ends the process.
 
 use anyhow::{Context, Result};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::config::Fault;
+
+/// Bytes that are given back together; a multiple of the system's page.
+const PAGE: usize = 1 << 16;
 
 /// See the module.
 #[derive(Debug)]
@@ -61,6 +64,21 @@ impl MappedFile {
                 "{}: has {now} bytes, fewer than when it was opened; it was cut short while it was read",
                 self.path.display()
             ))),
+        }
+    }
+
+    /// Gives the memory of these bytes back, those of whole pages: what was read of a file must not count as this
+    /// process's own until the system needs room. Read again they come from the page cache.
+    #[allow(unsafe_code)]
+    pub(super) fn forget(&self, start: u64, count: usize) {
+        let first = (start as usize).next_multiple_of(PAGE);
+        let end = (start as usize + count) / PAGE * PAGE;
+        if first < end {
+            // SAFETY: the map is shared and only read, so that what is given back is read again as it was. It is no
+            // more than advice: that it was not taken changes nothing.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, first, end - first)
+            };
         }
     }
 }

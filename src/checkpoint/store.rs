@@ -1,8 +1,8 @@
 //! The run's committed checkpoints and finished stages: written aside, synced, renamed; found again
 //! after a crash.
 //!
-//! The order of a commit: (1) a folder `tmp-*` is filled by the caller; (2) its files are synced
-//! and hashed; (3) the manifest is written and synced, then the folder; (4) the folder gets its
+//! The order of a commit: (1) a folder `tmp-*` of its own is filled by the caller, or by all ranks, who
+//! sync and hash what they write; (2) all other files are synced and hashed; (3) the manifest is written and synced, then the folder; (4) the folder gets its
 //! final name `checkpoints/NNNNNN-<stage>-<step>`, and its parent is synced; (5) older ones beyond
 //! `keep` are removed, each renamed first, so that no half-removed folder looks like a checkpoint.
 //!
@@ -13,6 +13,7 @@
 
 use super::disk::{disk_fault, is_plain_name, rename_synced, sync_file, sync_folder, write_synced};
 use super::manifest::{MANIFEST_FILE, Manifest, list_files};
+use super::shards::take_written;
 use crate::config::Fault;
 use crate::config::failpoint::failpoint;
 use crate::config::fault::START_AGAIN;
@@ -20,6 +21,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 const ASIDE: &str = "tmp-";
 
@@ -191,12 +193,10 @@ impl Store {
                  and `.`"
             )));
         }
-        let path = parent.join(format!("{ASIDE}{name}"));
+        // No two have one name: a rank that is late with its part of an aborted commit finds nothing to write into.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos();
+        let path = parent.join(format!("{ASIDE}{now:x}-{name}"));
         let staging = Staging { path, target: parent.join(name) };
-        if staging.path.exists() {
-            std::fs::remove_dir_all(&staging.path)
-                .map_err(|e| disk_fault("remove", &staging.path, e))?;
-        }
         std::fs::create_dir(&staging.path).map_err(|e| disk_fault("create", &staging.path, e))?;
         failpoint("checkpoint-begin");
         Ok(staging)
@@ -229,10 +229,11 @@ impl Store {
 /// Syncs and hashes the files and writes the manifest: steps (2) and (3).
 fn seal(folder: &Path, mut manifest: Manifest) -> Result<Manifest> {
     let path = folder.join(MANIFEST_FILE);
-    for name in list_files(folder)? {
+    let written = take_written(folder)?;
+    for name in list_files(folder)?.iter().filter(|name| !written.contains_key(*name)) {
         sync_file(&folder.join(name))?;
     }
-    manifest.record_files(folder)?;
+    manifest.record_files(folder, written)?;
     failpoint("checkpoint-before-manifest");
     write_synced(&path, &manifest.render())?;
     sync_folder(folder)?;

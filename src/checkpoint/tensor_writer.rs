@@ -1,10 +1,12 @@
 //! Writing tensors as safetensors, one at a time: the header first, then the data in the order
 //! given.
 //!
-//! The bytes are a function of names, shapes, numbers and their type alone. No more than one tensor is held, so
-//! that a model can be written that fits in memory only once.
+//! The bytes are a function of names, shapes, numbers and their type alone, in a shard also of the save's name. No more
+//! than one tensor is held, so that a model can be written that fits in memory only once.
 
 use super::disk::disk_fault;
+use super::manifest::FileRecord;
+use super::shards::SAVE_KEY;
 use super::stored::StoredType;
 use crate::config::failpoint::failpoint;
 use anyhow::{Context, Result};
@@ -37,6 +39,22 @@ pub fn write_tensors(path: &Path, tensors: &[TensorEntry], fetch: &mut Fetch) ->
     write_file(path, tensors, StoredType::F32, fetch, "checkpoint-write")
 }
 
+/// The same for one of several files of a save, which carries the save's name; gives its length and hash, found while it
+/// was written.
+pub fn write_shard(
+    path: &Path,
+    tensors: &[TensorEntry],
+    save: &str,
+    fetch: &mut Fetch,
+) -> Result<FileRecord> {
+    let mut out = Hashed { out: create(path)?, hasher: blake3::Hasher::new() };
+    let header = header(tensors, StoredType::F32, Some(save));
+    write_data(&mut out, path, &header, tensors, StoredType::F32, fetch, "checkpoint-write")?;
+    finish(out.out, path)?;
+    let blake3 = out.hasher.finalize().to_hex().to_string();
+    Ok(FileRecord { bytes: out.hasher.count(), blake3 })
+}
+
 /// Writes one file; `point` is the failpoint passed after each tensor.
 pub(super) fn write_file(
     path: &Path,
@@ -45,11 +63,33 @@ pub(super) fn write_file(
     fetch: &mut Fetch,
     point: &str,
 ) -> Result<()> {
+    let mut out = create(path)?;
+    write_data(&mut out, path, &header(tensors, stored, None), tensors, stored, fetch, point)?;
+    finish(out, path)
+}
+
+fn create(path: &Path) -> Result<BufWriter<File>> {
+    let file = File::create(path).map_err(|e| disk_fault("write", path, e))?;
+    Ok(BufWriter::with_capacity(1 << 18, file))
+}
+
+fn finish(out: BufWriter<File>, path: &Path) -> Result<()> {
+    let synced = out.into_inner().map_err(|e| e.into_error()).and_then(|file| file.sync_all());
+    synced.map_err(|e| disk_fault("write", path, e))
+}
+
+fn write_data(
+    out: &mut dyn Write,
+    path: &Path,
+    header: &[u8],
+    tensors: &[TensorEntry],
+    stored: StoredType,
+    fetch: &mut Fetch,
+    point: &str,
+) -> Result<()> {
     let fault = |e| disk_fault("write", path, e);
-    let header = header(tensors, stored);
-    let mut out = BufWriter::with_capacity(1 << 18, File::create(path).map_err(fault)?);
     out.write_all(&(header.len() as u64).to_le_bytes())
-        .and_then(|()| out.write_all(&header))
+        .and_then(|()| out.write_all(header))
         .map_err(fault)?;
     for (index, tensor) in tensors.iter().enumerate() {
         let numbers = fetch(index).with_context(|| format!("failed to gather {}", tensor.name))?;
@@ -68,12 +108,29 @@ pub(super) fn write_file(
         }
         failpoint(point);
     }
-    let file = out.into_inner().map_err(|e| fault(e.into_error()))?;
-    file.sync_all().map_err(fault)
+    Ok(())
+}
+
+/// A file that is hashed while it is written.
+struct Hashed {
+    out: BufWriter<File>,
+    hasher: blake3::Hasher,
+}
+
+impl Write for Hashed {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let count = self.out.write(bytes)?;
+        self.hasher.update(&bytes[..count]);
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
 }
 
 /// The JSON header, padded so that the data is aligned to eight bytes.
-fn header(tensors: &[TensorEntry], stored: StoredType) -> Vec<u8> {
+fn header(tensors: &[TensorEntry], stored: StoredType, save: Option<&str>) -> Vec<u8> {
     let dtype = match stored {
         StoredType::F32 => "F32",
         StoredType::Bf16 => "BF16",
@@ -81,7 +138,11 @@ fn header(tensors: &[TensorEntry], stored: StoredType) -> Vec<u8> {
     };
     let mut entries = Map::new();
     // transformers refuses a file that does not say which framework's layout it has.
-    entries.insert("__metadata__".to_string(), json!({"format": "pt"}));
+    let mut metadata = json!({"format": "pt"});
+    if let Some(save) = save {
+        metadata[SAVE_KEY] = json!(save);
+    }
+    entries.insert("__metadata__".to_string(), metadata);
     let mut at = 0;
     for tensor in tensors {
         let end = at + stored.bytes(tensor.elements());
@@ -121,6 +182,15 @@ mod tests {
             .collect();
         assert_eq!(written[0], written[1]);
         assert_eq!(u64::from_le_bytes(written[0][..8].try_into().expect("eight bytes")) % 8, 0);
+    }
+
+    #[test]
+    fn a_shard_s_record_is_that_of_the_file() {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let path = folder.path().join("shard");
+        let mut fetch = |index: usize| Ok(vec![2.0; 3 + index]);
+        let record = write_shard(&path, &shapes(), "step 7", &mut fetch).expect("a file");
+        assert_eq!(record, FileRecord::of(&path).expect("the file"));
     }
 
     #[test]

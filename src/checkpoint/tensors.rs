@@ -6,18 +6,21 @@
 //! holds one copy of the model. Numbers come out as f32, whatever 16, 32 or 64 bit float they were
 //! stored as. Fused experts are seen under the names of single ones (`fused_experts`).
 
-use super::disk::{is_plain_name, read_limited};
+use super::disk::is_plain_name;
 use super::fused_experts;
 use super::manifest::{MANIFEST_FILE, Manifest};
 use super::mapped::MappedFile;
-pub use super::tensor_writer::{Fetch, TensorEntry, write_tensors};
+use super::shards::{Index, SAVE_KEY, is_shard_of, read_index};
+pub use super::tensor_writer::{Fetch, TensorEntry, write_shard, write_tensors};
 use crate::config::Fault;
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use serde::de::{IgnoredAny, MapAccess, Visitor};
+use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use serde_json::Value;
+use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 use std::path::Path;
 
 /// Name of the index of a sharded model.
@@ -27,7 +30,7 @@ pub const MODEL_FILE: &str = "model.safetensors";
 /// Name of the optimizer's moments in a checkpoint.
 pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 
-/// A header or an index beyond this is an attack or a mistake; DeepSeek-V2's own index has 2.5 MB.
+/// A header beyond this is an attack or a mistake.
 const HEADER_LIMIT: u64 = 16 << 20;
 const RANK_LIMIT: usize = 8;
 
@@ -35,6 +38,8 @@ const RANK_LIMIT: usize = 8;
 #[derive(Debug)]
 pub struct TensorFolder {
     files: Vec<MappedFile>,
+    /// The save that each file is a shard of, if it says so.
+    saves: Vec<Option<String>>,
     places: HashMap<String, Place>,
     order: Vec<String>,
     /// The file of each tensor under the name that the file has for it.
@@ -53,15 +58,27 @@ impl TensorFolder {
     /// Opens a model's folder: the files of its index, or `model.safetensors`, or all its
     /// safetensors files but the optimizer's. A folder with a manifest is compared with it first.
     pub fn open(folder: &Path) -> Result<TensorFolder> {
+        TensorFolder::check_share(folder, 0, 1)?;
+        TensorFolder::open_checked(folder)
+    }
+
+    /// Compares this rank's share of a model's folder with its manifest, if it has one. Of so many ranks each takes a
+    /// share, so that together they read every byte once.
+    pub fn check_share(folder: &Path, rank: usize, ranks: usize) -> Result<()> {
         if !folder.is_dir() {
             return Err(Fault::user(format!(
                 "{}: not a folder; name a checkpoint or a model's folder",
                 folder.display()
             )));
         }
-        if folder.join(MANIFEST_FILE).exists() {
-            Manifest::verify(folder)?;
+        match folder.join(MANIFEST_FILE).exists() {
+            true => Manifest::verify_share(folder, rank, ranks).map(drop),
+            false => Ok(()),
         }
+    }
+
+    /// Opens a folder that was compared with its manifest.
+    pub fn open_checked(folder: &Path) -> Result<TensorFolder> {
         let index = folder.join(INDEX_FILE);
         if index.exists() {
             return TensorFolder::open_sharded(folder, &index);
@@ -74,7 +91,8 @@ impl TensorFolder {
                 .with_context(|| format!("failed to list {}", folder.display()))?
             {
                 let name = entry?.file_name().to_string_lossy().into_owned();
-                if name.ends_with(".safetensors") && name != OPTIMIZER_FILE {
+                let is_moments = name == OPTIMIZER_FILE || is_shard_of(OPTIMIZER_FILE, &name);
+                if name.ends_with(".safetensors") && !is_moments {
                     names.push(name);
                 }
             }
@@ -114,14 +132,27 @@ impl TensorFolder {
 
     /// The tensor's numbers, row by row.
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let Some(place) = self.places.get(name) else {
-            let place = self
-                .files
-                .first()
-                .map(|file| file.path().display().to_string())
-                .unwrap_or_default();
-            return Err(Fault::user(format!("{place}: has no tensor {name}")));
-        };
+        let place = self.place(name)?;
+        self.read_place(name, place, 0..place.elements())
+    }
+
+    /// Some of them; no other byte of the file is touched.
+    pub fn read_f32_range(&self, name: &str, elements: Range<usize>) -> Result<Vec<f32>> {
+        let place = self.place(name)?;
+        assert!(elements.end <= place.elements(), "{elements:?} of tensor {name}");
+        self.read_place(name, place, elements)
+    }
+
+    fn place(&self, name: &str) -> Result<&Place> {
+        self.places.get(name).ok_or_else(|| {
+            let file = self.files.first().map(|file| file.path().display().to_string());
+            let (file, more) = (file.unwrap_or_default(), self.files.len().max(1) - 1);
+            let others = if more > 0 { format!(" and {more} more files") } else { String::new() };
+            Fault::user(format!("{file}{others}: has no tensor {name}"))
+        })
+    }
+
+    fn read_place(&self, name: &str, place: &Place, elements: Range<usize>) -> Result<Vec<f32>> {
         let file = &self.files[place.file];
         let read = || -> Result<Vec<f32>> {
             let Some(size) = float_bytes(place.dtype) else {
@@ -131,7 +162,11 @@ impl TensorFolder {
                     place.dtype
                 )));
             };
-            floats(place.dtype, file.bytes(place.start, place.elements() * size)?)
+            let (start, count) =
+                (place.start + (elements.start * size) as u64, elements.len() * size);
+            let numbers = floats(place.dtype, file.bytes(start, count)?)?;
+            file.forget(start, count);
+            Ok(numbers)
         };
         read().with_context(|| format!("{}: tensor {name}", file.path().display()))
     }
@@ -139,6 +174,7 @@ impl TensorFolder {
     fn empty() -> TensorFolder {
         TensorFolder {
             files: Vec::new(),
+            saves: Vec::new(),
             places: HashMap::new(),
             order: Vec::new(),
             stored: HashMap::new(),
@@ -153,26 +189,15 @@ impl TensorFolder {
         Ok(tensors)
     }
 
-    fn open_sharded(folder: &Path, index: &Path) -> Result<TensorFolder> {
-        #[derive(Deserialize)]
-        struct Index {
-            weight_map: BTreeMap<String, String>,
-        }
+    /// Opens the files that an index names.
+    pub(super) fn open_sharded(folder: &Path, index: &Path) -> Result<TensorFolder> {
         let at = index.display();
-        let parsed: Index = serde_json::from_slice(&read_limited(index, HEADER_LIMIT)?)
-            .map_err(|e| Fault::user(format!("{at}:{}:{}: {e}", e.line(), e.column())))?;
-        for (tensor, file) in &parsed.weight_map {
-            if !is_plain_name(file) || !file.ends_with(".safetensors") {
-                return Err(Fault::user(format!(
-                    "{at}: weight_map.{tensor} = {file:?} is no name of a .safetensors file in \
-                     the same folder"
-                )));
-            }
-        }
-        let names: BTreeSet<&String> = parsed.weight_map.values().collect();
+        let Index { files, save } = read_index(index)?;
+        let names: BTreeSet<&String> = files.values().collect();
         let names: Vec<String> = names.into_iter().cloned().collect();
-        let tensors = TensorFolder::of_files(folder, &names)?;
-        for (tensor, file) in &parsed.weight_map {
+        let tensors = TensorFolder::of_files(folder, &names)
+            .with_context(|| format!("{at}: names files that cannot be used"))?;
+        for (tensor, file) in &files {
             let found = tensors
                 .stored
                 .get(tensor)
@@ -183,6 +208,16 @@ impl TensorFolder {
                 )));
             }
         }
+        let told = |save: &Option<String>| save.clone().unwrap_or_else(|| "no save".to_string());
+        let other = tensors.saves.iter().position(|other| *other != save);
+        if let Some(other) = other.filter(|_| save.is_some()) {
+            return Err(Fault::user(format!(
+                "{}: is of {}, its index of {}; copy all files from one checkpoint",
+                tensors.files[other].path().display(),
+                told(&tensors.saves[other]),
+                told(&save)
+            )));
+        }
         Ok(tensors)
     }
 
@@ -192,7 +227,7 @@ impl TensorFolder {
         let damaged = |reason: String| {
             Fault::user(format!("{at}: {reason}; the file is damaged or no safetensors file"))
         };
-        let (data_start, tensors) = read_header(&file).map_err(damaged)?;
+        let (data_start, tensors, save) = read_header(&file).map_err(damaged)?;
         let lossy: Vec<&str> = tensors
             .iter()
             .filter(|(_, info)| matches!(info.dtype, Dtype::F16 | Dtype::F64))
@@ -206,6 +241,7 @@ impl TensorFolder {
         }
         let index = self.files.len();
         self.files.push(file);
+        self.saves.push(save);
         for (name, info) in tensors {
             let start = data_start + info.data_offsets.0 as u64;
             match fused_experts::parts(&name, &info.shape).map_err(damaged)? {
@@ -249,8 +285,11 @@ impl Place {
     }
 }
 
-/// Checks the header against the file's length; gives the tensors in order of their data.
-fn read_header(file: &MappedFile) -> Result<(u64, Vec<(String, TensorInfo)>), String> {
+/// Where the data begins, the tensors in order of their data, and the save that the file says it is of.
+type Checked = (u64, Vec<(String, TensorInfo)>, Option<String>);
+
+/// Checks the header against the file's length.
+fn read_header(file: &MappedFile) -> Result<Checked, String> {
     let bad = |reason: String| Err(reason);
     let length = file.length();
     if length < 8 {
@@ -267,10 +306,11 @@ fn read_header(file: &MappedFile) -> Result<(u64, Vec<(String, TensorInfo)>), St
     if header_length > length - 8 {
         return bad(format!("truncated: the header has {header_length} bytes, the file {length}"));
     }
-    let Header(mut tensors) = match serde_json::from_slice(bytes(8, header_length as usize)?) {
-        Ok(header) => header,
-        Err(e) => return bad(format!("bad header: {e}")),
-    };
+    let Header { mut tensors, save } =
+        match serde_json::from_slice(bytes(8, header_length as usize)?) {
+            Ok(header) => header,
+            Err(e) => return bad(format!("bad header: {e}")),
+        };
     let mut seen = BTreeSet::new();
     for (name, info) in &tensors {
         if !is_plain_name(name) {
@@ -294,11 +334,14 @@ fn read_header(file: &MappedFile) -> Result<(u64, Vec<(String, TensorInfo)>), St
             length - 8 - header_length
         ));
     }
-    Ok((8 + header_length, tensors))
+    Ok((8 + header_length, tensors, save))
 }
 
 /// The header as written, duplicates included: a map type would drop them silently.
-struct Header(Vec<(String, TensorInfo)>);
+struct Header {
+    tensors: Vec<(String, TensorInfo)>,
+    save: Option<String>,
+}
 
 impl<'de> Deserialize<'de> for Header {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -311,15 +354,16 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut tensors = Vec::new();
+                let (mut tensors, mut save) = (Vec::new(), None);
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        map.next_value::<IgnoredAny>()?;
+                        let metadata: Value = map.next_value()?;
+                        save = metadata[SAVE_KEY].as_str().map(str::to_string);
                     } else {
                         tensors.push((name, map.next_value::<TensorInfo>()?));
                     }
                 }
-                Ok(Header(tensors))
+                Ok(Header { tensors, save })
             }
         }
         deserializer.deserialize_map(Entries)

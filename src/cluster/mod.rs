@@ -7,6 +7,7 @@ pub mod layout;
 pub mod mesh;
 
 // How ranks speak with each other, and what they do together.
+mod agreement;
 pub mod collective;
 pub mod control;
 pub mod join;

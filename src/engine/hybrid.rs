@@ -14,13 +14,10 @@ use super::formats::Formats;
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role};
 use super::resident::{
-    Calibration, Resident, config_of, interrupted, out_of_memory, require_policy, save_model,
-    write_slabs,
+    Calibration, Resident, config_of, interrupted, out_of_memory, require_policy,
 };
 use super::switch::{Switch, Way, experts_of as sampling_experts};
 use super::utilisation::Chores;
-use crate::checkpoint::TensorFolder;
-use crate::checkpoint::tensors::OPTIMIZER_FILE;
 use crate::cluster::{Group, Team, Timeline};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
@@ -36,7 +33,7 @@ use rehearsal_kernels::WeightFormat;
 use rehearsal_kernels::{Activity, Arena, CpuKernels, Kernels, Kind, Profile, Profiled};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -329,60 +326,6 @@ impl HybridEngine {
         }
         report.policy_version = self.policy_version;
         Ok(report)
-    }
-
-    /// Writes the policy (and its moments) into an existing folder.
-    pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
-        let _during = Activity::Load.begin(&self.kernels);
-        // A scored policy lends its weights to the scoring.
-        self.unload_scored()?;
-        let kernels = self.kernels.as_ref();
-        let Some(policy) = self.policy.as_mut() else {
-            bail!("no model is loaded that could be saved")
-        };
-        let (params, _) = policy.take(kernels)?;
-        let mut result =
-            save_model(kernels, &policy.model.config, &params, policy.calibration, folder);
-        let mut saved = SavedState { policy_version: self.policy_version, optimizer_step: 0 };
-        if let Some(state) = self.optimizer.as_mut().filter(|_| with_optimizer) {
-            saved.optimizer_step = state.step;
-            let (first, second) =
-                (state.first.take(kernels.arena())?.0, state.second.take(kernels.arena())?.0);
-            let path = folder.join(OPTIMIZER_FILE);
-            let slabs = [("m.", &first), ("v.", &second)];
-            result = result.and_then(|()| write_slabs(kernels, &params, &slabs, &path));
-            state.first.put(first);
-            state.second.put(second);
-        }
-        policy.weights.put(params.slab);
-        // The moments were brought in to be written; a phase without them must hold none again.
-        self.park()?;
-        result.map(|()| saved)
-    }
-
-    /// Brings policy and optimizer back from a committed checkpoint, after `prepare`.
-    pub fn restore(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
-        self.enter_phase(Phase::Idle)?;
-        let _during = Activity::Load.begin(&self.kernels);
-        let kernels = self.kernels.as_ref();
-        let policy = self.policy.as_mut().context("restore comes after prepare")?;
-        let tensors = TensorFolder::open(folder)?;
-        let (mut params, _) = policy.take(kernels)?;
-        params.load(kernels, |spec| tensors.read_f32(&spec.name))?;
-        if let Some(state) = &mut self.optimizer {
-            let moments = TensorFolder::open_file(&folder.join(OPTIMIZER_FILE))?;
-            for (parked, prefix) in [(&mut state.first, "m."), (&mut state.second, "v.")] {
-                let (slab, _) = parked.take(kernels.arena())?;
-                let mut as_params = Params { layout: params.layout.clone(), slab };
-                as_params
-                    .load(kernels, |spec| moments.read_f32(&format!("{prefix}{}", spec.name)))?;
-                parked.put_changed(as_params.slab);
-            }
-            state.step = saved.optimizer_step;
-        }
-        policy.weights.put_changed(params.slab);
-        self.policy_version = saved.policy_version;
-        Ok(())
     }
 
     /// Sets the calibration that is saved with a fitted reward model.

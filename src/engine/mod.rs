@@ -8,12 +8,14 @@ pub mod phase;
 pub mod offload;
 pub mod offload_plan;
 mod parked_optimizer;
+pub mod policy_files;
 pub mod resident;
 
 pub mod formats;
 pub mod hybrid;
 mod readying;
 mod sampling;
+mod saving;
 mod scoring;
 mod switch;
 

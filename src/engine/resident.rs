@@ -3,16 +3,13 @@
 use super::offload::Parked;
 use super::phase::{ModelSource, Role};
 use crate::checkpoint::model_json::CONFIG_FILE;
-use crate::checkpoint::tensors::MODEL_FILE;
-use crate::checkpoint::{
-    TensorEntry, TensorFolder, read_model_config, write_model_config, write_tensors,
-};
+use crate::checkpoint::{TensorFolder, disk_fault, read_model_config};
 use crate::config::ModelConfig;
 use crate::config::fault::Fault;
 use crate::config::limited::read_limited_text;
 use crate::model::{Layout, Params, PassError, Transformer};
-use anyhow::{Context, Result};
-use rehearsal_kernels::{Kernels, Kind, Slab};
+use anyhow::Result;
+use rehearsal_kernels::{Kernels, Kind};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::Path;
@@ -83,7 +80,7 @@ impl Resident {
         match source {
             ModelSource::Fresh => params.initialize(kernels, seed, config.initializer_range),
             ModelSource::Folder(folder) => {
-                load_weights(kernels, &mut params, folder)?;
+                load_weights(kernels, config, &mut params, folder)?;
                 calibration = read_calibration(folder)?.unwrap_or_default();
             }
         }
@@ -100,10 +97,15 @@ impl Resident {
 }
 
 /// Fills `params` from the tensors of `folder`; a scalar head that is not there stays zero.
-fn load_weights(kernels: &dyn Kernels, params: &mut Params, folder: &Path) -> Result<()> {
+fn load_weights(
+    kernels: &dyn Kernels,
+    config: &ModelConfig,
+    params: &mut Params,
+    folder: &Path,
+) -> Result<()> {
     let tensors = TensorFolder::open(folder)?;
-    let layout = params.layout.clone();
-    check_weights(&layout, &tensors, folder)?;
+    // The folder has all of the model, also where this rank has a part of it.
+    check_weights(&Layout::new(config, params.layout.has_value_head), &tensors, folder)?;
     params.load(kernels, |spec| match tensors.shape(&spec.name) {
         Some(_) => tensors.read_f32(&spec.name),
         None => Ok(vec![0.0; spec.rows * spec.cols]),
@@ -160,44 +162,11 @@ pub fn read_calibration(folder: &Path) -> Result<Option<Calibration>> {
     Ok(Some(calibration))
 }
 
-/// Writes config.json, model.safetensors and, with a scalar head, reward.json into `folder`.
-pub fn save_model(
-    kernels: &dyn Kernels,
-    config: &ModelConfig,
-    params: &Params,
-    calibration: Calibration,
-    folder: &Path,
-) -> Result<()> {
-    write_model_config(folder, config)?;
-    write_slabs(kernels, params, &[("", &params.slab)], &folder.join(MODEL_FILE))?;
-    if params.layout.score.is_some() {
-        let text = serde_json::to_string_pretty(&calibration).expect("two numbers are JSON");
-        let path = folder.join(REWARD_FILE);
-        std::fs::write(&path, text)
-            .with_context(|| format!("failed to write {}", path.display()))?;
-    }
-    Ok(())
-}
-
-/// Writes slabs of one layout into one file; each slab's names stand behind its prefix.
-pub fn write_slabs(
-    kernels: &dyn Kernels,
-    params: &Params,
-    slabs: &[(&str, &Slab)],
-    path: &Path,
-) -> Result<()> {
-    let specs = &params.layout.specs;
-    let shapes: Vec<TensorEntry> = slabs
-        .iter()
-        .flat_map(|(prefix, _)| {
-            specs
-                .iter()
-                .map(move |s| TensorEntry { name: format!("{prefix}{}", s.name), shape: s.shape() })
-        })
-        .collect();
-    write_tensors(path, &shapes, &mut |index| {
-        Ok(kernels.download(&slabs[index / specs.len()].1.tensor(index % specs.len())))
-    })
+/// Writes a reward model's calibration.
+pub fn write_calibration(folder: &Path, calibration: Calibration) -> Result<()> {
+    let text = serde_json::to_string_pretty(&calibration).expect("two numbers are JSON");
+    let path = folder.join(REWARD_FILE);
+    std::fs::write(&path, text).map_err(|e| disk_fault("write", &path, e))
 }
 
 /// A pass that ended early, as the fault that ends a run.

@@ -9,6 +9,9 @@ mod hostile;
 #[path = "../suite/runs.rs"]
 mod runs;
 
+#[allow(dead_code, reason = "the suite's")]
+#[path = "../suite/checkpoints.rs"]
+mod checkpoints;
 #[path = "../suite/ranks.rs"]
 mod ranks;
 #[allow(dead_code, reason = "the suite's")]
@@ -17,4 +20,5 @@ mod tiny;
 
 mod exact_steps;
 mod hostile_files;
+mod layout_pairs;
 mod layouts;

@@ -145,7 +145,7 @@ fn a_budget_that_is_too_small_without_offload_is_refused_and_completes_with_it()
 }
 
 /// Runs a test of this binary alone in a process of its own. True in that process.
-fn is_alone(test: &str) -> bool {
+pub fn is_alone(test: &str) -> bool {
     const ALONE: &str = "REHEARSAL_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
         return true;

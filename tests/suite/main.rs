@@ -14,6 +14,8 @@ mod alignment;
 mod architectures;
 mod attention;
 mod budget;
+mod checkpoint_faults;
+mod checkpoints;
 mod cluster_plan;
 mod edges;
 mod end_to_end;

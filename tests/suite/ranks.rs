@@ -2,6 +2,7 @@
 //!
 //! Ranks are threads here; nothing but the link between them knows.
 
+use super::checkpoints::{Leg, keep, resume};
 use super::tiny::{config_dense, config_grouped, documents};
 use rehearsal::cluster::layout::Sampling;
 use rehearsal::cluster::link::{Call, Frame, Lane};
@@ -52,7 +53,7 @@ pub enum Batch {
 pub struct Outcome {
     /// Rank 0's reports.
     pub reports: Vec<StepReport>,
-    /// The summed gradients of the first step, by tensor of the whole model.
+    /// The summed gradients of its first step, by tensor of the whole model.
     pub gradients: BTreeMap<usize, Vec<f64>>,
     /// Weights after the last step.
     pub weights: BTreeMap<usize, Vec<f64>>,
@@ -109,6 +110,19 @@ pub fn train(
     clip: f64,
     batches: &[Batch],
 ) -> Outcome {
+    let all = Leg { steps: 0..batches.len(), from: None, to: None };
+    train_leg(model, layout, in_f64, clip, batches, &all)
+}
+
+/// The same for some of the steps.
+pub fn train_leg(
+    model: &ModelConfig,
+    layout: Layout,
+    in_f64: bool,
+    clip: f64,
+    batches: &[Batch],
+    leg: &Leg,
+) -> Outcome {
     let [data, pipeline, _] = layout.sizes;
     let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
     let mesh = Mesh::new(layout.sizes, data * pipeline, load).unwrap();
@@ -128,7 +142,7 @@ pub fn train(
                 };
                 let timeline = Arc::new(Timeline::since(began));
                 let how = (layout.recompute, clip);
-                on_rank(kernels.as_ref(), &team, timeline, model, how, batches)
+                on_rank(kernels.as_ref(), &team, timeline, model, how, batches, leg)
             })
         };
         let threads: Vec<_> = links.into_iter().map(start).collect();
@@ -166,6 +180,7 @@ fn on_rank(
     config: &ModelConfig,
     (recompute, clip): (usize, f64),
     batches: &[Batch],
+    leg: &Leg,
 ) -> OfRank {
     let value_head = matches!(batches[0], Batch::Pairs(_));
     let (part, experts) = (part_of(team, config), experts_of(team, &timeline));
@@ -176,6 +191,10 @@ fn on_rank(
     let mut gradients = Gradients::new(kernels, &model.layout, "policy").unwrap();
     let mut optimizer = Optimizer::new(kernels, &ranks.zero.own, "policy").unwrap();
     let moments = kernels.arena().held_by(Kind::Moments);
+    if let Some(folder) = leg.from {
+        resume(kernels, &mut params, &mut optimizer, &ranks.zero.own, folder).unwrap();
+        optimizer.step = leg.steps.start as u64;
+    }
     let settings = OptimizerConfig {
         learning_rate: 0.01,
         weight_decay: 0.1,
@@ -183,7 +202,7 @@ fn on_rank(
         ..OptimizerConfig::default()
     };
     let (mut reports, mut first) = (Vec::new(), Vec::new());
-    for (step, batch) in batches.iter().enumerate() {
+    for (step, batch) in batches.iter().enumerate().take(leg.steps.end).skip(leg.steps.start) {
         let pack = PackFor::documents(AttentionForm::Expanded, true);
         let packed = model.pack(kernels, &params, "policy", step as u64, pack).unwrap();
         let items = match batch {
@@ -210,7 +229,7 @@ fn on_rank(
             recompute,
         };
         reports.push(train_step(&mut trainee, &settings, &items).unwrap());
-        if step == 0 {
+        if step == leg.steps.start {
             let piece = |run: &rehearsal::cluster::layout::Run| {
                 let number = model.layout.specs[run.tensor].number;
                 let values = gradients.slab.run(run.tensor, run.elements.clone());
@@ -218,6 +237,9 @@ fn on_rank(
             };
             first = ranks.zero.own.iter().map(piece).collect();
         }
+    }
+    if let Some(folder) = leg.to {
+        keep(kernels, team, config, &params, &optimizer, &ranks.zero.own, folder).unwrap();
     }
     let whole = |(index, spec): (usize, &rehearsal::model::params::ParamSpec)| {
         (spec.number, kernels.download_f64(&params.slab.tensor(index)))
@@ -296,7 +318,7 @@ pub fn losses_apart(a: &Outcome, b: &Outcome) -> f64 {
 }
 
 /// A gradient norm that some of the steps have and others have not.
-const CLIP: f64 = 2.0;
+pub const CLIP: f64 = 2.0;
 
 /// Layouts that CI trains in; the proof has more.
 pub fn few() -> [Layout; 7] {

@@ -5,9 +5,9 @@ use crate::ranks::{model, team};
 use rehearsal::cluster::layout::Sampling;
 use rehearsal::cluster::mesh::Load;
 use rehearsal::cluster::{Local, Mesh, Team};
-use rehearsal::config::EngineConfig;
 use rehearsal::config::cluster::PipelineSchedule::{self, *};
 use rehearsal::config::routing::Balance;
+use rehearsal::config::{EngineConfig, ModelConfig};
 use rehearsal::data::example::Prompt;
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine, SavedState};
 use rehearsal::engine::phase::*;
@@ -22,10 +22,10 @@ use tempfile::TempDir;
 
 /// Layouts of training and of sampling.
 #[derive(Clone, Copy, Debug)]
-struct Layouts {
-    sizes: [usize; 3],
-    schedule: PipelineSchedule,
-    sampling_expert: usize,
+pub struct Layouts {
+    pub sizes: [usize; 3],
+    pub schedule: PipelineSchedule,
+    pub sampling_expert: usize,
 }
 
 /// What alignment steps gave on one rank.
@@ -41,12 +41,20 @@ struct Steps {
 }
 
 /// Runs `work` on the engine of every rank; the results in order of the ranks.
-fn on_engines<T: Send>(
+pub fn on_engines<T: Send>(
+    layouts: Layouts,
+    work: impl Fn(&mut HybridEngine, usize) -> T + Sync,
+) -> Vec<T> {
+    on_engines_of(&model(), layouts, work)
+}
+
+/// The same for another model.
+pub fn on_engines_of<T: Send>(
+    config: &ModelConfig,
     layouts: Layouts,
     work: impl Fn(&mut HybridEngine, usize) -> T + Sync,
 ) -> Vec<T> {
     let Layouts { sizes, schedule, sampling_expert } = layouts;
-    let config = model();
     let load = Load { layers: config.num_hidden_layers, experts: config.n_routed_experts };
     let mesh = Mesh::new(sizes, sizes[0] * sizes[1], load).unwrap();
     let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert: sampling_expert };
@@ -57,7 +65,7 @@ fn on_engines<T: Send>(
             let team = Team { sampling, ..team(link, mesh, schedule) };
             let (work, spill) = (&work, spill.join(rank.to_string()));
             let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
-            let setup = EngineSetup { model: model(), engine, seed: 1, spill, team };
+            let setup = EngineSetup { model: config.clone(), engine, seed: 1, spill, team };
             scope.spawn(move || work(&mut HybridEngine::new(setup).unwrap(), rank))
         };
         let links = Local::new(mesh.ranks()).into_iter().enumerate();
@@ -66,7 +74,7 @@ fn on_engines<T: Send>(
     })
 }
 
-fn job(policy_version: u64) -> GenerateJob {
+pub fn job(policy_version: u64) -> GenerateJob {
     let request = |slot: u32| GenerateRequest {
         slot,
         tokens: (0..3 + slot % 5).map(|i| (slot * 7 + i * 3) % 27 + 2).collect(),
@@ -322,17 +330,13 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
 #[test]
 fn a_rank_whose_weights_are_another_version_is_refused_before_its_first_token() {
     let layouts = Layouts { sizes: [1, 2, 1], schedule: ZeroBubbleH1, sampling_expert: 1 };
+    let folder = TempDir::new().unwrap();
     let errors = on_engines(layouts, |engine, rank| {
         engine.prepare(&stage(None)).unwrap();
-        if rank == 1 {
-            // As if a step had not reached this rank.
-            let folder = TempDir::new().unwrap();
-            let state = engine.save(folder.path(), true);
-            drop(state);
-            engine
-                .restore(folder.path(), &SavedState { policy_version: 3, optimizer_step: 0 })
-                .unwrap();
-        }
+        let saved = engine.save(folder.path(), true).unwrap();
+        // As if a step had not reached this rank.
+        let policy_version = if rank == 1 { 3 } else { saved.policy_version };
+        engine.restore(folder.path(), &SavedState { policy_version, ..saved }).unwrap();
         engine.enter_phase(Phase::Generate).unwrap_err().to_string()
     });
     for error in errors {

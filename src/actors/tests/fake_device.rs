@@ -167,7 +167,10 @@ fn hash(weights: &[f32; 2], what: &str) -> [u8; 32] {
 }
 
 fn name(folder: &Path) -> String {
-    folder.file_name().unwrap().to_string_lossy().trim_start_matches("tmp-").to_string()
+    let name = folder.file_name().unwrap().to_string_lossy();
+    // A folder that is being filled has a number before its name, and `tmp-` before that.
+    let aside = name.strip_prefix("tmp-").and_then(|rest| rest.split_once('-'));
+    aside.map_or(name.as_ref(), |(_, name)| name).to_string()
 }
 
 fn source_name(source: &ModelSource) -> String {

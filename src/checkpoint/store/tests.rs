@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::checkpoint::tensors::{MODEL_FILE, TensorEntry, TensorFolder, write_tensors};
+use std::collections::BTreeMap;
 use std::process::Command;
 
 fn manifest(step: u64) -> Manifest {
@@ -56,7 +57,7 @@ fn a_commit_comes_back_and_old_ones_go() {
     let commit = found.commit.expect("a checkpoint");
     assert_eq!(found.rejected, []);
     let mut expected = manifest(30);
-    expected.record_files(&commit.folder).expect("files");
+    expected.record_files(&commit.folder, BTreeMap::new()).expect("files");
     assert_eq!(commit.manifest, expected);
     let tensors = TensorFolder::open(&commit.folder).expect("tensors");
     assert_eq!(tensors.read_f32("b").expect("numbers"), [30.0; 6]);

@@ -1,0 +1,127 @@
+//! Saving and restoring: the policy and its moments in a checkpoint's folder, of one rank or of many.
+//!
+//! Invariants:
+//!   * all ranks of a team save together, and restore together: all succeed, or all fail with the same words
+//!   * a save that succeeded is on the disk as a whole, but for the manifest
+
+use super::hybrid::{HybridEngine, SavedState};
+use super::phase::Phase;
+use super::policy_files::{
+    Moments, MomentsMut, Written, join_shards, read_policy, world, write_policy,
+};
+use super::resident::write_calibration;
+use crate::checkpoint::{TensorFolder, write_model_config};
+use crate::cluster::Group;
+use crate::config::fault::Fault;
+use crate::model::{Layout, Params};
+use anyhow::{Context, Result, bail};
+use rehearsal_kernels::Activity;
+use std::path::Path;
+
+impl HybridEngine {
+    /// Writes the policy (and its moments) into an existing folder. All ranks do so at the same time.
+    pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
+        let _during = Activity::Load.begin(&self.kernels);
+        let written = self.write_own(folder, with_optimizer);
+        match self.world() {
+            Some((world, whole)) => join_shards(&world, &whole, written, folder),
+            None => written.map(|written| written.saved),
+        }
+    }
+
+    /// Brings policy and optimizer back from a committed checkpoint, after `prepare`. All ranks do so at the same time;
+    /// whatever ranks wrote it.
+    pub fn restore(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
+        let entered = self.enter_phase(Phase::Idle);
+        let _during = Activity::Load.begin(&self.kernels);
+        let (rank, ranks) = (self.setup.team.rank(), self.setup.team.mesh.ranks());
+        let checked = entered.and_then(|_| TensorFolder::check_share(folder, rank, ranks));
+        self.agree("check of a checkpoint", checked)?;
+        let read = self.read_own(folder, saved);
+        self.agree("restored parts", read)
+    }
+
+    /// All ranks, and the policy's whole layout; `None` for a rank alone, or before anything is loaded on all of them.
+    fn world(&self) -> Option<(Group, Layout)> {
+        let policy = self.policy.as_ref().filter(|_| !self.setup.team.is_alone())?;
+        let whole = Layout::new(&policy.model.config, policy.model.layout.has_value_head);
+        Some((world(&self.setup.team, &whole), whole))
+    }
+
+    fn agree(&self, name: &str, own: Result<()>) -> Result<()> {
+        match self.world() {
+            Some((world, _)) => world.agree(name, own.map(|()| Vec::new())).map(drop),
+            None => own,
+        }
+    }
+
+    /// Writes what is this rank's to write.
+    fn write_own(&mut self, folder: &Path, with_optimizer: bool) -> Result<Written> {
+        // A scored policy lends its weights to the scoring.
+        self.unload_scored()?;
+        let (kernels, team) = (self.kernels.as_ref(), &self.setup.team);
+        let Some(policy) = self.policy.as_mut() else {
+            bail!("no model is loaded that could be saved")
+        };
+        if !folder.is_dir() {
+            return Err(Fault::user(format!(
+                "{}: is not there; put the run's folder (--out) on a disk that all ranks share",
+                folder.display()
+            )));
+        }
+        let (config, layout) = (&policy.model.config, &policy.model.layout);
+        if team.rank() == 0 {
+            write_model_config(folder, config)?;
+            if layout.has_value_head {
+                write_calibration(folder, policy.calibration)?;
+            }
+        }
+        let mut optimizer = self.optimizer.as_mut().filter(|_| with_optimizer);
+        let optimizer_step = optimizer.as_ref().map_or(0, |state| state.step);
+        let saved = SavedState { policy_version: self.policy_version, optimizer_step };
+        let (slab, _) = policy.weights.take(kernels.arena())?;
+        let params = Params { layout: layout.clone(), slab };
+        let mut taken = None;
+        if let Some(state) = &mut optimizer {
+            let (first, second) =
+                (state.first.take(kernels.arena())?.0, state.second.take(kernels.arena())?.0);
+            taken = Some((first, second));
+        }
+        let moments = optimizer
+            .as_ref()
+            .zip(taken.as_ref())
+            .map(|(state, (first, second))| Moments { own: &state.ranks.zero.own, first, second });
+        let written = write_policy(kernels, team, config, &params, moments, saved, folder);
+        if let Some((state, (first, second))) = optimizer.zip(taken) {
+            state.first.put(first);
+            state.second.put(second);
+        }
+        policy.weights.put(params.slab);
+        // The moments were brought in to be written; a phase without them must hold none again.
+        self.park()?;
+        written
+    }
+
+    /// Reads what this rank holds and answers for.
+    fn read_own(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
+        let kernels = self.kernels.as_ref();
+        let policy = self.policy.as_mut().context("restore comes after prepare")?;
+        let (mut params, _) = policy.take(kernels)?;
+        match &mut self.optimizer {
+            None => read_policy(kernels, &mut params, None, folder)?,
+            Some(state) => {
+                let mut first = state.first.take(kernels.arena())?.0;
+                let mut second = state.second.take(kernels.arena())?.0;
+                let own = &state.ranks.zero.own;
+                let moments = MomentsMut { own, first: &mut first, second: &mut second };
+                read_policy(kernels, &mut params, Some(moments), folder)?;
+                state.first.put_changed(first);
+                state.second.put_changed(second);
+                state.step = saved.optimizer_step;
+            }
+        }
+        policy.weights.put_changed(params.slab);
+        self.policy_version = saved.policy_version;
+        Ok(())
+    }
+}

@@ -96,6 +96,7 @@ pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
         injection: Arc::default(),
         bench: Some(bench),
         stop: Arc::default(),
+        mail: None,
     }
 }
 

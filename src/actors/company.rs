@@ -8,8 +8,10 @@ use super::checkpointer::{Checkpointer, CheckpointerPorts};
 use super::director::{Director, StopSignal};
 use super::director_ports::{DirectorPorts, TrainerPorts};
 use super::fine_tuner::{FineTuner, FineTunerPorts};
+use super::mail::Mail;
 use super::messages::*;
 use super::monitor::{Monitor, Notes};
+use super::outpost::RankSeats;
 use super::policy_updater::PolicyUpdater;
 use super::port::{Desk, Limits, Port, Seat};
 use super::post::{Injection, Post};
@@ -21,7 +23,7 @@ use super::staff::{Intensity, Member, Staff};
 use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
-use crate::cluster::Team;
+use crate::cluster::{Control, Team};
 use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::{Machine, Profile};
@@ -49,23 +51,46 @@ pub struct RunRequest {
     pub console: ConsoleMode,
     /// Counts what the device does, if that is asked.
     pub profile: Option<Arc<Profile>>,
+    /// The other processes of the run; `None` for a run of one.
+    pub processes: Option<Processes>,
 }
 
-/// Makes a run, from its newest commit if there is one, to its end.
+/// The processes of a run, as one of them sees them.
+#[derive(Clone)]
+pub struct Processes {
+    /// The devices, and the ways to them.
+    pub team: Team,
+    /// The ways to the other actors.
+    pub control: Arc<Control>,
+}
+
+impl std::fmt::Debug for Processes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.team.fmt(f)
+    }
+}
+
+/// Makes a run, from its newest commit if there is one, to its end; or this process's part of it.
 pub fn start(request: RunRequest) -> Result<()> {
-    let RunRequest { config, folder, config_dir, memory, machine, console, profile } = request;
+    let RunRequest { config, folder, config_dir, memory, machine, console, profile, processes } =
+        request;
+    let (team, spill) = match &processes {
+        None => (Team::alone(), folder.join("spill")),
+        Some(processes) => {
+            let team = processes.team.clone();
+            let spill = folder.join("spill").join(format!("rank-{}", team.rank()));
+            (team, spill)
+        }
+    };
+    let limits = Limits::of(&config.engine);
+    let mail = processes.map(|processes| Mail::new(processes.control, limits.mailbox));
     let mut engine = config.engine.clone();
     engine.budget = engine.budget.or(memory.map(Bytes));
-    let setup = EngineSetup {
-        model: config.model.clone(),
-        engine,
-        seed: config.seed,
-        spill: folder.join("spill"),
-        team: Team::alone(),
-    };
+    let setup = EngineSetup { model: config.model.clone(), engine, seed: config.seed, spill, team };
+    let is_led = mail.as_ref().is_some_and(|mail| mail.rank() > 0);
     let outcome = run(
         Setup {
-            limits: Limits::of(&config.engine),
+            limits,
             config: Arc::new(config),
             folders: Folders { run: folder, config: config_dir },
             console: Some(console),
@@ -76,19 +101,35 @@ pub fn start(request: RunRequest) -> Result<()> {
             injection: Arc::new(Injection::from_environment()?),
             bench: None,
             stop: StopSignal::default(),
+            mail: mail.clone(),
         },
         |_| {},
-    )?;
-    match outcome {
+    );
+    if let Some(mail) = mail {
+        let unready = |error| Failure::new(FailureKind::Other, format!("{error:#}"));
+        let ended = outcome.as_ref().map_err(unready);
+        mail.part(&ended.cloned().unwrap_or_else(Outcome::Failed));
+    }
+    match outcome? {
         Outcome::Done | Outcome::Timed(_) => Ok(()),
+        // Rank 0 has said so, and how to go on.
+        Outcome::Stopped(_) if is_led => Ok(()),
         Outcome::Stopped(signal) => Err(Fault::Stopped(signal).into()),
         Outcome::Failed(failure) => Err(failure.into_error()),
     }
 }
 
+/// Tells the other processes of a run that there is nothing to do.
+pub fn dismiss(processes: &Processes) {
+    Mail::new(Arc::clone(&processes.control), 1).part(&Outcome::Done);
+}
+
 /// How long the actors' thread may take to end, and the device's to put away its device; never
 /// longer than a request may take.
 const FAREWELL: Duration = Duration::from_secs(10);
+
+/// The same where the processes of a run stop: mpirun ends who stays, and what is to be said comes last.
+const SHORT_FAREWELL: Duration = Duration::from_millis(300);
 
 /// What a company is set up with.
 pub struct Setup {
@@ -110,6 +151,8 @@ pub struct Setup {
     pub bench: Option<Bench>,
     /// Set by a signal.
     pub stop: StopSignal,
+    /// The mail with the other processes of the run, if there are any.
+    pub mail: Option<Arc<Mail>>,
 }
 
 impl Setup {
@@ -148,7 +191,7 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
         // The library would panic where the system gives no thread.
         std::thread::Builder::new().spawn(|| {}).map_err(no_thread)?;
         let arbiter = Arbiter::new();
-        let seats = Seats::new(setup.limits);
+        let seats = Seats::new(setup.limits, setup.mail.clone());
         visit(&seats);
         let (ending, mut outcome) = mpsc::channel(1);
         let charge = seats.charge(&setup, &link, &arbiter.handle(), ending)?;
@@ -164,7 +207,8 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     drop(link);
     // An actor or a device that is stuck would be waited for in vain; the process's end takes it
     // along.
-    let longest = FAREWELL.min(setup.limits.deadline);
+    let is_broken = setup.mail.as_ref().is_some_and(|mail| mail.is_broken());
+    let longest = if is_broken { SHORT_FAREWELL } else { FAREWELL.min(setup.limits.deadline) };
     let (ended, end) = std::sync::mpsc::channel();
     std::thread::spawn(move || ended.send(arbiter.join()));
     if let Ok(Ok(())) = end.recv_timeout(longest) {
@@ -190,14 +234,16 @@ pub struct Seats {
     rollout_generator: Seat<RolloutGenerator>,
     reward_scorer: Seat<RewardScorer>,
     policy_updater: Seat<PolicyUpdater>,
-    worker: Seat<Worker>,
+    pub(super) worker: Seat<Worker>,
     checkpointer: Seat<Checkpointer>,
-    monitor: Seat<Monitor>,
+    pub(super) monitor: Seat<Monitor>,
+    ranks: RankSeats,
 }
 
 impl Seats {
-    fn new(limits: Limits) -> Seats {
+    fn new(limits: Limits, mail: Option<Arc<Mail>>) -> Seats {
         Seats {
+            ranks: RankSeats::new(mail, limits),
             supervisor: Seat::new("supervisor", limits),
             director: Seat::new("director", limits),
             pretrainer: Seat::new("pretrainer", limits),
@@ -234,13 +280,20 @@ impl Seats {
         arbiter: &ArbiterHandle,
         ending: mpsc::Sender<Outcome>,
     ) -> Result<Charge> {
+        let own = self.supervisor.desk();
+        let (leader, begin) = match self.ranks.is_led() {
+            true => ("deputy", self.ranks.deputy.port(own)),
+            false => ("director", self.director.port(own)),
+        };
         Ok(Charge {
+            leader,
+            begin,
+            mail: self.ranks.mail().cloned(),
             staff: self.staff(setup, link, arbiter)?,
             deaths: mpsc::channel(setup.limits.mailbox),
             ending,
             stop: Arc::clone(&setup.stop),
             record: self.monitor.port(self.supervisor.desk()),
-            begin: self.director.port(self.supervisor.desk()),
             bench: setup.bench.clone(),
             injection: Arc::clone(&setup.injection),
             journal_writer: "monitor",
@@ -263,7 +316,11 @@ impl Seats {
             intensity: Intensity { restarts: engine.restarts, window },
             supervisor: self.supervisor.desk(),
         };
+        if self.ranks.is_led() {
+            return self.ranks.outpost(self, &hiring, setup, link);
+        }
         let mut staff = self.keepers(&hiring, setup, link)?;
+        staff.extend(self.ranks.couriers(&hiring, setup, |desk| self.rollout_generator.port(desk)));
         staff.extend(self.trainers(&hiring, setup));
         staff.extend(self.aligners(&hiring, setup));
         staff.push(self.lead(&hiring, setup));
@@ -282,6 +339,7 @@ impl Seats {
         let notes =
             Arc::new(Notes::open(setup.console, &run, self.desks(), setup.limits.mailbox, budget)?);
         let groups = self.rollout_generator.port(self.worker.desk());
+        let crew = self.ranks.crew(self.worker.desk());
         let config = Arc::clone(&setup.config);
         let checkpointer = CheckpointerPorts {
             save: self.worker.port(self.checkpointer.desk()),
@@ -289,8 +347,9 @@ impl Seats {
         };
         Ok(vec![
             hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
-            hiring
-                .member(&self.worker, move |post| Worker::new(post, link.clone(), groups.clone())),
+            hiring.member(&self.worker, move |post| {
+                Worker::new(post, link.clone(), groups.clone(), crew.clone())
+            }),
             hiring.member(&self.checkpointer, move |post| {
                 Checkpointer::new(post, Arc::clone(&config), run.clone(), checkpointer.clone())
             }),
@@ -384,7 +443,7 @@ impl Seats {
     }
 
     fn desks(&self) -> Vec<Arc<Desk>> {
-        vec![
+        let mut desks = vec![
             Arc::clone(self.supervisor.desk()),
             Arc::clone(self.director.desk()),
             Arc::clone(self.pretrainer.desk()),
@@ -395,12 +454,14 @@ impl Seats {
             Arc::clone(self.worker.desk()),
             Arc::clone(self.checkpointer.desk()),
             Arc::clone(self.monitor.desk()),
-        ]
+        ];
+        desks.extend(self.ranks.desks());
+        desks
     }
 }
 
 /// What all members have in common.
-struct Hiring<'a> {
+pub(super) struct Hiring<'a> {
     arbiter: &'a ArbiterHandle,
     mailbox: usize,
     intensity: Intensity,
@@ -408,7 +469,7 @@ struct Hiring<'a> {
 }
 
 impl Hiring<'_> {
-    fn member<A>(
+    pub(super) fn member<A>(
         &self,
         seat: &Seat<A>,
         make: impl Fn(Post) -> A + Send + Sync + 'static,

@@ -3,6 +3,7 @@
 //! Beside `messages`, which lists who says what to whom. Knows no actor; a failure's kind decides
 //! how the run goes on and with which exit code it ends.
 
+use crate::cluster::Broken;
 use crate::config::{ConfigError, Dtype, Fault};
 use crate::engine::phase::{GenerateReport, Importance, StepReport};
 use crate::rl::rollout::{JudgedGroup, ScoredGroup};
@@ -273,6 +274,17 @@ impl Failure {
             FailureKind::Resources => Fault::resources(self.text),
             _ => anyhow::Error::msg(self.text),
         }
+    }
+}
+
+impl From<Broken> for Failure {
+    fn from(why: Broken) -> Failure {
+        let kind = match &why {
+            Broken::Failed { code: 2, .. } => FailureKind::User,
+            Broken::Failed { code: 4, .. } => FailureKind::Resources,
+            _ => FailureKind::Other,
+        };
+        Failure::new(kind, why.to_string())
     }
 }
 

@@ -11,6 +11,7 @@
 //!   * no message holds a tensor, an address or a channel
 
 pub use super::contents::*;
+use super::crew::{Job, Yield};
 use crate::checkpoint::Commit;
 use crate::config::Dtype;
 use crate::config::stage::{GrpoStage, RewardEntry};
@@ -187,6 +188,16 @@ messages! {
         job: TrainJob,
     } -> StepReport;
 
+    // Between processes.
+
+    /// Worker to Courier, and in another process Deputy to Worker: do the same there.
+    Carry {
+        /// Id of the work.
+        id: WorkId,
+        /// The job.
+        job: Job,
+    } -> Yield;
+
     // After a step.
 
     /// Anyone to Monitor: one line of the journal. Acknowledged when it is written.
@@ -347,6 +358,8 @@ mod tests {
         let sources = [
             include_str!("messages.rs"),
             include_str!("contents.rs"),
+            include_str!("crew.rs"),
+            include_str!("mail.rs"),
             include_str!("../data/example.rs"),
             include_str!("../rl/rollout.rs"),
             include_str!("../rl/stats.rs"),

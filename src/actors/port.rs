@@ -51,6 +51,8 @@ struct DeskState {
     next_wait: u64,
     /// The message whose handler holds the actor's thread, and since when.
     running: Option<(&'static str, Instant)>,
+    /// What an actor of another process said of itself, where the desk shows one.
+    mirrored: Option<Pulse>,
 }
 
 impl Desk {
@@ -69,6 +71,7 @@ impl Desk {
             waits: BTreeMap::new(),
             next_wait: 0,
             running: None,
+            mirrored: None,
         };
         Arc::new(Desk { name: name.to_string(), state: Mutex::new(state) })
     }
@@ -81,6 +84,9 @@ impl Desk {
     /// What the actor is doing now.
     pub fn pulse(&self) -> Pulse {
         let desk = self.lock();
+        if let Some(pulse) = &desk.mirrored {
+            return pulse.clone();
+        }
         let waits = desk.waits.values().map(|(actor, message, since)| Wait {
             actor: actor.clone(),
             message: message.to_string(),
@@ -98,6 +104,11 @@ impl Desk {
             reason: desk.reason.clone(),
             doing: desk.doing.clone(),
         }
+    }
+
+    /// Shows the pulse of an actor in another process, under this desk's name.
+    pub fn mirror(&self, pulse: Pulse) {
+        self.lock().mirrored = Some(Pulse { actor: self.name.clone(), ..pulse });
     }
 
     /// The actor says what it is doing.
@@ -160,7 +171,7 @@ impl Desk {
     }
 
     /// The actor waits for a reply until the guard is dropped.
-    fn wait_for(self: &Arc<Desk>, actor: &str, message: &'static str) -> Waiting {
+    pub fn wait_for(self: &Arc<Desk>, actor: &str, message: &'static str) -> Waiting {
         let mut desk = self.lock();
         let number = desk.next_wait;
         desk.next_wait += 1;
@@ -190,7 +201,8 @@ impl Drop for Working {
     }
 }
 
-struct Waiting {
+/// An actor waits for a reply as long as this lives.
+pub struct Waiting {
     desk: Arc<Desk>,
     number: u64,
 }

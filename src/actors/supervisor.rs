@@ -8,11 +8,14 @@
 //!    name.
 //! 4. An actor that is stopped by name is not replaced: whoever asks it is told. Nobody asks the
 //!    Director, so that the run ends with it.
+//! 5. Where the processes of a run stop, each of them ends, with the same words; rank 0 leads the others,
+//!    and hears of their signals.
 //!
 //! Knows no work. Invariants:
 //!   * a run has exactly one outcome, the first
 //!   * a run without an outcome has somebody at work, or it fails after the deadline
 
+use super::mail::{Mail, Parcel};
 use super::messages::*;
 use super::port::{Desk, Port, Seat};
 use super::post::{Death, Injection, Post};
@@ -33,9 +36,6 @@ use tokio::sync::mpsc;
 /// How often every actor is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
-/// Who leads the run.
-const DIRECTOR: &str = "director";
-
 /// What the supervisor is made with.
 pub struct Charge {
     /// The staff.
@@ -48,7 +48,9 @@ pub struct Charge {
     pub stop: Arc<AtomicI32>,
     /// The journal.
     pub record: Port<Record>,
-    /// The Director, to begin.
+    /// Who leads the process: the Director, or the Deputy of rank 0.
+    pub leader: &'static str,
+    /// The leader, to begin.
     pub begin: Port<BeginRun>,
     /// What it is to begin with.
     pub bench: Option<Bench>,
@@ -58,6 +60,8 @@ pub struct Charge {
     pub journal_writer: &'static str,
     /// How long a request may take.
     pub deadline: Duration,
+    /// The other processes, if there are any.
+    pub mail: Option<Arc<Mail>>,
 }
 
 /// See the module.
@@ -74,11 +78,13 @@ struct Inner {
     ending: mpsc::Sender<Outcome>,
     stop: Arc<AtomicI32>,
     record: Port<Record>,
+    leader: &'static str,
     begin: Port<BeginRun>,
     bench: Option<Bench>,
     injection: Arc<Injection>,
     journal_writer: &'static str,
     deadline: Duration,
+    mail: Option<Arc<Mail>>,
     ended: Cell<bool>,
 }
 
@@ -93,11 +99,13 @@ impl Supervisor {
             ending: charge.ending,
             stop: charge.stop,
             record: charge.record,
+            leader: charge.leader,
             begin: charge.begin,
             bench: charge.bench,
             injection: charge.injection,
             journal_writer: charge.journal_writer,
             deadline: charge.deadline,
+            mail: charge.mail,
             ended: Cell::new(false),
         };
         Supervisor { inner: Rc::new(inner), deaths: Some(received) }
@@ -113,6 +121,7 @@ impl Actor for Supervisor {
         }
         self.inner.call_the_roll();
         Rc::clone(&self.inner).begin_run();
+        Rc::clone(&self.inner).end_with_the_others();
         let deaths = self.deaths.take().expect("an actor starts once");
         context.spawn(wrap_future(Rc::clone(&self.inner).watch(deaths)));
     }
@@ -182,11 +191,21 @@ impl Inner {
         actix::spawn(async move { drop(record.ask(Record { event }).await) });
     }
 
-    /// Sets the Director off. It answers at once, so this waits for its mailbox only.
+    /// Sets the leader off. It answers at once, so this waits for its mailbox only.
     fn begin_run(self: Rc<Self>) {
         actix::spawn(async move {
             if let Err(failure) = self.begin.ask(BeginRun { bench: self.bench.clone() }).await {
                 self.end(Outcome::Failed(failure));
+            }
+        });
+    }
+
+    /// Ends this process's part when the processes of the run stop.
+    fn end_with_the_others(self: Rc<Self>) {
+        actix::spawn(async move {
+            if let Some(mail) = &self.mail {
+                let why = mail.broken().await;
+                self.end(Outcome::Failed(Failure::from(why)));
             }
         });
     }
@@ -261,11 +280,11 @@ impl Inner {
             .with("reason", reason)
             .with("count", count);
         // Apart from the watch: the journal's writer may be the next to die.
-        let (inner, is_director) = (Rc::clone(self), death.name == DIRECTOR);
+        let (inner, is_leader) = (Rc::clone(self), death.name == self.leader);
         actix::spawn(async move {
             if let Err(failure) = inner.record.ask(Record { event }).await {
                 inner.end(Outcome::Failed(failure));
-            } else if is_director {
+            } else if is_leader {
                 inner.begin_run();
             }
         });
@@ -293,7 +312,7 @@ impl Inner {
         if let Some(member) = self.staff.borrow().iter().find(|member| member.name() == name) {
             member.close(failure.clone());
         }
-        if name == DIRECTOR {
+        if name == self.leader {
             self.end(Outcome::Failed(failure));
         }
         halted
@@ -302,7 +321,10 @@ impl Inner {
     /// The first signal asks for a stop after the step at hand; a second Ctrl-C ends the process at
     /// once.
     fn on_signal(&self, number: i32) {
-        if self.stop.swap(number, Ordering::SeqCst) == 0 {
+        if let Some(mail) = self.mail.as_ref().filter(|mail| mail.rank() > 0) {
+            // Rank 0 decides; where it cannot be told, the processes stop anyway.
+            let _ = mail.send(0, 0, &Parcel::Signal { number });
+        } else if self.stop.swap(number, Ordering::SeqCst) == 0 {
             // After a hang-up nobody may be there to read it.
             let _ = writeln!(
                 std::io::stderr(),

@@ -8,10 +8,12 @@ mod fake_device;
 mod faults;
 mod plans;
 mod ports;
+mod ranks;
 mod utilisation;
 
 use super::bench::{self, BenchRequest};
 use super::company::{Seats, Setup, run};
+use super::mail::Mail;
 use super::messages::*;
 use super::port::Limits;
 use super::post::Injection;
@@ -178,9 +180,19 @@ impl Place {
     }
 
     fn run_visited(&self, disturbance: &Disturbance, visit: impl FnOnce(&Seats)) -> Result {
+        let fake = Fake::new(disturbance.script.clone(), &self.config(disturbance.set));
+        self.run_on(&fake, disturbance, None, visit)
+    }
+
+    fn run_on(
+        &self,
+        fake: &Fake,
+        disturbance: &Disturbance,
+        mail: Option<Arc<Mail>>,
+        visit: impl FnOnce(&Seats),
+    ) -> Result {
         let config = self.config(disturbance.set);
         std::fs::create_dir_all(self.run_folder()).unwrap();
-        let fake = Fake::new(disturbance.script.clone(), &config);
         let calls = fake.calls();
         let deadline = disturbance.deadline.unwrap_or(Duration::from_secs(60));
         let setup = Setup {
@@ -193,6 +205,7 @@ impl Place {
             injection: Arc::new(Injection::parse(disturbance.inject).unwrap()),
             bench: None,
             stop: Arc::clone(&disturbance.stop),
+            mail,
         };
         let outcome = run(setup, visit).unwrap();
         let events = read_events(&self.run_folder().join("journal.jsonl")).unwrap();

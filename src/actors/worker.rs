@@ -4,7 +4,8 @@
 //! A job is a `Work` under its id: the shell hands it to the thread over a bounded channel and
 //! follows it until its outcome. A second request with the same id, from a restarted asker or
 //! through a restarted shell, follows the same work, so nothing runs twice; groups that are already
-//! finished are handed out again. Knows no loss and no reward.
+//! finished are handed out again. Of a run with several processes, rank 0's worker has every job done
+//! on all ranks. Knows no loss and no reward.
 //!
 //! Invariants:
 //!   * only the thread touches the device, and it runs one job at a time, in order of arrival
@@ -13,6 +14,8 @@
 //!   * a panic in a job becomes a failure of kind `Device`; the device is then made anew before the
 //!     next stage
 
+use super::crew::{Job, Yield, together};
+use super::mail::Mail;
 use super::messages::*;
 use super::port::{Limits, Port};
 use super::post::{Post, answers_for_itself, panic_text, seconds_now};
@@ -26,7 +29,7 @@ use actix::{Handler, ResponseActFuture};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -94,30 +97,6 @@ impl Device for HybridEngine {
 
 /// Makes the device, on the thread that will own it.
 pub type DeviceMaker = Arc<dyn Fn() -> anyhow::Result<Box<dyn Device>> + Send + Sync>;
-
-/// A job for the device.
-#[derive(Clone, Debug)]
-enum Job {
-    Prepare(Box<PrepareStage>),
-    EnterPhase(Phase, Dtype),
-    Generate(GenerateJob),
-    Score(ScoreJob),
-    Train(TrainJob),
-    Save { folder: PathBuf, with_optimizer: bool },
-    Restore { folder: PathBuf, state: SavedState },
-    Calibrate(Scale),
-}
-
-/// What a job gave.
-#[derive(Clone, Debug)]
-enum Yield {
-    Nothing,
-    Phase(PhaseReport),
-    Generated(Generated),
-    Scores(Vec<SequenceScore>),
-    Stepped(StepReport),
-    Saved(SavedState),
-}
 
 /// A job under its id, and how far it is.
 struct Work {
@@ -291,19 +270,13 @@ fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
     })
 }
 
-impl Job {
-    fn name(&self) -> &'static str {
-        match self {
-            Job::Prepare(_) => PrepareDevice::NAME,
-            Job::EnterPhase(..) => EnterPhase::NAME,
-            Job::Generate(_) => Generate::NAME,
-            Job::Score(_) => Score::NAME,
-            Job::Train(_) => Train::NAME,
-            Job::Save { .. } => Save::NAME,
-            Job::Restore { .. } => Restore::NAME,
-            Job::Calibrate(_) => Calibrate::NAME,
-        }
-    }
+/// The other ranks' devices; none in a run of one process, and none that another rank than 0 asks.
+#[derive(Clone, Default)]
+pub struct Crew {
+    /// The ways to them, in order of rank.
+    pub others: Vec<Port<Carry>>,
+    /// Tells all ranks where one cannot do its part.
+    pub mail: Option<Arc<Mail>>,
 }
 
 /// The shell.
@@ -311,12 +284,13 @@ pub struct Worker {
     post: Post,
     link: DeviceLink,
     groups: Port<AcceptGroup>,
+    crew: Crew,
 }
 
 impl Worker {
     /// A shell for the device behind `link`; finished groups go to `groups`.
-    pub fn new(post: Post, link: DeviceLink, groups: Port<AcceptGroup>) -> Worker {
-        Worker { post, link, groups }
+    pub fn new(post: Post, link: DeviceLink, groups: Port<AcceptGroup>, crew: Crew) -> Worker {
+        Worker { post, link, groups, crew }
     }
 
     /// Follows a job to its end, handing out each group as soon as it is finished.
@@ -326,9 +300,11 @@ impl Worker {
         job: Job,
         expect: fn(Yield) -> Option<R>,
     ) -> ResponseActFuture<Self, Result<R, Failure>> {
-        let (link, groups) = (self.link.clone(), self.groups.clone());
+        let (link, groups, crew) = (self.link.clone(), self.groups.clone(), self.crew.clone());
         let (name, journal) = (job.name(), self.post.journal());
         self.post.work(name, async move {
+            let others = crew.others.iter().map(|port| (port.clone(), job.clone()));
+            let others: Vec<_> = others.collect();
             let work = match (link.submit(id, job), journal) {
                 (Err(stale), Some(journal)) if stale.kind == FailureKind::Stale => {
                     // Who brings it has nobody left to tell.
@@ -339,29 +315,55 @@ impl Worker {
                 }
                 (submitted, _) => submitted?,
             };
-            let mut changed = work.changed.subscribe();
-            let mut handed_out = 0;
-            loop {
-                changed.borrow_and_update();
-                let (finished, outcome) = work.since(handed_out);
-                handed_out += finished.len();
-                for group in finished {
-                    groups.ask(AcceptGroup { id, group }).await?;
-                }
-                if let Some(outcome) = outcome {
-                    let mismatch =
-                        || Failure::new(FailureKind::Other, format!("work {id:?} is no {name}"));
-                    return expect(outcome?).ok_or_else(mismatch);
-                }
-                if changed.changed().await.is_err() {
-                    return Err(Failure::new(FailureKind::Device, "the device's thread is gone"));
-                }
+            let carry = |(port, job): (Port<Carry>, Job)| {
+                actix::spawn(async move { port.ask(Carry { id, job }).await })
+            };
+            let others: Vec<_> = others.into_iter().map(carry).collect();
+            let own = outcome_of(&work, &groups).await;
+            if let (Err(failure), Some(mail)) = (&own, &crew.mail) {
+                // The others' devices may wait for this one.
+                mail.fail(mail.rank(), failure);
             }
+            let mut parts = vec![own?];
+            for other in others {
+                let lost = |_| Failure::new(FailureKind::Actor, "the actors' thread ends");
+                parts.push(other.await.map_err(lost)??);
+            }
+            let mismatch = || Failure::new(FailureKind::Other, format!("work {id:?} is no {name}"));
+            expect(together(name, parts)?).ok_or_else(mismatch)
         })
     }
 }
 
+/// Follows a work on this process's device to its end.
+async fn outcome_of(work: &Work, groups: &Port<AcceptGroup>) -> Result<Yield, Failure> {
+    let mut changed = work.changed.subscribe();
+    let mut handed_out = 0;
+    loop {
+        changed.borrow_and_update();
+        let (finished, outcome) = work.since(handed_out);
+        handed_out += finished.len();
+        for group in finished {
+            groups.ask(AcceptGroup { id: work.id, group }).await?;
+        }
+        if let Some(outcome) = outcome {
+            return outcome;
+        }
+        if changed.changed().await.is_err() {
+            return Err(Failure::new(FailureKind::Device, "the device's thread is gone"));
+        }
+    }
+}
+
 answers_for_itself!(Worker);
+
+impl Handler<Carry> for Worker {
+    type Result = ResponseActFuture<Self, Result<Yield, Failure>>;
+
+    fn handle(&mut self, message: Carry, _: &mut Self::Context) -> Self::Result {
+        self.follow(message.id, message.job, Some)
+    }
+}
 
 macro_rules! follows {
     ($($message:ident { $($field:ident),* } -> $reply:ty: $job:expr, $pattern:pat => $value:expr;)*) => {

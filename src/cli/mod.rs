@@ -12,6 +12,7 @@ pub mod check;
 mod check_report;
 mod launch;
 mod machine;
+mod ranks;
 pub mod run;
 pub mod run_folder;
 pub mod status;

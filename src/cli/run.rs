@@ -14,13 +14,15 @@ use super::machine::{
 };
 use super::output::say;
 use super::profile::{ProfileReport, counting};
+use super::ranks::{Ranks, threads};
 use super::run_folder::{Opened, RunFolder, Wish, is_finished, is_resumed, open};
 use crate::actors::{RunRequest, start};
+use crate::cluster::Team;
 use crate::cluster::mesh::{Load, Mesh, MeshError};
 use crate::config::{Bytes, ConsoleMode, Fault, Loaded, RunConfig};
 use crate::console::TypedCommand;
 use crate::console::text::visible;
-use crate::engine::Profile;
+use crate::engine::{Machine, Profile};
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 use rehearsal_kernels::machine::Effort;
@@ -93,13 +95,29 @@ impl From<Console> for ConsoleMode {
     }
 }
 
-/// Runs.
+/// Runs, or does this process's part of a run of several.
 pub fn run(args: RunArgs) -> Result<()> {
     let launched = Launched::from_environment();
     launched.as_ref().map_or(Ok(()), Launched::require_mpi)?;
-    let loaded = load(&args)?;
-    require_mesh(&loaded, launched.map_or(1, |launched| launched.processes))?;
+    let mut loaded = load(&args)?;
+    let processes = launched.as_ref().map_or(1, |launched| launched.processes);
+    let mesh = require_mesh(&loaded, processes)?;
+    let Some(launched) = launched else { return lead(&args, loaded, None) };
+    if loaded.config.engine.threads == 0 {
+        loaded.config.engine.threads = threads(&launched);
+    }
     let out = out_folder(&args);
+    let ranks = Ranks::join(&launched, &loaded, mesh, &out.to_string_lossy())?;
+    let made = match ranks.rank() {
+        0 => lead(&args, loaded, Some((&launched, &ranks))),
+        _ => follow(out, loaded, &ranks),
+    };
+    ranks.part(made)
+}
+
+/// Makes the run.
+fn lead(args: &RunArgs, loaded: Loaded, ranks: Option<(&Launched, &Ranks)>) -> Result<()> {
+    let out = out_folder(args);
     let wish = match (args.resume, args.fresh) {
         (true, _) => Wish::Resume,
         (_, true) => Wish::Fresh,
@@ -109,15 +127,19 @@ pub fn run(args: RunArgs) -> Result<()> {
     if is_finished(&out, &loaded, wish)? {
         return say_finished(&out);
     }
-    let room = require_resources(&out, &loaded, wish)?;
-    let resume = resume_command(&args, &out);
+    let mut room = require_resources(&out, &loaded, wish)?;
+    if let Some((_, ranks)) = ranks {
+        room.arenas = ranks.memory;
+    }
+    let resume = resume_command(args, &out, ranks.map(|(launched, _)| launched));
     match open(&out, &loaded, wish, resume.clone())? {
         Opened::Finished => say_finished(&out),
         Opened::Ready(folder) => {
             let (path, threads) = (folder.path.clone(), room.threads);
             let profile = counting(args.profile, threads);
             let is_silent = loaded.config.console.mode == ConsoleMode::Off;
-            let made = drive(folder, loaded, &room, profile.clone(), &resume);
+            let ranks = ranks.map(|(_, ranks)| ranks);
+            let made = drive(folder, loaded, &room, profile.clone(), &resume, ranks);
             // A run that was stopped has a profile too.
             let told = profile.map_or(Ok(()), |p| write_profile(&p, &path, threads, is_silent));
             made.and(told)
@@ -125,10 +147,27 @@ pub fn run(args: RunArgs) -> Result<()> {
     }
 }
 
+/// Does what rank 0 asks of this process's device.
+fn follow(out: PathBuf, loaded: Loaded, ranks: &Ranks) -> Result<()> {
+    start(RunRequest {
+        config: loaded.config,
+        folder: out,
+        config_dir: loaded.folder,
+        memory: ranks.memory,
+        machine: Machine::default(),
+        console: ConsoleMode::Off,
+        profile: None,
+        processes: Some(ranks.processes.clone()),
+    })
+}
+
 /// The command that goes on with the run: the same config, whatever else was typed.
-fn resume_command(args: &RunArgs, out: &Path) -> TypedCommand {
+fn resume_command(args: &RunArgs, out: &Path, launched: Option<&Launched>) -> TypedCommand {
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let mut words = vec!["rehearsal".to_string(), "run".to_string(), text(&args.config)];
+    let mut words: Vec<String> = launched.map_or(Vec::new(), |launched| {
+        vec![launched.by.to_string(), "-n".to_string(), launched.processes.to_string()]
+    });
+    words.extend(["rehearsal".to_string(), "run".to_string(), text(&args.config)]);
     for assignment in &args.set {
         words.extend(["--set".to_string(), assignment.clone()]);
     }
@@ -160,7 +199,9 @@ fn require_mesh(loaded: &Loaded, processes: usize) -> Result<Mesh> {
     let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
     let mesh = Mesh::new([cluster.data, cluster.pipeline, cluster.expert], processes, load);
     let place = |error: MeshError| loaded.fault(&["cluster", error.key()], error.to_string());
-    Ok(mesh.map_err(place)?)
+    let mesh = mesh.map_err(place)?;
+    Team::require_pieces(mesh, cluster.schedule, model.num_hidden_layers).map_err(place)?;
+    Ok(mesh)
 }
 
 fn out_folder(args: &RunArgs) -> PathBuf {
@@ -214,11 +255,15 @@ fn drive(
     room: &Room,
     profile: Option<Arc<Profile>>,
     resume: &TypedCommand,
+    ranks: Option<&Ranks>,
 ) -> Result<()> {
     let console = loaded.config.console.mode;
     if console != ConsoleMode::Off {
         if let Some(aside) = &folder.moved {
             say(&format!("the old run was moved to {}", aside.display()))?;
+        }
+        if let Some(ranks) = ranks {
+            say(&ranks.described())?;
         }
         if folder.resumed {
             say(&format!("going on with the run in {}", folder.path.display()))?;
@@ -232,6 +277,7 @@ fn drive(
         machine: measured_for_run(room.threads, room.planned),
         console,
         profile,
+        processes: ranks.map(|ranks| ranks.processes.clone()),
     };
     match start(request) {
         Ok(()) => folder.finish(),
@@ -303,12 +349,12 @@ mod tests {
         let typed =
             args("a.toml --set stage.base.steps=9 --set x=1 --seed 7 --out o --console off");
         assert_eq!(
-            resume_command(&typed, &out_folder(&typed)).words.join(" "),
+            resume_command(&typed, &out_folder(&typed), None).words.join(" "),
             "rehearsal run a.toml --set stage.base.steps=9 --set x=1 --seed 7 --out o --resume"
         );
         let plain = args("configs/quickstart.toml --fresh --threads 2");
         assert_eq!(
-            resume_command(&plain, &out_folder(&plain)).words.join(" "),
+            resume_command(&plain, &out_folder(&plain), None).words.join(" "),
             "rehearsal run configs/quickstart.toml --out runs/quickstart --resume"
         );
     }

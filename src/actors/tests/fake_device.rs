@@ -8,6 +8,7 @@ use crate::actors::port::Desk;
 use crate::actors::worker::{Device, DeviceMaker};
 use crate::checkpoint::tensors::TensorEntry;
 use crate::checkpoint::{TensorFolder, write_model_config, write_tensors};
+use crate::cluster::mesh::cut;
 use crate::config::{Dtype, ModelConfig, RunConfig};
 use crate::engine::hybrid::SavedState;
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
@@ -111,6 +112,8 @@ impl Script {
 
 /// What is shared by the devices of one run.
 pub struct Fake {
+    /// Which of how many ranks it stands in for.
+    pub rank: [usize; 2],
     script: Script,
     model: ModelConfig,
     calls: Arc<Mutex<Vec<String>>>,
@@ -118,7 +121,7 @@ pub struct Fake {
 
 impl Fake {
     pub fn new(script: Script, config: &RunConfig) -> Fake {
-        Fake { script, model: config.model.clone(), calls: Arc::default() }
+        Fake { rank: [0, 1], script, model: config.model.clone(), calls: Arc::default() }
     }
 
     pub fn calls(&self) -> Arc<Mutex<Vec<String>>> {
@@ -127,8 +130,10 @@ impl Fake {
 
     pub fn maker(&self) -> DeviceMaker {
         let (script, model, calls) = (self.script.clone(), self.model.clone(), self.calls());
+        let rank = self.rank;
         Arc::new(move || {
             Ok(Box::new(FakeDevice {
+                rank,
                 script: script.clone(),
                 model: model.clone(),
                 calls: Arc::clone(&calls),
@@ -141,6 +146,7 @@ impl Fake {
 }
 
 struct FakeDevice {
+    rank: [usize; 2],
     script: Script,
     model: ModelConfig,
     calls: Arc<Mutex<Vec<String>>>,
@@ -219,7 +225,9 @@ impl Device for FakeDevice {
         self.call(format!("generate {} prompts at {}", job.requests.len(), job.step));
         let began = Instant::now();
         let mut new_tokens = 0;
-        for (number, request) in job.requests.iter().enumerate() {
+        let [rank, ranks] = self.rank;
+        let own = |(number, _): &(usize, &_)| number % ranks == rank;
+        for (number, request) in job.requests.iter().enumerate().filter(own) {
             let rollout = |sample: u32| {
                 let key = format!("{} {} {sample} {:?}", job.step, request.prompt, request.tokens);
                 let token = 5 + u32::from(hash(&self.weights, &key)[0]);
@@ -260,7 +268,16 @@ impl Device for FakeDevice {
                 }
             }
         };
-        Ok(job.sequences.iter().zip(&job.first).map(score).collect())
+        let [rank, ranks] = self.rank;
+        let own = cut(job.sequences.len(), ranks, rank);
+        Ok(job
+            .sequences
+            .iter()
+            .zip(&job.first)
+            .skip(own.start)
+            .take(own.len())
+            .map(score)
+            .collect())
     }
 
     fn train(&mut self, job: &TrainJob) -> Result<StepReport> {
@@ -313,6 +330,9 @@ impl Device for FakeDevice {
 
     fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
         self.call(format!("save {}", name(folder)));
+        if self.rank[0] > 0 {
+            return Ok(self.state);
+        }
         write_model_config(folder, &self.model)?;
         let entry = |name: &str| TensorEntry { name: name.to_string(), shape: vec![1, 2] };
         let weights = self.weights.to_vec();

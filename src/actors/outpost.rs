@@ -1,0 +1,113 @@
+//! Outpost: the seats of a run with several processes: couriers at rank 0, and a deputy with its worker everywhere else.
+//!
+//! Beside `company`, which knows every other actor.
+
+use super::company::{Hiring, Seats, Setup};
+use super::courier::Courier;
+use super::deputy::{Deputy, DeputyPorts};
+use super::mail::Mail;
+use super::messages::*;
+use super::monitor::{Monitor, Notes};
+use super::port::{Desk, Limits, Port, Seat};
+use super::staff::Staff;
+use super::worker::{Crew, DeviceLink, Worker};
+use anyhow::Result;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// The seats.
+pub struct RankSeats {
+    mail: Option<Arc<Mail>>,
+    /// Rank 0: one courier for each other rank.
+    couriers: Vec<(usize, Seat<Courier>)>,
+    /// Rank 0: the other ranks' workers, as they say they are.
+    mirrors: BTreeMap<usize, Arc<Desk>>,
+    /// Other ranks: who serves rank 0.
+    pub deputy: Seat<Deputy>,
+}
+
+impl RankSeats {
+    /// The seats of this process; a run of one process has none that anybody takes.
+    pub fn new(mail: Option<Arc<Mail>>, limits: Limits) -> RankSeats {
+        let lead = mail.iter().filter(|mail| mail.rank() == 0);
+        let others: Vec<usize> =
+            lead.flat_map(|mail| mail.others().map(|(rank, _)| rank)).collect();
+        let courier = |rank: &usize| (*rank, Seat::new(&format!("courier-{rank}"), limits));
+        let mirror = |rank: &usize| (*rank, Desk::new(&format!("worker-{rank}")));
+        RankSeats {
+            couriers: others.iter().map(courier).collect(),
+            mirrors: others.iter().map(mirror).collect(),
+            deputy: Seat::new("deputy", limits),
+            mail,
+        }
+    }
+
+    /// Whether rank 0 leads this process.
+    pub fn is_led(&self) -> bool {
+        self.mail.as_ref().is_some_and(|mail| mail.rank() > 0)
+    }
+
+    /// The mail with the other processes, if there are any.
+    pub fn mail(&self) -> Option<&Arc<Mail>> {
+        self.mail.as_ref()
+    }
+
+    /// What can be seen of the couriers and of the workers that they reach.
+    pub fn desks(&self) -> impl Iterator<Item = Arc<Desk>> {
+        let couriers = self.couriers.iter().map(|(_, seat)| Arc::clone(seat.desk()));
+        couriers.chain(self.mirrors.values().map(Arc::clone))
+    }
+
+    /// The ways to the other ranks' devices, as `asker` sees them.
+    pub fn crew(&self, asker: &Arc<Desk>) -> Crew {
+        let others = self.couriers.iter().map(|(_, seat)| seat.port(asker)).collect();
+        Crew { others, mail: self.mail.clone() }
+    }
+
+    /// Who reaches the other ranks; finished groups go where `groups` says.
+    pub fn couriers(
+        &self,
+        hiring: &Hiring,
+        setup: &Setup,
+        groups: impl Fn(&Arc<Desk>) -> Port<AcceptGroup>,
+    ) -> Vec<Box<dyn Staff>> {
+        let Some(mail) = &self.mail else { return Vec::new() };
+        mail.show(self.mirrors.clone(), &setup.stop);
+        let courier = |(rank, seat): &(usize, Seat<Courier>)| {
+            let (mail, rank, groups) = (Arc::clone(mail), *rank, groups(seat.desk()));
+            hiring.member(seat, move |post| {
+                Courier::new(post, Arc::clone(&mail), rank, groups.clone())
+            })
+        };
+        self.couriers.iter().map(courier).collect()
+    }
+
+    /// Everybody in a process that rank 0 leads.
+    pub fn outpost(
+        &self,
+        seats: &Seats,
+        hiring: &Hiring,
+        setup: &Setup,
+        link: &DeviceLink,
+    ) -> Result<Vec<Box<dyn Staff>>> {
+        let mail = Arc::clone(self.mail.as_ref().expect("an outpost has mail"));
+        // Nothing is kept here: the journal is rank 0's.
+        let notes = Notes::open(None, &setup.folders.run, Vec::new(), setup.limits.mailbox, None)?;
+        let (notes, link) = (Arc::new(notes), link.clone());
+        let groups: Port<AcceptGroup> = self.deputy.port(seats.worker.desk());
+        let ports = DeputyPorts {
+            carry: seats.worker.port(self.deputy.desk()),
+            end: seats.supervisor.port(self.deputy.desk()),
+        };
+        let worker = Arc::clone(seats.worker.desk());
+        Ok(vec![
+            hiring.member(&seats.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
+            hiring.member(&seats.worker, move |post| {
+                Worker::new(post, link.clone(), groups.clone(), Crew::default())
+            }),
+            hiring.member(&self.deputy, move |post| {
+                Deputy::new(post, Arc::clone(&mail), ports.clone(), Arc::clone(&worker))
+            }),
+        ])
+    }
+}

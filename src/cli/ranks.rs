@@ -1,0 +1,263 @@
+//! Ranks: a process that mpirun or srun started becomes one of a run's.
+//!
+//! Rank 0 makes the run; the others' part is to do what it asks of their devices. However a process's part ends, it tells the
+//! others how, so that none is left behind.
+
+use super::command::cores;
+use super::launch::Launched;
+use super::machine::{free_memory, share_for_arenas};
+use crate::actors::{Processes, dismiss};
+use crate::cluster::layout::Sampling;
+use crate::cluster::{Broken, Control, Mesh, Team};
+use crate::config::{Fault, Loaded};
+use anyhow::Result;
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+/// One process of a run of several.
+pub struct Ranks {
+    /// What the actors need of the others.
+    pub processes: Processes,
+    /// Bytes that every rank may hold.
+    pub memory: Option<u64>,
+    /// Every rank's process and host.
+    names: Vec<String>,
+    #[cfg(feature = "mpi")]
+    mpi: Arc<crate::cluster::Mpi>,
+}
+
+impl Ranks {
+    /// This rank.
+    pub fn rank(&self) -> usize {
+        self.processes.team.rank()
+    }
+
+    fn control(&self) -> &Arc<Control> {
+        &self.processes.control
+    }
+
+    /// Ends this process's part: tells the others how, and closes the library with them.
+    pub fn part(self, made: Result<()>) -> Result<()> {
+        let rank = self.rank();
+        let made = match made {
+            Ok(()) if rank == 0 => {
+                dismiss(&self.processes);
+                Ok(())
+            }
+            Err(error) if !matches!(error.downcast_ref(), Some(Fault::Stopped(_))) => {
+                let (why, code) = (format!("{error:#}"), super::failure::exit_code(&error));
+                self.control().stop().set(&Broken::Failed { rank, why, code });
+                self.control().flush();
+                // Every rank says the same words; which of them says it is worth knowing.
+                Err(error.context(format!("rank {rank} of {} ends", self.names.len())))
+            }
+            other => other,
+        };
+        self.leave();
+        made
+    }
+}
+
+/// The layout of sampling over so many ranks.
+fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
+    let (layout, experts) = (loaded.config.cluster.rollout, loaded.config.model.n_routed_experts);
+    let refused = |key: &str, text: String| {
+        Err(loaded.fault(&["cluster", "rollout", key], format!("cluster.rollout.{text}")).into())
+    };
+    if layout.tensor != 1 {
+        let tensor = layout.tensor;
+        return refused("tensor", format!("tensor = {tensor}: heads are not shared yet; use 1"));
+    }
+    let expert = layout.expert;
+    for (of, number) in [("the processes", ranks), ("n_routed_experts", experts.max(1))] {
+        if expert == 0 || !number.is_multiple_of(expert) {
+            let both = (1..=ranks)
+                .filter(|e| ranks.is_multiple_of(*e) && experts.max(1).is_multiple_of(*e));
+            let both: Vec<String> = both.map(|e| e.to_string()).collect();
+            let divisors = crate::config::nearest::joined(&both, "or");
+            let text = format!("expert = {expert} does not divide {of} = {number}; use {divisors}");
+            return refused("expert", text);
+        }
+    }
+    Ok(Sampling { ranks, tensor: 1, expert })
+}
+
+/// Threads of a rank that is told no number: its share of the cores, unless it was bound to its own.
+pub fn threads(launched: &Launched) -> usize {
+    let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
+    let status = read("/proc/self/status");
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let online = read("/sys/devices/system/cpu/online");
+    match listed(allowed.unwrap_or_default()) < listed(&online) {
+        true => cores(),
+        false => (cores() / launched.local).max(1),
+    }
+}
+
+/// How many numbers a list such as "0-3,8" has.
+fn listed(text: &str) -> usize {
+    let range = |range: &str| {
+        let (first, last) = range.split_once('-').unwrap_or((range, range));
+        let numbers = (first.trim().parse::<usize>().ok()?, last.trim().parse::<usize>().ok()?);
+        Some(numbers.1.saturating_sub(numbers.0) + 1)
+    };
+    text.split(',').filter_map(range).sum()
+}
+
+/// What must be the same on all ranks, by key: all of the config but threads and console, and what was typed beside it.
+fn same_everywhere(loaded: &Loaded, out: &str) -> BTreeMap<String, String> {
+    let mut config = loaded.config.clone();
+    config.engine.threads = 0;
+    config.console = Default::default();
+    let value = serde_json::to_value(&config).expect("a config is plain data");
+    let mut table = BTreeMap::from([("--out".to_string(), out.to_string())]);
+    flatten("", &value, &mut table);
+    table
+}
+
+fn flatten(path: &str, value: &Value, table: &mut BTreeMap<String, String>) {
+    let under = |key: &str| match path {
+        "" => key.to_string(),
+        path => format!("{path}.{key}"),
+    };
+    match value {
+        Value::Object(map) => map.iter().for_each(|(key, v)| flatten(&under(key), v, table)),
+        Value::Array(list) => {
+            list.iter().enumerate().for_each(|(at, v)| flatten(&under(&at.to_string()), v, table));
+        }
+        plain => drop(table.insert(path.to_string(), plain.to_string())),
+    }
+}
+
+#[cfg(feature = "mpi")]
+mod over_mpi {
+    use super::*;
+    use crate::cluster::{Ident, Joined, Mpi, Stop, join};
+    use anyhow::Context;
+    use std::time::Duration;
+
+    impl Ranks {
+        /// Joins the other processes, which must have the same binary and the same config.
+        pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
+            let cluster = &loaded.config.cluster;
+            let deadline = Duration::from_secs(cluster.deadline_seconds.max(1));
+            let sampling = sampling(loaded, mesh.ranks())?;
+            let binary = std::fs::read("/proc/self/exe").context("failed to read this binary")?;
+            let own = Ident {
+                host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+                pid: std::process::id(),
+                processes: launched.processes,
+                binary: blake3::hash(&binary).to_hex().to_string(),
+                config: same_everywhere(loaded, out),
+                memory: free_memory().map(|free| share_for_arenas(free) / launched.local as u64),
+            };
+            let stop = Arc::new(Stop::default());
+            let mpi = Mpi::start(deadline, Arc::clone(&stop)).map_err(anyhow::Error::msg)?;
+            let refused = |why: Broken| match why {
+                Broken::Failed { code: 2, .. } => Fault::user(why.to_string()),
+                why => anyhow::Error::new(why),
+            };
+            let ranks = mpi.ranks();
+            if ranks != launched.processes {
+                let (by, processes) = (launched.by, launched.processes);
+                return Err(Fault::user(format!(
+                    "{by} tells of {processes} processes and MPI of {ranks}; start the program with the mpirun of \
+                     the MPI that it was built with"
+                )));
+            }
+            let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
+            let Joined { control, names, memory } = joined;
+            let team = Team {
+                link: mpi.clone(),
+                mesh,
+                schedule: cluster.schedule,
+                sampling,
+                deadline,
+                ..Team::alone()
+            };
+            Ok(Ranks { processes: Processes { team, control }, memory, names, mpi })
+        }
+
+        /// What a person is told of them.
+        pub fn described(&self) -> String {
+            let hosts: std::collections::BTreeSet<&str> =
+                self.names.iter().filter_map(|name| name.rsplit(' ').next()).collect();
+            let hosts: Vec<&str> = hosts.into_iter().collect();
+            // mpirun of Open MPI sets it where it was told `--with-ft ulfm`.
+            let is_tolerant = std::env::var("OMPI_MCA_mpi_ft_enable").is_ok_and(|on| on == "1");
+            let tolerance = match is_tolerant {
+                true => "with fault tolerance (ULFM): if one dies, the others stop by themselves",
+                false => "without fault tolerance: if one dies, the launcher may end the others",
+            };
+            let (count, library) = (self.names.len(), self.mpi.library());
+            format!("{count} processes on {} over {library}, {tolerance}", hosts.join(", "))
+        }
+
+        pub(super) fn leave(self) {
+            let deadline = self.processes.team.deadline;
+            self.mpi.leave(deadline);
+        }
+    }
+}
+
+#[cfg(not(feature = "mpi"))]
+impl Ranks {
+    /// Refuses: this build knows no other process.
+    pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
+        launched.require_mpi()?;
+        drop((sampling(loaded, mesh.ranks())?, same_everywhere(loaded, out)));
+        drop((free_memory().map(share_for_arenas), Team::alone()));
+        unreachable!("a build without MPI requires it in vain")
+    }
+
+    /// What a person is told of them.
+    pub fn described(&self) -> String {
+        format!("{} processes", self.names.len())
+    }
+
+    fn leave(self) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::RunConfig;
+    use std::path::Path;
+
+    fn loaded(set: &[&str]) -> Loaded {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
+        let set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
+        RunConfig::load(&path, &set).unwrap()
+    }
+
+    #[test]
+    fn a_list_of_cores_is_counted() {
+        assert_eq!([listed("0-3,8"), listed("\t0\n"), listed("")], [5, 1, 0]);
+    }
+
+    #[test]
+    fn what_must_be_the_same_tells_every_key_but_threads_and_console() {
+        let table = |set: &[&str]| same_everywhere(&loaded(set), "runs/a");
+        let plain = table(&[]);
+        assert_eq!(plain["seed"], "1");
+        assert_eq!(plain["cluster.data"], "1");
+        assert_eq!(plain, table(&["engine.threads=3", "console.mode=off"]));
+        for set in ["seed=2", "cluster.deadline_seconds=9", "stage.align.kl_weight=0.5"] {
+            let other = table(&[set]);
+            let differ = plain.iter().filter(|(key, value)| other.get(*key) != Some(value));
+            assert_eq!(differ.count(), 1, "{set}");
+        }
+        assert_ne!(plain, same_everywhere(&loaded(&[]), "runs/b"));
+    }
+
+    #[test]
+    fn a_layout_of_sampling_that_does_not_divide_is_refused_with_those_that_do() {
+        let refusal = |set: &str| sampling(&loaded(&[set]), 4).unwrap_err().to_string();
+        let text = refusal("cluster.rollout.expert=3");
+        assert!(text.contains("expert = 3 does not divide the processes = 4; use"), "{text}");
+        assert!(refusal("cluster.rollout.tensor=2").contains("use 1"));
+        let layout = sampling(&loaded(&["cluster.rollout.expert=2"]), 4).unwrap();
+        assert_eq!(layout, Sampling { ranks: 4, tensor: 1, expert: 2 });
+    }
+}

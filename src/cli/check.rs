@@ -1,6 +1,6 @@
 //! `rehearsal check`: resolves and validates a run or a model without training, and tells what it will cost.
 
-use super::check_report::CheckReport;
+use super::check_report::{CheckReport, timeline};
 use super::command::{Threads, cores, warned};
 use super::machine::{free_memory, measured_products};
 use super::output::{say, say_json};
@@ -42,6 +42,9 @@ pub struct CheckArgs {
     /// GPU hours that a trillion tokens took: tell tokens a second and the share of the peak
     #[arg(long, value_name = "HOURS", value_parser = hours)]
     pub gpu_hours: Option<f64>,
+    /// Draw the timeline of a step of the first stage that trains on text, an SVG: what each stage of the pipeline does when
+    #[arg(long, value_name = "FILE.svg")]
+    pub timeline: Option<PathBuf>,
     /// Read no data file
     #[arg(long)]
     pub plan_only: bool,
@@ -111,15 +114,33 @@ fn report_alone(args: &CheckArgs) -> Result<(CheckReport, ModelConfig)> {
                 "--set {assignment}: a model's config.json takes no --set; edit the file"
             )));
         }
+        if args.timeline.is_some() {
+            let text = "--timeline draws a run's step, and this is a model; name a run's TOML";
+            return Err(Fault::user(text.to_string()));
+        }
         let model = load_model(&args.file)?;
         return Ok((CheckReport::of_model(&args.file, &model), model));
     }
     let loaded = RunConfig::load(&args.file, &args.set)?;
+    if let Some(file) = &args.timeline {
+        draw(&loaded, file)?;
+    }
     let lines = if args.plan_only { BTreeMap::new() } else { check_files(&loaded)? };
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = warned(args.threads.given().or(configured).unwrap_or_else(cores));
     let products = measured_products(threads);
     Ok((CheckReport::of_run(&loaded, lines, threads, products)?, loaded.config.model))
+}
+
+fn draw(loaded: &Loaded, file: &Path) -> Result<()> {
+    let Some(picture) = timeline(loaded)? else {
+        let text =
+            "--timeline draws a step of a pretrain or long-context stage, and the run has none";
+        return Err(Fault::user(text.to_string()));
+    };
+    std::fs::write(file, picture).map_err(|error| {
+        Fault::user(format!("--timeline {}: cannot be written: {error}", file.display()))
+    })
 }
 
 /// True for JSON: by its extension, or by its first character if it has another.
@@ -272,6 +293,7 @@ mod tests {
             set: Vec::new(),
             against: None,
             gpu_hours: None,
+            timeline: None,
             plan_only: false,
             json: false,
             threads: Threads::default(),

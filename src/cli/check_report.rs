@@ -12,8 +12,8 @@ use crate::plan::estimate::{generated_lines, sequence};
 use crate::plan::memory::Owners;
 use crate::plan::{
     ClusterPlan, Comparison, Estimate, Memory, PlanError, Utilisation, cache_bytes_per_token,
-    cache_elements_per_token, cluster_plan, compare, estimate, host_bytes, memory, model_memory,
-    utilisation,
+    cache_elements_per_token, cluster_picture, cluster_plan, compare, estimate, host_bytes, memory,
+    model_memory, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -97,10 +97,7 @@ impl CheckReport {
         products: f64,
     ) -> Result<CheckReport, ConfigError> {
         let config = &loaded.config;
-        let models: Result<Vec<ModelConfig>, ConfigError> = (0..config.stages.len())
-            .map(|index| config.stage_model(&loaded.folder, index))
-            .collect();
-        let models = models?;
+        let models = stage_models(loaded)?;
         let plan = memory(config, &models);
         let has_rollouts = config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
         let mut known = generated_lines(config);
@@ -214,6 +211,17 @@ impl CheckReport {
     pub fn disk_bytes(&self) -> u64 {
         self.estimate.as_ref().map_or(0, |estimate| estimate.disk_bytes)
     }
+}
+
+/// The timeline of a step of a run's first stage that trains on text, as SVG.
+pub fn timeline(loaded: &Loaded) -> Result<Option<String>, ConfigError> {
+    cluster_picture(&loaded.config, &stage_models(loaded)?)
+        .map_err(|error| unplannable(loaded, error))
+}
+
+fn stage_models(loaded: &Loaded) -> Result<Vec<ModelConfig>, ConfigError> {
+    let stages = 0..loaded.config.stages.len();
+    stages.map(|index| loaded.config.stage_model(&loaded.folder, index)).collect()
 }
 
 fn unplannable(loaded: &Loaded, error: PlanError) -> ConfigError {

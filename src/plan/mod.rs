@@ -17,7 +17,7 @@ pub mod host;
 pub mod limit;
 pub mod memory;
 
-pub use cluster::{ClusterPlan, PlanError, cluster_plan};
+pub use cluster::{ClusterPlan, PlanError, cluster_picture, cluster_plan};
 pub use comparison::{Comparison, compare};
 pub use cost::{Utilisation, cache_bytes_per_token, cache_elements_per_token, utilisation};
 pub use estimate::{Estimate, StageEstimate, estimate};

@@ -1,5 +1,15 @@
 //! `check` of runs on clusters: the paper's own set-ups with their golden figures, and what each assumption does.
 
+use super::ranks;
+use super::tiny::documents;
+use rehearsal::cluster::layout::{Sampling, Training};
+use rehearsal::cluster::mesh::{self, Mesh};
+use rehearsal::config::cluster::PipelineSchedule;
+use rehearsal::model::{Layout, placement};
+use rehearsal::plan::cluster::batch::Batch;
+use rehearsal::plan::cluster::bytes::Layouts;
+use rehearsal::plan::cluster::load::Load;
+use rehearsal::plan::cluster::traffic::Traffic;
 use serde_json::Value;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -280,10 +290,6 @@ fn layouts_and_assumptions_that_cannot_be_are_refused_with_those_that_can() {
         ("cluster.hardware.compute_dtype=fp9", "did you mean"),
         ("cluster.hardware.peak_flop=1", "did you mean `peak_flops`?"),
         ("cluster.hardware={device=\"X\"}", "has no key `devices_per_node`"),
-        (
-            "stage.long.batch=64 cluster.schedule=zb-h2",
-            "stage long: the schedule ZeroBubbleH2 of 16",
-        ),
         ("cluster.pipeline=40 cluster.schedule=zb-v", "80 pieces of the model's 60 layers"),
     ] {
         let extra: Vec<&str> = set.split(' ').flat_map(|set| ["--set", set]).collect();
@@ -300,4 +306,64 @@ fn the_text_fits_a_screen_of_80_columns_and_24_lines() {
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
         assert!(text.lines().count() <= 24, "{} lines:\n{text}", text.lines().count());
     }
+}
+
+#[test]
+fn the_bytes_that_ranks_of_a_real_training_send_are_those_of_the_plan() {
+    let model = ranks::model();
+    for ([data, pipeline, expert], schedule) in [
+        ([4, 1, 1], PipelineSchedule::OneForwardOneBackward),
+        ([1, 3, 1], PipelineSchedule::ZeroBubbleH1),
+        ([2, 2, 1], PipelineSchedule::OneForwardOneBackward),
+        ([2, 3, 1], PipelineSchedule::ZeroBubbleV),
+        ([4, 1, 4], PipelineSchedule::OneForwardOneBackward),
+        ([4, 2, 2], PipelineSchedule::ZeroBubbleH1),
+    ] {
+        let documents = documents(&model, &[40; 24]);
+        let tokens: usize = documents.iter().map(|document| document.tokens.len()).sum();
+        let load = Load { model: &model, hardware: None, expert };
+        let sizes = mesh::Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
+        let mesh = Mesh::new([data, pipeline, expert], data * pipeline, sizes).unwrap();
+        let training = Training::new(mesh, model.num_hidden_layers).in_chunks(schedule.chunks());
+        let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert: 1 };
+        let tensors = placement::tensors(&Layout::new(&model, false), &model);
+        let layouts = Layouts::new(training, sampling, tensors);
+        let batch = Batch {
+            micro_batches: 1,
+            tokens: tokens as f64,
+            tokens_held: tokens,
+            sequence: 8,
+            step_tokens: tokens as f64,
+        };
+        let planned = Traffic::new(&load, &mesh, &layouts.held, &batch, schedule.chunks());
+        let planned =
+            planned.stages + planned.gradients + planned.weights + planned.all_to_all_by_expert;
+        let layout = ranks::layout(data, pipeline, expert, schedule);
+        let batch = ranks::Batch::Documents(documents);
+        let sent = ranks::train(&model, layout, false, 1.0, &[batch]).sent as f64;
+        let difference = sent / planned - 1.0;
+        println!("{data} x {pipeline}, experts over {expert}: {sent} sent, {difference:+.4}");
+        // On top come sums of a few numbers, and counts of rows.
+        assert!(
+            (0.0..0.05).contains(&difference),
+            "{data} x {pipeline}, {expert}: {planned} planned"
+        );
+    }
+}
+
+#[test]
+fn a_step_is_drawn_and_a_model_alone_has_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("step.svg");
+    let path = file.to_str().unwrap();
+    let set = ["--set", "cluster.data=2", "--set", "cluster.pipeline=2"];
+    let (ok, text) = check("smoke.toml", &[&set[..], &["--timeline", path]].concat());
+    assert!(ok, "{text}");
+    let svg = std::fs::read_to_string(&file).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("4 micro-batches through 2 stages"), "{svg}");
+    assert_eq!(svg.matches("<path").count(), 6, "three passes on two stages: {svg}");
+    let (ok, text) = check("model/smoke.json", &["--timeline", path]);
+    assert!(!ok && text.contains("name a run's TOML"), "{text}");
+    let (ok, text) = check("smoke.toml", &["--timeline", "/no/such/folder/x.svg"]);
+    assert!(!ok && text.contains("cannot be written"), "{text}");
 }

@@ -72,14 +72,9 @@ pub fn write_cluster(
 
 fn write_bytes(out: &mut Formatter<'_>, plan: &ClusterPlan) -> fmt::Result {
     let peak = &plan.peak;
-    let recomputed = plan.bytes.iter().map(|stage| stage.recomputed_layers).max().unwrap_or(0);
-    let recomputed = match recomputed {
-        0 => String::new(),
-        most => format!("; {most} layers recomputed"),
-    };
     let bytes = Bytes(peak.bytes);
     let text =
-        format!("{bytes} at most (rank {}, {}, {}){recomputed}", peak.rank, peak.phase, peak.stage);
+        format!("{bytes} at most, on rank {} in {} of {}", peak.rank, peak.phase, peak.stage);
     line(out, "device", &text)?;
     let phase = |phase: &str| {
         let bytes = plan.bytes.iter().filter_map(|stage| stage.phases.get(phase)).map(total);

@@ -20,8 +20,15 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// The batch of a stage over so many data ranks.
-    pub fn new(config: &RunConfig, model: &ModelConfig, kind: &StageKind, data: usize) -> Batch {
+    /// The batch of a stage over so many data ranks, each with `least` micro-batches at least: the last ones are then empty,
+    /// which the mean takes in.
+    pub fn new(
+        config: &RunConfig,
+        model: &ModelConfig,
+        kind: &StageKind,
+        data: usize,
+        least: usize,
+    ) -> Batch {
         let example = example_tokens(config);
         // Sequences of a step, those that go through together at least, tokens of one in the mean and at most.
         let (sequences, together, mean, most) = match kind {
@@ -40,7 +47,7 @@ impl Batch {
         let held = tokens_at_once(config, model, kind) as usize;
         let at_once = (held / most.max(1)).max(together).min(sequences.max(1));
         let each_rank = sequences.div_ceil(data);
-        let micro_batches = each_rank.div_ceil(at_once).max(1);
+        let micro_batches = each_rank.div_ceil(at_once).max(least).max(1);
         let tokens = mean * each_rank as f64 / micro_batches as f64;
         Batch {
             micro_batches,

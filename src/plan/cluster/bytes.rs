@@ -9,9 +9,9 @@
 //! | generate | weights as trained, the sampler's copy in its own layout and type, cache                  |
 //! | score    | weights, the model that scores and the one that comes next, activations of one layer      |
 //!
-//! What is not offloaded stays in every phase. With `[cluster.hardware]` as few layers as the device asks for keep nothing
-//! but their input and are computed again on the way back; without it all layers keep everything. Without it the
-//! copies that this program packs for a CPU are counted too.
+//! What is not offloaded stays in every phase. The first `engine.recompute` layers of each piece keep nothing but their
+//! input; with `[cluster.hardware]` the fewest that would fit are told. Without it the copies that this program packs for a CPU
+//! are counted too.
 
 use super::batch::Batch;
 use super::load::Load;
@@ -35,8 +35,9 @@ pub struct StageBytes {
     pub last_rank: usize,
     /// Its layers, piece by piece: first and the one behind the last.
     pub layers: Vec<[usize; 2]>,
-    /// Layers that are computed again on the way back, in the stage of the run that asks for most.
-    pub recomputed_layers: usize,
+    /// The least `engine.recompute` with which training fits into the device, in the stage of the run that asks for most; absent
+    /// without `[cluster.hardware]`, and where none fits.
+    pub least_recompute: Option<usize>,
     /// Bytes by phase and owner, of the stage of the run that holds most in the phase.
     pub phases: BTreeMap<&'static str, Owners>,
 }
@@ -145,9 +146,11 @@ pub struct Sizes<'a> {
 }
 
 impl Sizes<'_> {
-    /// Bytes by phase, and the layers that are computed again.
-    pub fn phases(&self, place: usize) -> (BTreeMap<&'static str, Owners>, usize) {
-        let (train, recomputed) = self.train(place);
+    /// Bytes by phase.
+    pub fn phases(&self, place: usize) -> BTreeMap<&'static str, Owners> {
+        let mut train = self.lasting(place);
+        let recomputed = self.config.engine.recompute;
+        train.insert("policy/activations".into(), self.activations(place, recomputed));
         let mut phases = BTreeMap::from([("train", train)]);
         if let StageKind::Grpo(grpo) = &self.stage.kind {
             phases.insert("generate", self.generate(place, grpo));
@@ -155,7 +158,14 @@ impl Sizes<'_> {
                 phases.insert("score", self.score(place, grpo));
             }
         }
-        (phases, recomputed)
+        phases
+    }
+
+    /// The least `engine.recompute` with which training fits into so many bytes.
+    pub fn least_recompute(&self, place: usize, room: u64) -> Option<usize> {
+        let lasting = total(&self.lasting(place));
+        let most = self.layouts.training.layers(place).iter().map(Range::len).max().unwrap_or(0);
+        (0..=most).find(|count| lasting.saturating_add(self.activations(place, *count)) <= room)
     }
 
     fn number(&self) -> u64 {
@@ -177,39 +187,32 @@ impl Sizes<'_> {
         [("policy/moments", 8 * moments), ("policy/masters", masters * moments)]
     }
 
-    fn train(&self, place: usize) -> (Owners, usize) {
+    /// What training holds but for activations.
+    fn lasting(&self, place: usize) -> Owners {
         let gradient = self.load.hardware.map_or(4, |hardware| hardware.gradient_dtype.bytes());
         let mut owners = self.parked(place, 0);
         owners.insert("policy/weights".into(), self.weights(place));
         owners.insert("policy/gradients".into(), self.held(place).weights * gradient);
         owners.extend(self.optimizer(place).map(|(owner, bytes)| (owner.to_string(), bytes)));
         self.add_packed(&mut owners, place, 2);
-        let room = self.load.hardware.map(|hardware| hardware.device_memory.0);
-        let room = room.map_or(u64::MAX, |room| room.saturating_sub(total(&owners)));
-        let layers: Vec<usize> = self.layers(place).collect();
-        let activations = |recomputed| self.activations(place, &layers, recomputed);
-        let recomputed = (0..layers.len()).find(|count| activations(*count) <= room);
-        let recomputed = recomputed.unwrap_or(layers.len());
-        owners.insert("policy/activations".into(), activations(recomputed));
         owners.retain(|_, bytes| *bytes > 0);
-        (owners, recomputed)
+        owners
     }
 
-    fn layers(&self, place: usize) -> impl Iterator<Item = usize> {
-        self.layouts.training.layers(place).into_iter().flat_map(|range: Range<usize>| range)
-    }
-
-    /// What live micro-batches keep, the first `recomputed` layers their input alone, and what one layer needs on its way back.
-    fn activations(&self, place: usize, layers: &[usize], recomputed: usize) -> u64 {
+    /// What live micro-batches keep, the first `recomputed` layers of each piece their input alone, and what one layer needs
+    /// on its way back.
+    fn activations(&self, place: usize, recomputed: usize) -> u64 {
         let model = self.load.model;
-        let kept = |(index, layer): (usize, &usize)| match index < recomputed {
+        let kept = |(index, layer): (usize, usize)| match index < recomputed {
             true => model.hidden_size,
-            false => kept_numbers(model, model.is_moe(*layer)),
+            false => kept_numbers(model, model.is_moe(layer)),
         };
-        let kept: usize = layers.iter().enumerate().map(kept).sum();
+        let pieces = self.layouts.training.layers(place).into_iter();
+        let kept: usize = pieces.flat_map(|piece| piece.enumerate().map(kept)).sum();
         let live = self.schedule.most_live(place);
         let tokens = self.batch.tokens_held as f64;
-        let once = 2 * widest_numbers(model);
+        // A layer's activations with their gradients, and those of a layer that is computed again.
+        let once = if recomputed > 0 { 3 } else { 2 } * widest_numbers(model);
         ((live * kept as f64 + once as f64) * tokens * self.load.number_bytes()) as u64
     }
 
@@ -299,12 +302,23 @@ impl Sizes<'_> {
 }
 
 /// Why a plan does not fit, with ways out.
-pub fn over_device(peak: &Peak, room: Bytes, device: &str) -> Option<String> {
+pub fn over_device(
+    peak: &Peak,
+    stages: &[StageBytes],
+    room: Bytes,
+    device: &str,
+) -> Option<String> {
+    let least = stages.iter().map(|stage| stage.least_recompute);
+    let least = least.collect::<Option<Vec<usize>>>().and_then(|least| least.into_iter().max());
     (peak.bytes > room.0).then(|| {
+        let recompute = least.map(|least| format!("engine.recompute = {least}"));
         let way_out = match peak.phase {
-            "generate" => "cluster.rollout.expert or rollout_dtype of fewer bytes, or decode_batch down",
+            "train" if recompute.is_some() => recompute.as_deref().unwrap_or_default(),
+            "generate" => {
+                "cluster.rollout.expert or rollout_dtype of fewer bytes, or decode_batch down"
+            }
             "score" => "\"reference\" and \"reward-models\" in engine.offload",
-            _ => "more of cluster.pipeline or cluster.expert, a smaller micro_batch, or schedule = \"zb-h1\"",
+            _ => "more of cluster.data or cluster.pipeline, a smaller micro_batch, or shorter rows",
         };
         format!(
             "rank {} holds {} in phase {} of stage {}, and the {device} has {}; try {way_out}",

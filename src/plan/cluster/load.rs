@@ -162,6 +162,13 @@ impl Load<'_> {
         self.destinations() as f64 * others * self.model.hidden_size as f64 * self.number_bytes()
     }
 
+    /// The same with a row for each of a token's K experts.
+    pub fn expert_bytes(&self) -> f64 {
+        let others = (self.expert - 1) as f64 / self.expert as f64;
+        let rows = self.model.num_experts_per_tok as f64;
+        rows * others * self.model.hidden_size as f64 * self.number_bytes()
+    }
+
     /// The passes of a piece, for each token of sequences of a length.
     pub fn passes(&self, layout: &Training, stage: usize, chunk: usize, sequence: usize) -> Passes {
         let layers = layout.layers(stage)[chunk].clone();

@@ -8,6 +8,7 @@ pub mod alignment;
 pub mod batch;
 pub mod bytes;
 pub mod load;
+pub mod picture;
 pub mod rollouts;
 pub mod step;
 pub mod switch;
@@ -42,6 +43,8 @@ pub struct ClusterPlan {
     pub peak_device_bytes: u64,
     /// Where that is.
     pub peak: Peak,
+    /// The same of each stage of the run.
+    pub peaks: Vec<Peak>,
     /// Whether a device and a host hold it; absent without `[cluster.hardware]`.
     pub fits: Option<bool>,
     /// Bytes that the hosts of a node's ranks hold for them.
@@ -175,6 +178,24 @@ fn sampling(
     Ok(Sampling { ranks, tensor, expert })
 }
 
+/// The timeline of a step of the first stage that trains on text, as SVG; `None` for a run without such a stage.
+pub fn cluster_picture(
+    config: &RunConfig,
+    models: &[ModelConfig],
+) -> Result<Option<String>, PlanError> {
+    let layouts = layouts(&config.cluster, &config.model)?;
+    let planner = Planner { config, models, layouts };
+    let mut stages = config.stages.iter().zip(models);
+    let text = stages.find(|(stage, _)| {
+        matches!(stage.kind, StageKind::Pretrain(_) | StageKind::LongContext(_))
+    });
+    Ok(text.map(|(stage, model)| {
+        let (load, batch) = (planner.load(model), planner.batch(&stage.kind, model));
+        let step = Step { load, layouts: &planner.layouts, kind: planner.kind(), batch };
+        step.picture(&format!("{}, {}", stage.name, planner.schedule_name()))
+    }))
+}
+
 struct Planner<'a> {
     config: &'a RunConfig,
     models: &'a [ModelConfig],
@@ -184,15 +205,24 @@ struct Planner<'a> {
 /// Bytes of the ranks of each stage of the pipeline, and who of all holds most.
 struct Filled {
     stages: Vec<StageBytes>,
-    peak: Peak,
+    peaks: Vec<Peak>,
     host_bytes_per_node: u64,
+}
+
+impl Filled {
+    /// Who holds most in all stages; the first among equals.
+    fn peak(&self) -> Peak {
+        let most = self.peaks.iter().rev().max_by_key(|peak| peak.bytes);
+        most.cloned().expect("a run has a stage")
+    }
 }
 
 impl Planner<'_> {
     fn plan(&self) -> Result<ClusterPlan, PlanError> {
         let cluster = &self.config.cluster;
         let (mesh, hardware) = (*self.layouts.training.mesh(), cluster.hardware.as_ref());
-        let filled = self.bytes()?;
+        let filled = self.bytes();
+        let peak = filled.peak();
         let switch = self.switch()?;
         let (training, alignment) = self.steps(switch.as_ref())?;
         let first = training.first();
@@ -201,20 +231,19 @@ impl Planner<'_> {
         let number = self.load(&self.config.model).number_bytes();
         let held: u64 = self.layouts.held.iter().map(|held| held.weights).sum();
         let fits = hardware.map(|hardware| {
-            filled.peak.bytes <= hardware.device_memory.0
+            peak.bytes <= hardware.device_memory.0
                 && filled.host_bytes_per_node <= hardware.host_memory.0
         });
-        let schedule = cluster.schedule;
         Ok(ClusterPlan {
             ranks: mesh.ranks(),
             layout: ClusterLayout {
                 data: mesh.data(),
                 pipeline: mesh.pipeline(),
                 expert: mesh.expert(),
-                schedule: SCHEDULES.iter().find(|(_, kind)| *kind == schedule).map_or("", |s| s.0),
+                schedule: self.schedule_name(),
                 rollout: cluster.rollout,
             },
-            peak_device_bytes: filled.peak.bytes,
+            peak_device_bytes: peak.bytes,
             fits,
             host_bytes_per_node: filled.host_bytes_per_node,
             weight_bytes_once: parameters(&self.config.model).total as f64 * number
@@ -229,7 +258,8 @@ impl Planner<'_> {
             relative_error: hours.zip(published).map(|(hours, published)| hours / published - 1.0),
             notes: self.notes(&filled),
             bytes: filled.stages,
-            peak: filled.peak,
+            peak,
+            peaks: filled.peaks,
             training,
             alignment,
             assumptions: hardware.cloned(),
@@ -242,7 +272,13 @@ impl Planner<'_> {
     }
 
     fn batch(&self, kind: &StageKind, model: &ModelConfig) -> Batch {
-        Batch::new(self.config, model, kind, self.layouts.training.mesh().data())
+        let mesh = self.layouts.training.mesh();
+        let least = self.kind().least_micro_batches(mesh.pipeline());
+        Batch::new(self.config, model, kind, mesh.data(), least)
+    }
+
+    fn schedule_name(&self) -> &'static str {
+        SCHEDULES.iter().find(|(_, kind)| *kind == self.kind()).map_or("", |(name, _)| name)
     }
 
     fn kind(&self) -> Kind {
@@ -250,41 +286,43 @@ impl Planner<'_> {
     }
 
     /// A schedule of as many micro-batches as can be live at once.
-    fn schedule(&self, stage: &str, batch: &Batch) -> Result<Schedule, PlanError> {
+    fn schedule(&self, batch: &Batch) -> Schedule {
         let stages = self.layouts.training.mesh().pipeline();
         let live = batch.micro_batches.min(4 * stages);
-        Schedule::new(self.kind(), stages, live).map_err(|error| PlanError {
-            path: vec!["schedule"],
-            message: format!("stage {stage}: {error}"),
-        })
+        Schedule::new(self.kind(), stages, live).expect("a batch has as many as its schedule needs")
     }
 
-    fn bytes(&self) -> Result<Filled, PlanError> {
+    fn bytes(&self) -> Filled {
         let mesh = *self.layouts.training.mesh();
+        let hardware = self.config.cluster.hardware.as_ref();
+        let room = hardware.map(|hardware| hardware.device_memory.0);
         let empty = |place: usize| StageBytes {
             first_rank: place * mesh.data(),
             last_rank: (place + 1) * mesh.data() - 1,
             layers: self.layouts.training.layers(place).iter().map(|r| [r.start, r.end]).collect(),
-            recomputed_layers: 0,
+            least_recompute: room.map(|_| 0),
             phases: BTreeMap::new(),
         };
         let mut stages: Vec<StageBytes> = (0..mesh.pipeline()).map(empty).collect();
-        let mut peak = Peak { bytes: 0, rank: 0, phase: "train", stage: String::new() };
+        let mut peaks = Vec::new();
         let mut host = vec![0; mesh.pipeline()];
         for (stage, model) in self.config.stages.iter().zip(self.models) {
             let batch = self.batch(&stage.kind, model);
-            let schedule = self.schedule(&stage.name, &batch)?;
+            let schedule = self.schedule(&batch);
             let (config, layouts, load) = (self.config, &self.layouts, self.load(model));
             let sizes = Sizes { config, stage, load, layouts, batch, schedule: &schedule };
+            let mut peak = Peak { bytes: 0, rank: 0, phase: "train", stage: stage.name.clone() };
             for (place, filled) in stages.iter_mut().enumerate() {
-                let (phases, recomputed) = sizes.phases(place);
-                filled.recomputed_layers = filled.recomputed_layers.max(recomputed);
+                let phases = sizes.phases(place);
+                let least = room.and_then(|room| sizes.least_recompute(place, room));
+                // None of one stage is none of all.
+                let most = |most: usize| least.map(|least| most.max(least));
+                filled.least_recompute = filled.least_recompute.and_then(most);
                 host[place] = sizes.host(place).max(host[place]);
                 for (phase, owners) in phases {
                     let bytes = total(&owners);
                     if bytes > peak.bytes {
-                        let (rank, stage) = (filled.first_rank, stage.name.clone());
-                        peak = Peak { bytes, rank, phase, stage };
+                        peak = Peak { bytes, rank: filled.first_rank, phase, ..peak };
                     }
                     let held = filled.phases.entry(phase).or_default();
                     if bytes > total(held) {
@@ -292,13 +330,14 @@ impl Planner<'_> {
                     }
                 }
             }
+            peaks.push(peak);
         }
-        let node = self.config.cluster.hardware.as_ref().map_or(1, |h| h.devices_per_node);
+        let node = hardware.map_or(1, |hardware| hardware.devices_per_node);
         let of_rank =
             |rank: usize| if rank < mesh.ranks() { host[mesh.place(rank).stage] } else { 0 };
         let of_node = |first: usize| (first..first + node).map(of_rank).sum();
         let host_bytes_per_node = (0..mesh.ranks()).step_by(node).map(of_node).max().unwrap_or(0);
-        Ok(Filled { stages, peak, host_bytes_per_node })
+        Filled { stages, peaks, host_bytes_per_node }
     }
 
     /// The switch of layouts, for runs that sample.
@@ -345,7 +384,12 @@ impl Planner<'_> {
         let cluster = &self.config.cluster;
         let mut notes = Vec::new();
         if let Some(hardware) = &cluster.hardware {
-            notes.extend(over_device(&filled.peak, hardware.device_memory, &hardware.device));
+            notes.extend(over_device(
+                &filled.peak(),
+                &filled.stages,
+                hardware.device_memory,
+                &hardware.device,
+            ));
             let (host, room) = (filled.host_bytes_per_node, hardware.host_memory);
             if host > room.0 {
                 let host = crate::config::Bytes(host);

@@ -287,8 +287,8 @@ mod tests {
         let layouts = layouts(&config.cluster, &config.model).unwrap();
         let (mesh, hardware) = (layouts.training.mesh(), config.cluster.hardware.clone().unwrap());
         let load = Load { model: &config.model, hardware: Some(&hardware), expert: mesh.expert() };
-        let batch = Batch::new(&config, &config.model, &config.stages[0].kind, mesh.data());
-        let kind = config.cluster.schedule;
+        let (kind, stage) = (config.cluster.schedule, &config.stages[0].kind);
+        let batch = Batch::new(&config, &config.model, stage, mesh.data(), 1);
         check(&Step { load, layouts: &layouts, kind, batch }, &hardware);
     }
 

@@ -9,8 +9,11 @@ use serde::Serialize;
 /// Bytes of a step, over all ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Traffic {
-    /// Tokens to their experts and back, in forward and backward passes: at most; own ranks are left out.
+    /// Tokens to their experts and back, in forward and backward passes, where a token goes once to each rank that has some of
+    /// its experts (the paper's M): at most; own ranks are left out. Seconds are predicted with these.
     pub all_to_all: f64,
+    /// The same where a row goes to each expert, as this program sends them: what even routing makes.
+    pub all_to_all_by_expert: f64,
     /// The same of a token, in all layers.
     pub all_to_all_per_token: f64,
     /// Activations and their gradients between stages.
@@ -25,7 +28,8 @@ impl Traffic {
     /// Of a step. `held` is of each stage, `chunks` the pieces that a stage has.
     pub fn new(load: &Load, mesh: &Mesh, held: &[Held], batch: &Batch, chunks: usize) -> Traffic {
         let layers = (0..load.model.num_hidden_layers).filter(|layer| load.model.is_moe(*layer));
-        let all_to_all_per_token = 4.0 * layers.count() as f64 * load.exchange_bytes();
+        let moe_layers = layers.count() as f64;
+        let all_to_all_per_token = 4.0 * moe_layers * load.exchange_bytes();
         // The V turns back on its last stage.
         let hops = mesh.pipeline() - 1;
         let boundary = load.model.hidden_size as f64 * load.number_bytes();
@@ -33,6 +37,7 @@ impl Traffic {
         let summed: f64 = held.iter().map(|held| sums(mesh, held) * mesh.data() as f64).sum();
         Traffic {
             all_to_all: all_to_all_per_token * batch.step_tokens,
+            all_to_all_by_expert: 4.0 * moe_layers * load.expert_bytes() * batch.step_tokens,
             all_to_all_per_token,
             stages: 2.0 * (hops * chunks) as f64 * boundary * batch.step_tokens,
             gradients: summed * gradient,

@@ -5,12 +5,14 @@
 //!    advantages.
 //! 3. `EnterPhase(Train)`, then `UpdatePolicy`.
 //!
+//! Where a stage's `max_staleness` is 1, the next step's groups are sampled before 2.
+//!
 //! Where `engine.exact` is on, a step whose sampler and trainer disagree in one bit ends the run before anything of it is
 //! kept (docs/adr/011).
 //!
 //! Knows what a step reports and nothing of how a reward is made.
 
-use super::director::Direction;
+use super::director::{Direction, Position};
 use super::journal_lines::step_event;
 use super::messages::*;
 use super::post::seconds_now;
@@ -25,6 +27,7 @@ use crate::engine::phase::{Phase, PhaseReport};
 use crate::engine::utilisation::{
     Chores, padding_share, rollout_bandwidth, tail_factor, useful_share,
 };
+use crate::rl::rollout::JudgedGroup;
 use serde_json::json;
 use std::time::Instant;
 
@@ -35,11 +38,16 @@ pub(super) struct Aligned {
     updates: u64,
     skipped_updates: u64,
     pub(super) seconds: f64,
-    /// What the sampler's weights were.
+    /// What the sampler's weights were, and of which version; the version that the step changed.
     sampled_as: Dtype,
+    sampled_version: u64,
+    version: u64,
     sampled: GenerateReport,
     /// Start and end of sampling and judging, in seconds since the step began.
     intervals: [[f64; 2]; 2],
+    /// Of the update, likewise, and of sampling for the next step.
+    train: [f64; 2],
+    ahead: Option<[f64; 2]>,
     score_seconds: f64,
     entered: PhaseReport,
     enter_seconds: f64,
@@ -48,63 +56,134 @@ pub(super) struct Aligned {
 }
 
 impl Direction {
-    /// One step of stage number `stage`; `prompts` stand in for the stage's own.
+    /// One step of a stage; `prompts` stand in for the stage's own.
     pub(super) async fn align(
         &self,
-        stage: usize,
-        step: u64,
+        at: &Position,
         settings: &GrpoStage,
-        policy_version: u64,
         prompts: Option<Vec<Prompt>>,
     ) -> Result<Aligned, Failure> {
         let (began, began_at) = (Instant::now(), seconds_now());
-        let ports = &self.ports;
-
-        let entered = self.enter_as(Phase::Generate, settings.rollout_dtype).await?;
-        let sampled_as = entered.sampled_as.unwrap_or_default();
-        let (mut enter_seconds, for_sampling) = (entered.seconds, entered.chores);
-        let settings = settings.clone();
-        let request = GenerateGroups {
-            id: self.id(),
-            stage,
-            step,
-            settings: settings.clone(),
-            prompts,
-            policy_version,
+        let known = self.ahead.take().filter(|batch| batch.step == at.step);
+        let (batch, mut entered) = match known {
+            Some(batch) => (batch, Entered::default()),
+            None => self.sample(at, at.step, settings, prompts).await?,
         };
-        let generated = self.ask(&ports.generate, request).await?;
-
-        let entered = self.enter(Phase::Score).await?;
-        enter_seconds += entered.seconds;
-        let for_scoring = entered.chores;
-        let scoring = Instant::now();
-        let request =
-            ScoreGroups { id: self.id(), groups: generated.groups, settings: settings.clone() };
-        let scored = self.ask(&ports.score, request).await?;
-        let score_seconds = scoring.elapsed().as_secs_f64();
-
-        let entered = self.enter(Phase::Train).await?;
-        enter_seconds += entered.seconds;
-        let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
-        let update = self.ask(&ports.update, request).await?;
-
+        // The next batch is sampled before the policy changes.
+        let is_ahead = settings.max_staleness > 0 && at.step + 1 < at.steps;
+        let (next, updated) = match is_ahead {
+            false => (None, self.update(settings, batch.generated.groups).await?),
+            true => {
+                let (next, for_next) = self.sample(at, at.step + 1, settings, None).await?;
+                entered = entered.and(for_next);
+                (Some(next), self.update(settings, batch.generated.groups).await?)
+            }
+        };
         let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
+        let ahead = next.as_ref().map(|next| since(next.generated.generate));
+        self.ahead.replace(next);
+        let Updated { scored, update, entered: last, train, score_seconds, scoring, training } =
+            updated;
         Ok(Aligned {
             scored,
             report: update.report,
             updates: update.updates,
             skipped_updates: update.skipped_updates,
             seconds: began.elapsed().as_secs_f64(),
-            sampled_as,
-            sampled: generated.report,
-            intervals: [since(generated.generate), since(generated.judge)],
+            sampled_as: batch.sampled_as,
+            sampled_version: batch.policy_version,
+            version: at.version,
+            sampled: batch.generated.report,
+            intervals: [since(batch.generated.generate), since(batch.generated.judge)],
+            train: since(train),
+            ahead,
             score_seconds,
+            enter_seconds: entered.seconds + scoring.seconds + training.seconds,
             // What scoring did beside rewards is told when its phase is left.
-            chores: [for_sampling, for_scoring, entered.left, entered.chores],
-            entered,
-            enter_seconds,
+            chores: [entered.chores, scoring.chores, last.left, training.chores],
+            entered: last,
         })
     }
+
+    /// Samples and judges the batch of a step with the policy as it is.
+    async fn sample(
+        &self,
+        at: &Position,
+        step: u64,
+        settings: &GrpoStage,
+        prompts: Option<Vec<Prompt>>,
+    ) -> Result<(SampledBatch, Entered), Failure> {
+        let entered = self.enter_as(Phase::Generate, settings.rollout_dtype).await?;
+        let request = GenerateGroups {
+            id: self.id(),
+            stage: at.index,
+            step,
+            settings: settings.clone(),
+            prompts,
+            policy_version: at.version,
+        };
+        let generated = self.ask(&self.ports.generate, request).await?;
+        let (policy_version, sampled_as) = (at.version, entered.sampled_as.unwrap_or_default());
+        let batch = SampledBatch { step, policy_version, sampled_as, generated };
+        Ok((batch, Entered::of(&entered)))
+    }
+
+    /// Scores a batch with models, and updates the policy by it.
+    async fn update(
+        &self,
+        settings: &GrpoStage,
+        groups: Vec<JudgedGroup>,
+    ) -> Result<Updated, Failure> {
+        let entered = self.enter(Phase::Score).await?;
+        let (scoring, began) = (Entered::of(&entered), Instant::now());
+        let settings = settings.clone();
+        let request = ScoreGroups { id: self.id(), groups, settings: settings.clone() };
+        let scored = self.ask(&self.ports.score, request).await?;
+        let score_seconds = began.elapsed().as_secs_f64();
+
+        let entered = self.enter(Phase::Train).await?;
+        let (training, began) = (Entered::of(&entered), seconds_now());
+        let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
+        let update = self.ask(&self.ports.update, request).await?;
+        let train = [began, seconds_now()];
+        Ok(Updated { scored, update, entered, train, score_seconds, scoring, training })
+    }
+}
+
+/// Changes of phase: their seconds, and what of them went into what.
+#[derive(Clone, Copy, Default)]
+struct Entered {
+    seconds: f64,
+    chores: Chores,
+}
+
+impl Entered {
+    fn of(report: &PhaseReport) -> Entered {
+        Entered { seconds: report.seconds, chores: report.chores }
+    }
+
+    fn and(self, other: Entered) -> Entered {
+        let Chores { pack_seconds, offload_seconds, reference_seconds, switched } = other.chores;
+        let mut chores = self.chores;
+        chores.pack_seconds += pack_seconds;
+        chores.offload_seconds += offload_seconds;
+        chores.reference_seconds += reference_seconds;
+        chores.switched(switched);
+        Entered { seconds: self.seconds + other.seconds, chores }
+    }
+}
+
+/// What scoring and the update of a batch did.
+struct Updated {
+    scored: ScoredGroups,
+    update: PolicyUpdate,
+    /// The change to Train.
+    entered: PhaseReport,
+    /// Start and end of the update, in seconds since 1970.
+    train: [f64; 2],
+    score_seconds: f64,
+    scoring: Entered,
+    training: Entered,
 }
 
 impl Direction {
@@ -118,7 +197,9 @@ impl Direction {
         let gap = aligned.report.grpo.as_ref().map_or(0.0, |grpo| grpo.logprob_gap_max);
         // A step without finite numbers changed no weight and is counted as such.
         let is_undefined = aligned.report.skipped && gap.is_nan();
-        if !self.config.engine.exact || gap == 0.0 || is_undefined {
+        // Rollouts of an older policy have its log-probabilities.
+        let is_stale = aligned.sampled_version != aligned.version;
+        if !self.config.engine.exact || gap == 0.0 || is_undefined || is_stale {
             return Ok(());
         }
         let alarm = format!(
@@ -178,6 +259,16 @@ impl Aligned {
         })
     }
 
+    fn intervals_by_name(&self, generate: [f64; 2], judge: [f64; 2]) -> serde_json::Value {
+        let train = self.train;
+        match self.ahead {
+            None => json!({"generate": generate, "judge": judge, "train": train}),
+            Some(ahead) => {
+                json!({"generate": generate, "judge": judge, "train": train, "ahead": ahead})
+            }
+        }
+    }
+
     /// The step's line for the journal.
     pub(super) fn event(&self, stage: &Stage, step: u64, machine: &Machine) -> Event {
         let statistics = &self.scored.statistics;
@@ -214,7 +305,9 @@ impl Aligned {
             .with("tail_factor", tail_factor(&self.sampled))
             .with("padding_share", padding_share(&self.report))
             .with("exposed_seconds", self.exposed())
-            .with("intervals", json!({"generate": generate, "judge": judge}))
+            .with("policy_version", self.report.policy_version)
+            .with("sampled_version", self.sampled_version)
+            .with("intervals", self.intervals_by_name(generate, judge))
             .with(
                 "phase_seconds",
                 json!({

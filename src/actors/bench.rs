@@ -5,7 +5,7 @@
 //! Knows no more of a step than the Director does.
 
 use super::company::{Setup, run};
-use super::director::Direction;
+use super::director::{Direction, Position};
 use super::messages::*;
 use super::port::Limits;
 use super::stage_plan::Folders;
@@ -160,7 +160,8 @@ impl Direction {
             let prompts =
                 random_prompts(bench, self.config.seed, step, self.config.model.vocab_size);
             let before = [heap::page_faults(), heap::allocations()];
-            let aligned = self.align(0, step, settings, version, Some(prompts)).await?;
+            let at = Position { index: 0, step, steps: step + 1, version };
+            let aligned = self.align(&at, settings, Some(prompts)).await?;
             self.require_exact(&self.config.stages[0], step + 1, &aligned).await?;
             let after = [heap::page_faults(), heap::allocations()];
             version = aligned.report.policy_version;

@@ -17,10 +17,12 @@ use crate::checkpoint::tokenizer_json::copy_tokenizer;
 use crate::checkpoint::{
     Commit, Latest, Manifest, Staging, Store, StoredType, export_hf, read_model_config,
 };
+use crate::cluster::wire::{decode, encode};
 use crate::config::RunConfig;
 use crate::console::Event;
 use crate::engine::hybrid::SavedState;
 use actix::{Handler, ResponseActFuture};
+use anyhow::Context;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -93,7 +95,7 @@ impl Handler<CommitCheckpoint> for Checkpointer {
     type Result = ResponseActFuture<Self, Result<Commit, Failure>>;
 
     fn handle(&mut self, message: CommitCheckpoint, _: &mut Self::Context) -> Self::Result {
-        let CommitCheckpoint { id, place } = message;
+        let CommitCheckpoint { id, place, ahead } = message;
         let (keeper, save) = (Arc::clone(&self.keeper), self.ports.save.clone());
         let id = id.part(self.post.generation() as u32);
         let turn = Arc::clone(&self.turn);
@@ -104,9 +106,49 @@ impl Handler<CommitCheckpoint> for Checkpointer {
             let staging = aside(move || begun.with_store(|store| store.begin(&name))).await?;
             let folder = staging.path().to_path_buf();
             let state = save.ask(Save { id, folder, with_optimizer: true }).await?;
-            aside(move || keeper.commit(staging, &place, state)).await
+            let write = move || {
+                if let Some(batch) = ahead {
+                    write_ahead(staging.path(), &batch)?;
+                }
+                keeper.commit(staging, &place, state)
+            };
+            aside(write).await
         })
     }
+}
+
+impl Handler<FindAhead> for Checkpointer {
+    type Result = ResponseActFuture<Self, Result<Option<Box<SampledBatch>>, Failure>>;
+
+    fn handle(&mut self, message: FindAhead, _: &mut Self::Context) -> Self::Result {
+        let turn = Arc::clone(&self.turn);
+        self.post.work(FindAhead::NAME, async move {
+            let _turn = turn.lock().await;
+            aside(move || read_ahead(&message.folder)).await
+        })
+    }
+}
+
+/// The file of a batch that was sampled for the step behind a commit.
+const AHEAD_FILE: &str = "ahead.msgpack";
+
+fn write_ahead(folder: &Path, batch: &SampledBatch) -> anyhow::Result<()> {
+    let path = folder.join(AHEAD_FILE);
+    std::fs::write(&path, encode(batch))
+        .with_context(|| format!("failed to write {}", path.display()))
+}
+
+/// The manifest has vouched for the bytes.
+fn read_ahead(folder: &Path) -> anyhow::Result<Option<Box<SampledBatch>>> {
+    let path = folder.join(AHEAD_FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let bytes =
+        std::fs::read(&path).with_context(|| format!("failed to read {}", path.display()))?;
+    let batch =
+        decode(&bytes).with_context(|| format!("{}: of another version", path.display()))?;
+    Ok(Some(Box::new(batch)))
 }
 
 impl Handler<KeepArtefact> for Checkpointer {

@@ -432,6 +432,7 @@ impl Seats {
             enter_phase: self.worker.port(desk),
             calibrate: self.worker.port(desk),
             find_commit: self.checkpointer.port(desk),
+            find_ahead: self.checkpointer.port(desk),
             commit: self.checkpointer.port(desk),
             keep: self.checkpointer.port(desk),
             export: self.checkpointer.port(desk),

@@ -63,6 +63,19 @@ pub struct GeneratedGroups {
     pub judge: [f64; 2],
 }
 
+/// A batch of rollouts, and what sampled it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampledBatch {
+    /// The step that it is for, within its stage, from 0.
+    pub step: u64,
+    /// Version of the policy that sampled it.
+    pub policy_version: u64,
+    /// What the sampler's weights were.
+    pub sampled_as: Dtype,
+    /// The groups, judged.
+    pub generated: GeneratedGroups,
+}
+
 /// Groups that are ready for the update, and what they say of the policy.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ScoredGroups {

@@ -70,6 +70,8 @@ pub struct Direction {
     numbers: Cell<u64>,
     /// Steps computed so far, those that the journal had already included.
     computed_steps: Cell<u64>,
+    /// What was sampled for the step after the one that is taken.
+    pub(super) ahead: RefCell<Option<SampledBatch>>,
     /// Phase of the device, what it was to sample from, and what it held when it got there.
     phase: RefCell<Option<(Phase, Dtype, PhaseReport)>>,
 }
@@ -95,6 +97,7 @@ impl Director {
             generation: post.generation(),
             numbers: Cell::default(),
             computed_steps: Cell::new(0),
+            ahead: RefCell::default(),
             phase: RefCell::default(),
         };
         Director { post, direction: Rc::new(direction) }
@@ -239,6 +242,11 @@ impl Direction {
         )
         .await?;
         self.ready_device(index, steps, commit).await?;
+        self.ahead.replace(None);
+        if let Some(Commit { folder, .. }) = commit {
+            let ahead = FindAhead { folder: folder.clone() };
+            self.ahead.replace(self.ask(&self.ports.find_ahead, ahead).await?.map(|b| *b));
+        }
         let mut at = Position { index, step: 0, steps, version: 0 };
         match commit {
             Some(commit) => {
@@ -350,7 +358,7 @@ impl Direction {
     async fn step(&self, at: &Position) -> Result<(StepReport, Event), Failure> {
         let stage = &self.config.stages[at.index];
         if let StageKind::Grpo(settings) = &stage.kind {
-            let aligned = self.align(at.index, at.step, settings, at.version, None).await?;
+            let aligned = self.align(at, settings, None).await?;
             self.require_exact(stage, at.step + 1, &aligned).await?;
             let event = aligned.event(stage, at.step + 1, &self.machine);
             let groups = aligned.scored.groups;
@@ -394,9 +402,9 @@ impl Direction {
     async fn commit(&self, at: &Position) -> Result<(), Failure> {
         let stage = &self.config.stages[at.index];
         self.ask(&self.ports.sync_journal, SyncJournal {}).await?;
-        let commit = self
-            .ask(&self.ports.commit, CommitCheckpoint { id: self.id(), place: self.place(at) })
-            .await?;
+        let ahead = self.ahead.borrow().clone().map(Box::new);
+        let request = CommitCheckpoint { id: self.id(), place: self.place(at), ahead };
+        let commit = self.ask(&self.ports.commit, request).await?;
         let event =
             Event::new("commit").of_stage(&stage.name, stage.kind.name()).with("step", at.step);
         self.record(event.with("folder", commit.folder)).await

@@ -34,6 +34,8 @@ pub struct DirectorPorts {
     pub calibrate: Port<Calibrate>,
     /// Finds a commit.
     pub find_commit: Port<FindCommit>,
+    /// Finds what was sampled ahead of a commit.
+    pub find_ahead: Port<FindAhead>,
     /// Commits.
     pub commit: Port<CommitCheckpoint>,
     /// Keeps a stage's model.

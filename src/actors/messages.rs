@@ -222,7 +222,14 @@ messages! {
         id: WorkId,
         /// Position of the run.
         place: Place,
+        /// What was sampled for the next step already.
+        ahead: Option<Box<SampledBatch>>,
     } -> Commit;
+    /// Director to Checkpointer: what had been sampled ahead when a commit was made.
+    FindAhead {
+        /// The commit's folder.
+        folder: PathBuf,
+    } -> Option<Box<SampledBatch>>;
     /// Checkpointer to Worker: write the policy into a folder.
     Save {
         /// Id of the work.

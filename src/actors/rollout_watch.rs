@@ -31,11 +31,13 @@ impl<'a> RolloutWatch<'a> {
         if is_other && !self.fell_back {
             remarks.push(self.remark("fallback", step).with("reason", fallback(settings, step)));
         }
-        if kl > ALARMING_KL && !self.is_far {
+        // Rollouts of the policy before are far from it by right.
+        let is_far = kl > ALARMING_KL && settings.max_staleness == 0;
+        if is_far && !self.is_far {
             let alarm = self.remark("alarm", step).with("sampler_kl", kl);
             remarks.push(alarm.with("reason", self.distance(settings, step, kl)));
         }
-        (self.fell_back, self.is_far) = (is_other, kl > ALARMING_KL);
+        (self.fell_back, self.is_far) = (is_other, is_far);
         remarks
     }
 

@@ -338,6 +338,7 @@ fn settings(args: &BenchGrpoArgs) -> GrpoStage {
         micro_batch: 0,
         share_prompts: args.share_prompts,
         rollout_dtype: args.rollout_dtype,
+        max_staleness: 0,
         importance_limit: None,
         optimizer: OptimizerConfig { learning_rate: 1e-6, ..OptimizerConfig::default() },
     }

@@ -313,6 +313,10 @@ pub struct GrpoStage {
     /// the trainer, and each token's loss is weighted by min(trainer's probability / sampler's, `importance_limit`).
     #[serde(default)]
     pub rollout_dtype: Dtype,
+    /// Batches that rollouts may be behind the policy that they update: with 1 those of the next step are sampled before
+    /// the update, by ranks that only sample (`cluster.samplers`) while the others train, and elsewhere before them.
+    #[serde(default)]
+    pub max_staleness: u64,
     /// Most that a token (a rollout, for the ratio per sequence) may weigh; 2 if absent. Only beside a `rollout_dtype`.
     #[serde(default)]
     pub importance_limit: Option<f64>,

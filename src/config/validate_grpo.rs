@@ -69,6 +69,12 @@ impl StageRules<'_> {
                 format!("{key} = {after:?} is no policy stage that runs before this one; put it first or leave `after` out")
             })?;
         }
+        self.require(stage.max_staleness <= 1, &["max_staleness"], |key| {
+            format!(
+                "{key} = {} is more than is kept ahead; use 1 to sample the next batch before the update, or 0",
+                stage.max_staleness
+            )
+        })?;
         self.rollouts(stage)?;
         self.rewards(stage)?;
         self.optimizer(&stage.optimizer, Some(stage.steps.saturating_mul(stage.updates)))

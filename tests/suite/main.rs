@@ -10,6 +10,7 @@ mod runs;
 mod tiny;
 mod training;
 
+mod ahead;
 mod alignment;
 mod architectures;
 mod attention;

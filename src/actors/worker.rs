@@ -20,6 +20,7 @@ use super::messages::*;
 use super::port::{Limits, Port};
 use super::post::{Post, answers_for_itself, panic_text, seconds_now};
 use crate::config::Dtype;
+use crate::config::failpoint::failpoint;
 use crate::console::Event;
 use crate::engine::hybrid::{HybridEngine, SavedState};
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
@@ -244,6 +245,7 @@ fn own_device(make: &DeviceMaker, jobs: &Receiver<Arc<Work>>) {
 }
 
 fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
+    failpoint(work.job.name());
     Ok(match &work.job {
         Job::Prepare(stage) => {
             device.prepare(stage)?;

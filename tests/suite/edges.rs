@@ -444,3 +444,20 @@ fn a_chat_template_that_never_ends_is_stopped() {
     let text = told(&place.rehearsal(&["generate", "model", "--chat", "--prompt", "x"]), 2);
     assert!(text.contains("it takes more than 1000000 steps"), "{text}");
 }
+
+#[cfg(not(feature = "mpi"))]
+#[test]
+fn a_build_without_mpi_refuses_to_be_one_of_several_processes() {
+    let place = Place::new();
+    let mut command = Command::new(BINARY);
+    command.args(["run", "run.toml", "--out", "out"]).current_dir(place.0.path());
+    command.env("OMPI_COMM_WORLD_SIZE", "2").env("OMPI_COMM_WORLD_RANK", "0");
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("mpirun started 2 processes") && said.contains("--features mpi"),
+        "{said}"
+    );
+    assert!(!place.path("out").exists());
+}

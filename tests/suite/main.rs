@@ -34,6 +34,8 @@ mod needle;
 mod oracle;
 mod prefill;
 #[cfg(feature = "mpi")]
+mod process_runs;
+#[cfg(feature = "mpi")]
 mod processes;
 mod profile;
 mod ranks;

@@ -1,0 +1,301 @@
+//! Whole runs of several processes under mpirun: the run of one process, whatever kills or stops a process, and what a person is
+//! told.
+//!
+//! A fault is planted in one rank alone, by the environment of its process. No test leaves a process behind, and each looks
+//! whether the run did.
+
+use crate::mpirun::{mpirun, text};
+use crate::runs::{done, events, finished, rehearsal, said, smoke_with, steps, wait_for};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+use tempfile::TempDir;
+
+/// Longest time in which a process must be gone after its run.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The smoke run with seed 3 in `out`, as one of the ranks; `own` are settings of this rank alone.
+fn rank(program: &Path, out: &Path, settings: &[&str], own: &[&str]) -> Vec<String> {
+    let mut words = vec![program.display().to_string()];
+    words
+        .extend(["run", "configs/smoke.toml", "--console", "off", "--seed", "3"].map(String::from));
+    words.extend(["--out".to_string(), out.display().to_string()]);
+    for assignment in settings.iter().chain(own) {
+        words.extend(["--set".to_string(), assignment.to_string()]);
+    }
+    words
+}
+
+fn program() -> PathBuf {
+    PathBuf::from(env!("CARGO_BIN_EXE_rehearsal"))
+}
+
+/// The smoke run over so many ranks.
+fn over(ranks: usize, out: &Path, settings: &[&str]) -> Command {
+    let mut command = mpirun(ranks, &[]);
+    command.args(rank(&program(), out, settings, &[]));
+    command
+}
+
+/// The same over two, the second of which is started by `second`, words before its program included.
+fn over_two(out: &Path, settings: &[&str], second: Vec<String>) -> Command {
+    let mut command = mpirun(1, &[]);
+    command.args(rank(&program(), out, settings, &[]));
+    command.args([":", "-n", "1"]).args(second);
+    command
+}
+
+/// Two ranks, the second of which kills itself before a job.
+fn over_two_with_death(out: &Path, settings: &[&str], job: &str) -> Command {
+    let mut second = vec!["env".to_string(), format!("REHEARSAL_FAIL_AT={job}")];
+    second.push(format!("REHEARSAL_FAIL_WITNESS={}", out.with_extension("witness").display()));
+    second.extend(rank(&program(), out, settings, &[]));
+    over_two(out, settings, second)
+}
+
+/// Processes whose command line names `out`.
+fn alive(out: &Path) -> Vec<u32> {
+    let own = |entry: std::io::Result<std::fs::DirEntry>| {
+        let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).replace('\0', " ");
+        line.contains(out.to_str()?).then_some(pid)
+    };
+    std::fs::read_dir("/proc").unwrap().filter_map(own).collect()
+}
+
+fn check_nothing_is_left(out: &Path) {
+    let until = Instant::now() + PATIENCE;
+    while !alive(out).is_empty() {
+        assert!(Instant::now() < until, "processes are left behind: {:?}", alive(out));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// The run has every step of the undisturbed run of one process once, with its losses to rounding.
+fn check_is_the_run_of_one(out: &Path) {
+    let key = |step: &Value| (step["stage"].to_string(), step["step"].as_u64().unwrap());
+    let expected = steps(finished());
+    let got = steps(out);
+    assert_eq!(
+        got.iter().map(key).collect::<Vec<_>>(),
+        expected.iter().map(key).collect::<Vec<_>>()
+    );
+    for (got, expected) in got.iter().zip(&expected) {
+        let [own, other] = [got, expected].map(|step| step["loss"].as_f64().unwrap());
+        assert!((own - other).abs() < 1e-3, "{:?}: {own} against {other}", key(got));
+    }
+}
+
+/// The run failed, everybody who could says why, and nobody is left.
+fn check_failed(output: &Output, out: &Path, texts: &[&str]) {
+    assert!(!output.status.success(), "{}", text(output));
+    for part in texts {
+        assert!(text(output).contains(part), "{part:?} is not said: {}", text(output));
+    }
+    check_nothing_is_left(out);
+}
+
+#[test]
+fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
+    let folder = TempDir::new().unwrap();
+    let layouts: [(usize, &[&str]); 4] = [
+        (2, &["cluster.data=2"]),
+        (2, &["cluster.pipeline=2"]),
+        (
+            4,
+            &[
+                "cluster.data=2",
+                "cluster.pipeline=2",
+                "cluster.expert=2",
+                "cluster.rollout.expert=2",
+            ],
+        ),
+        (8, &["cluster.data=8", "cluster.expert=4"]),
+    ];
+    for (at, (ranks, settings)) in layouts.into_iter().enumerate() {
+        let out = folder.path().join(format!("run-{at}"));
+        done(over(ranks, &out, settings));
+        check_is_the_run_of_one(&out);
+        check_nothing_is_left(&out);
+        assert!(out.join("export/config.json").exists());
+    }
+}
+
+/// A process dies before the job, is named, and the same command goes on to the same end over `ranks` processes.
+fn check_death(job: &str, ranks: usize) {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let settings = ["cluster.data=2", "checkpoint.every_steps=3"];
+    let output = over_two_with_death(&out, &settings, job).output().unwrap();
+    let witness = std::fs::read_to_string(out.with_extension("witness")).unwrap_or_default();
+    assert_eq!(witness.trim(), job.split(':').next().unwrap(), "{}", text(&output));
+    check_failed(
+        &output,
+        &out,
+        &["rank 0 of 2 ends: rank 1 is gone", "its control link with process"],
+    );
+    let before = steps(&out).len();
+    match ranks {
+        1 => drop(done(smoke_with(&out, &settings[1..]))),
+        ranks => {
+            let data = format!("cluster.data={ranks}");
+            drop(done(over(ranks, &out, &[&data, settings[1]])));
+        }
+    }
+    check_is_the_run_of_one(&out);
+    let computed = events(&out, "end").pop().unwrap()["computed_steps"].as_u64().unwrap();
+    let again = (before as u64 + computed) - steps(&out).len() as u64;
+    assert!(again <= 3, "{again} steps were computed again, {job}");
+    check_nothing_is_left(&out);
+}
+
+#[test]
+fn a_process_that_dies_in_training_is_named_and_the_same_command_goes_on() {
+    check_death("Train:8", 2);
+}
+
+#[test]
+fn a_process_that_dies_in_sampling_is_named_and_one_process_goes_on() {
+    check_death("Generate:2", 1);
+}
+
+#[cfg(feature = "proof")]
+#[test]
+fn a_process_may_die_before_any_kind_of_job() {
+    for job in ["PrepareDevice:1", "PrepareDevice:3", "EnterPhase:2", "Save:2", "Calibrate:1"] {
+        check_death(job, 2);
+    }
+    for job in ["Score:1", "EnterPhase:9", "EnterPhase:14", "Generate:4", "Save:9", "Train:40"] {
+        check_death(job, 1);
+    }
+}
+
+#[test]
+fn a_process_that_dies_while_the_policy_is_saved_or_loaded_is_named() {
+    check_death("Save:2", 2);
+    check_death("PrepareDevice:2", 2);
+}
+
+/// The process of a rank.
+fn process_of(out: &Path, rank: usize) -> Option<Pid> {
+    let is_rank = |pid: &u32| {
+        let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        let name = format!("OMPI_COMM_WORLD_RANK={rank}");
+        environment.split(|byte| *byte == 0).any(|variable| variable == name.as_bytes())
+    };
+    let pid = alive(out).into_iter().find(is_rank)?;
+    Pid::from_raw(i32::try_from(pid).ok()?)
+}
+
+/// A run of two over many steps, on its way.
+fn begun(out: &Path, settings: &[&str]) -> Child {
+    let mut command = over(2, out, settings);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for(&mut child, out, "step");
+    child
+}
+
+const LONG: [&str; 2] = ["cluster.data=2", "stage.base.steps=5000"];
+
+#[test]
+fn a_process_that_hangs_is_named_within_the_deadline_and_ended() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let child = begun(&out, &[LONG[0], LONG[1], "cluster.deadline_seconds=2"]);
+    let stopped = process_of(&out, 1).unwrap();
+    let began = Instant::now();
+    kill_process(stopped, Signal::STOP).unwrap();
+    let output = child.wait_with_output().unwrap();
+    let seconds = began.elapsed().as_secs_f64();
+    check_failed(&output, &out, &["rank 0 of 2 ends: rank 0 waited 2 s in", "for rank 1"]);
+    assert!(seconds < 15.0, "after {seconds} s");
+}
+
+#[test]
+fn ctrl_c_ends_all_processes_after_a_commit_and_the_command_goes_on() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let settings = [LONG[0], LONG[1], "checkpoint.every_steps=1000"];
+    let mut command = over(2, &out, &settings);
+    // mpirun asks after so many seconds, and kills as many later: one by default, which a busy machine may not keep.
+    command.env("OMPI_MCA_odls_base_sigkill_timeout", "4");
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    wait_for(&mut child, &out, "step");
+    kill_process(Pid::from_child(&child), Signal::INT).unwrap();
+    let output = child.wait_with_output().unwrap();
+    check_failed(
+        &output,
+        &out,
+        &["is committed; go on with", "mpirun -n 2 rehearsal run", "--resume"],
+    );
+    let (last, commit) = (steps(&out).pop().unwrap(), events(&out, "commit").pop().unwrap());
+    assert_eq!((&commit["stage"], &commit["step"]), (&last["stage"], &last["step"]));
+    assert_eq!(events(&out, "end").pop().unwrap()["state"], "stopped");
+
+    let stopped = steps(&out).len();
+    let mut again = over(2, &out, &settings).spawn().unwrap();
+    let until = Instant::now() + PATIENCE;
+    while steps(&out).len() == stopped {
+        assert!(Instant::now() < until && again.try_wait().unwrap().is_none(), "it does not go on");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    kill_process(Pid::from_child(&again), Signal::TERM).unwrap();
+    again.wait().unwrap();
+    let next = steps(&out)[stopped]["step"].as_u64();
+    assert_eq!(next, last["step"].as_u64().map(|step| step + 1), "no step was computed again");
+    check_nothing_is_left(&out);
+}
+
+#[test]
+fn another_binary_or_config_on_one_process_is_refused_on_all_of_them() {
+    let folder = TempDir::new().unwrap();
+    let (out, other) = (folder.path().join("run"), folder.path().join("other-rehearsal"));
+    let settings = ["cluster.data=2"];
+    let mut binary = std::fs::read(program()).unwrap();
+    binary.extend_from_slice(b"changed");
+    std::fs::write(&other, binary).unwrap();
+    std::fs::set_permissions(&other, std::fs::metadata(program()).unwrap().permissions()).unwrap();
+    let second = rank(&other, &out, &settings, &[]);
+    let output = over_two(&out, &settings, second).output().unwrap();
+    check_failed(&output, &out, &["rank 1: process", "its binary has the hash"]);
+    let second = rank(&program(), &out, &settings, &["stage.base.optimizer.learning_rate=0.5"]);
+    let output = over_two(&out, &settings, second).output().unwrap();
+    check_failed(
+        &output,
+        &out,
+        &["rank 1: process", "learning_rate = 0.5 instead of", "its config has the hash"],
+    );
+    assert!(!out.exists(), "nothing was begun");
+}
+
+#[test]
+fn processes_that_the_layout_does_not_divide_are_refused_and_a_finished_run_ends_at_once() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let output = over(2, &out, &["cluster.data=3"]).output().unwrap();
+    check_failed(&output, &out, &["is 3, and 2 processes were started", "set cluster.data = 2"]);
+    crate::runs::copy(finished(), &out);
+    let mut again = over(2, &out, &["cluster.data=2"]);
+    again.arg("--resume");
+    done(again);
+    check_nothing_is_left(&out);
+}
+
+#[test]
+fn a_process_by_itself_starts_no_mpi() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let mut child = smoke_with(&out, &["stage.base.steps=5000"]).spawn().unwrap();
+    wait_for(&mut child, &out, "step");
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", child.id())).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // The library is linked, but has loaded none of the components that it starts with.
+    assert!(maps.contains("libmpi.so") && !maps.contains("/mca_"), "MPI was started");
+    let mut check = rehearsal(&["check", "configs/smoke.toml", "--plan-only"]);
+    let output = check.output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+}

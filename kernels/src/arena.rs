@@ -6,12 +6,13 @@
 //!
 //! Invariants:
 //!   * bytes held = sum over owners + bytes pooled <= budget
+//!   * who is short of memory asks for room once, and again as long as some is made, before it is refused
 //!   * a pooled region is reused for requests of at least two thirds of its size; a request that finds none gives idle
 //!     smaller ones back first, so that ragged batches do not pile up regions of every size
 
 use crate::buffer::{Buffer, DType};
+use crate::mapping::Mapping;
 use crate::slab::Slab;
-use rustix::mm::{Advice, MapFlags, ProtFlags};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::Deref;
@@ -80,11 +81,23 @@ pub struct Arena {
     state: Arc<Mutex<State>>,
 }
 
+/// Makes room for so many bytes by putting away what is not in use; says whether it did.
+pub type RoomMaker = Arc<dyn Fn(u64) -> bool + Send + Sync>;
+
 #[derive(Default)]
 struct State {
     budget: Option<u64>,
     held: u64,
     high_water: u64,
+    /// Bytes of weights and moments, which are not pooled.
+    lasting: u64,
+    /// The most bytes of other kinds in use at once, since it was asked last.
+    working: u64,
+    room_maker: Option<RoomMaker>,
+    /// Requests that may be refused for want of memory without asking for room.
+    is_modest: bool,
+    /// Bytes beside weights and moments that modest requests may bring in use.
+    allowance: Option<u64>,
     owners: Vec<Holding>,
     /// Idle regions by size, which know no arena; a size stays when its last region leaves.
     pool: BTreeMap<usize, Vec<Arc<Region>>>,
@@ -162,6 +175,42 @@ impl Arena {
         Ok(Slab::new(region, dtype, shapes))
     }
 
+    /// The same with contents that are not defined; refused without asking for room.
+    pub fn slab_at_hand(
+        &self,
+        owner: Owner,
+        dtype: DType,
+        shapes: &[(usize, usize)],
+    ) -> Result<Slab, OutOfMemory> {
+        let elements: usize = shapes.iter().map(|(rows, cols)| rows * cols).sum();
+        let region = self.region_at_hand(owner, elements * dtype.size())?;
+        Ok(Slab::new(region, dtype, shapes))
+    }
+
+    /// Whom to ask for room before a request is refused. It must not ask this arena for memory itself, and is asked on the
+    /// thread that is short.
+    pub fn ask_for_room(&self, maker: Option<RoomMaker>) {
+        self.lock().room_maker = maker;
+    }
+
+    /// Has requests refused without asking for room, as long as the result lives: for who can do with less.
+    pub fn modest(&self, is_modest: bool) -> Modest {
+        let before = std::mem::replace(&mut self.lock().is_modest, is_modest);
+        Modest(self.clone(), before)
+    }
+
+    /// Has modest requests refused that would bring more than so many bytes beside weights and moments in use.
+    pub fn allow_working(&self, bytes: Option<u64>) {
+        self.lock().allowance = bytes;
+    }
+
+    /// The most bytes beside weights and moments that were in use at once since this was asked last.
+    pub fn working_peak(&self) -> u64 {
+        let mut state = self.lock();
+        let now = state.held - state.pooled - state.lasting;
+        std::mem::replace(&mut state.working, now)
+    }
+
     /// Bytes held now, by role and kind; pooled memory under the role "pool".
     pub fn holdings(&self) -> BTreeMap<(String, Kind), u64> {
         let state = self.lock();
@@ -216,14 +265,36 @@ impl Arena {
     }
 
     fn region(&self, owner: Owner, bytes: usize) -> Result<Hold, OutOfMemory> {
+        loop {
+            let refused = match self.region_at_hand(owner, bytes) {
+                Ok(region) => return Ok(region),
+                Err(refused) => refused,
+            };
+            let state = self.lock();
+            let maker = state.room_maker.clone().filter(|_| !state.is_modest);
+            let missing = state.missing(bytes as u64);
+            drop(state);
+            if !maker.is_some_and(|make_room| make_room(missing)) {
+                return Err(refused);
+            }
+        }
+    }
+
+    fn region_at_hand(&self, owner: Owner, bytes: usize) -> Result<Hold, OutOfMemory> {
         let mut state = self.lock();
         let kind = state.owners[owner.0 as usize].kind;
         let pooled = kind.is_pooled();
         let size = if kind.is_ragged() { size_class(bytes) } else { pages(bytes) };
+        let working = state.held - state.pooled - state.lasting + size as u64;
+        if pooled && state.is_modest && state.allowance.is_some_and(|allowed| working > allowed) {
+            return Err(state.refusal(owner, size, state.budget));
+        }
         let mut region = state.take(owner, size, pooled)?;
         let holding = &mut state.owners[owner.0 as usize];
         holding.bytes += region.bytes() as u64;
         holding.largest = holding.largest.max(bytes as u64);
+        state.lasting += if pooled { 0 } else { region.bytes() as u64 };
+        state.working = state.working.max(state.held - state.pooled - state.lasting);
         drop(state);
         let idle = Arc::get_mut(&mut region).expect("nobody holds an idle region");
         (idle.owner, idle.pooled, idle.arena) = (owner, pooled, Some(self.clone()));
@@ -266,6 +337,12 @@ impl State {
         Ok(Arc::new(Region { mapping, owner, pooled, arena: None }))
     }
 
+    /// Bytes that others must give up before so many fit.
+    fn missing(&self, bytes: u64) -> u64 {
+        let held = self.held - self.pooled + bytes;
+        self.budget.map_or(bytes, |budget| held.saturating_sub(budget))
+    }
+
     /// Gives smaller pooled regions back to the system, the largest first, until they make up for `size`.
     fn evict(&mut self, size: usize) {
         let mut given = 0;
@@ -304,52 +381,6 @@ fn size_class(bytes: usize) -> usize {
     pages(size.next_multiple_of((size.next_power_of_two() / 16).max(4096)))
 }
 
-/// Bytes from which a mapping asks for huge pages: weights are read through once for each product, and with
-/// small pages half of that time goes to address translation.
-const HUGE: usize = 2 << 20;
-
-/// Private anonymous memory, touched at creation.
-struct Mapping {
-    address: usize,
-    bytes: usize,
-}
-
-impl Mapping {
-    fn new(bytes: usize) -> Option<Mapping> {
-        let flags = if bytes < HUGE { MapFlags::POPULATE } else { MapFlags::empty() };
-        // SAFETY: a fresh private anonymous mapping aliases nothing.
-        let pointer = unsafe {
-            rustix::mm::mmap_anonymous(
-                std::ptr::null_mut(),
-                bytes,
-                ProtFlags::READ | ProtFlags::WRITE,
-                MapFlags::PRIVATE | flags,
-            )
-        };
-        let pointer = pointer.ok()?;
-        if bytes >= HUGE {
-            // SAFETY: advice about, and zeros to, a mapping that nobody else knows. A system without huge pages
-            // refuses the advice, an old one to touch the pages for us: then each is touched here.
-            unsafe {
-                let _ = rustix::mm::madvise(pointer, bytes, Advice::LinuxHugepage);
-                if rustix::mm::madvise(pointer, bytes, Advice::LinuxPopulateWrite).is_err() {
-                    for page in (0..bytes).step_by(4096) {
-                        pointer.cast::<u8>().add(page).write_volatile(0);
-                    }
-                }
-            }
-        }
-        Some(Mapping { address: pointer as usize, bytes })
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` and nothing points to it any more.
-        let _ = unsafe { rustix::mm::munmap(self.address as *mut _, self.bytes) };
-    }
-}
-
 /// One allocation. In the pool it knows no arena.
 pub(crate) struct Region {
     mapping: Mapping,
@@ -379,6 +410,16 @@ impl Drop for Region {
         let mut state = arena.lock();
         state.owners[self.owner.0 as usize].bytes -= self.bytes() as u64;
         state.held -= self.bytes() as u64;
+        state.lasting -= if self.pooled { 0 } else { self.bytes() as u64 };
+    }
+}
+
+/// See [`Arena::modest`].
+pub struct Modest(Arena, bool);
+
+impl Drop for Modest {
+    fn drop(&mut self) {
+        self.0.lock().is_modest = self.1;
     }
 }
 
@@ -408,75 +449,4 @@ impl Drop for Hold {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn holdings_follow_buffers_and_the_budget_refuses() {
-        let arena = Arena::new(Some(64 * 1024));
-        let weights = arena.owner("policy", Kind::Weights);
-        let first = arena.buffer(weights, DType::F32, 1, 8 * 1024).unwrap();
-        assert_eq!(arena.held_by(Kind::Weights), 32 * 1024);
-        let refused = arena.buffer(weights, DType::F32, 1, 16 * 1024).unwrap_err();
-        assert!(refused.to_string().contains("policy weights"), "{refused}");
-        drop(first);
-        assert_eq!(arena.held(), 0);
-        assert_eq!(arena.high_water(), 32 * 1024);
-    }
-
-    #[test]
-    fn buffers_in_one_piece_are_disjoint_and_counted_once() {
-        let arena = Arena::new(Some(64 * 1024));
-        let cache = arena.owner("policy", Kind::Cache);
-        let mut buffers = arena.buffers(cache, DType::F32, 3, 1000, 4).unwrap();
-        let addresses: Vec<usize> = buffers.iter().map(|buffer| buffer.address()).collect();
-        assert!(addresses.windows(2).all(|pair| pair[1] - pair[0] == 12 * 1024), "{addresses:?}");
-        assert_eq!(arena.held_by(Kind::Cache), 48 * 1024);
-        assert!(arena.buffers(cache, DType::F32, 3, 1000, 2).is_err(), "the budget holds for all");
-        buffers.truncate(1);
-        assert_eq!(
-            arena.held_by(Kind::Cache),
-            48 * 1024,
-            "the piece stays while a part of it does"
-        );
-        drop(buffers);
-        assert_eq!(
-            (arena.in_use(), arena.held()),
-            (0, 48 * 1024),
-            "a cache is there for its next time"
-        );
-        arena.trim();
-        assert_eq!(arena.held(), 0);
-    }
-
-    #[test]
-    fn requests_of_ever_other_sizes_do_not_pile_up() {
-        let arena = Arena::new(None);
-        let scratch = arena.owner("step", Kind::Activations);
-        let mut largest = 0;
-        for step in 0..200 {
-            let rows = 500 + 37 * step % 499;
-            let live: Vec<Buffer> =
-                (1..4).map(|i| arena.buffer(scratch, DType::F32, i * rows, 64).unwrap()).collect();
-            largest = largest.max(live.iter().map(|b| (b.len() * 4) as u64).sum());
-            drop(live);
-        }
-        assert!(arena.high_water() < 2 * largest, "{} {largest}", arena.high_water());
-        assert_eq!(arena.holdings().values().sum::<u64>(), arena.held());
-        arena.trim();
-        assert_eq!(arena.held(), 0);
-    }
-
-    #[test]
-    fn pooled_activations_are_reused_and_trimmed() {
-        let arena = Arena::new(None);
-        let scratch = arena.owner("step", Kind::Activations);
-        let address = arena.buffer(scratch, DType::F32, 10, 1000).unwrap().address();
-        let held = arena.held();
-        let again = arena.buffer(scratch, DType::F32, 1000, 10).unwrap();
-        assert_eq!((again.address(), arena.held()), (address, held));
-        drop(again);
-        arena.trim();
-        assert_eq!(arena.held(), 0);
-    }
-}
+mod tests;

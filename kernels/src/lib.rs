@@ -8,7 +8,9 @@
 
 // Memory, in reading order.
 pub mod arena;
+pub mod below;
 pub mod buffer;
+mod mapping;
 pub mod random;
 pub mod slab;
 
@@ -33,6 +35,7 @@ mod pool;
 pub use activity::{Activity, Ongoing};
 pub use arena::{Arena, Kind, OutOfMemory, Owner};
 pub use attention::{AttentionShape, DecodeBatch};
+pub use below::{Below, SlabCopy};
 pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use format::{CacheFormat, CacheLayout, CacheSpec, WeightFormat};
@@ -44,4 +47,4 @@ pub use machine::{Machine, Rates};
 pub use profiled::{ActivityProfile, Profile, Profiled};
 pub use reference::ReferenceKernels;
 pub use routing::{BalanceSpec, DROPPED, DropCounts, DropSpec, RouteCounts, RouterSpec, Routes};
-pub use slab::{Slab, Spilled};
+pub use slab::{Slab, SlabReader};

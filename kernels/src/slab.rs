@@ -1,15 +1,14 @@
-//! Slab: the tensors of one model and kind in one region of the arena, and the file that a slab rests in.
+//! Slab: the tensors of one model and kind in one region of the arena.
 //!
 //! Knows no names of tensors: they are numbered. Invariants:
 //!   * tensors lie one after another without gaps, so neighbours of one width form one matrix
-//!   * a slab comes back from its file bit for bit, or with an error
+//!   * while a reader of a slab lives, on whatever thread, nobody writes to the slab
 
-use crate::arena::{Arena, Hold, OutOfMemory, Owner};
+use crate::arena::Hold;
 use crate::buffer::{Buffer, DType, View, ViewMut};
-use std::fs::File;
-use std::io::{Read, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 /// The tensors of one model and kind in one region, one after another.
 pub struct Slab {
@@ -17,6 +16,8 @@ pub struct Slab {
     dtype: DType,
     shapes: Vec<(usize, usize)>,
     starts: Vec<usize>,
+    /// Held by every reader.
+    readers: Arc<()>,
 }
 
 impl Slab {
@@ -26,7 +27,7 @@ impl Slab {
         for (rows, cols) in shapes {
             starts.push(starts[starts.len() - 1] + rows * cols);
         }
-        Slab { region, dtype, shapes: shapes.to_vec(), starts }
+        Slab { region, dtype, shapes: shapes.to_vec(), starts, readers: Arc::new(()) }
     }
 
     /// Number of tensors.
@@ -61,6 +62,7 @@ impl Slab {
 
     /// Neighbouring tensors of one width as one matrix, to write to.
     pub fn span_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
+        self.require_no_readers();
         self.joined(range).into_view_mut()
     }
 
@@ -71,6 +73,7 @@ impl Slab {
 
     /// Some elements of tensor `index` as one row, to write to.
     pub fn run_mut(&mut self, index: usize, elements: Range<usize>) -> ViewMut<'_> {
+        self.require_no_readers();
         self.part(index, elements).into_view_mut()
     }
 
@@ -81,14 +84,32 @@ impl Slab {
 
     /// All elements as one row, to write to.
     pub fn whole_mut(&mut self) -> ViewMut<'_> {
+        self.require_no_readers();
         Buffer::new(self.region.clone(), 0, self.dtype, 1, self.elements()).into_view_mut()
     }
 
-    /// Writes the slab to a file; dropping the slab then gives its memory back.
-    pub fn spill(&self, path: &Path) -> std::io::Result<Spilled> {
-        let mut file = File::create(path)?;
-        file.write_all(self.bytes())?;
-        Ok(Spilled { path: path.to_path_buf(), dtype: self.dtype, shapes: self.shapes.clone() })
+    /// A view of the slab's bytes that may go to another thread. Writing to the slab while it lives is the caller's mistake
+    /// and ends in a panic.
+    pub fn reader(&self) -> SlabReader {
+        let length = self.elements() * self.dtype.size();
+        SlabReader { region: self.region.clone(), length, _held: self.readers.clone() }
+    }
+
+    /// Element type.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Rows and columns of all tensors.
+    pub fn shapes(&self) -> &[(usize, usize)] {
+        &self.shapes
+    }
+
+    fn require_no_readers(&self) {
+        let is_alone = Arc::strong_count(&self.readers) == 1;
+        assert!(is_alone, "a slab is written to while it is copied");
+        // What another thread read through a reader, it read before the reader was dropped.
+        fence(Ordering::Acquire);
     }
 
     fn part(&self, index: usize, elements: Range<usize>) -> Buffer {
@@ -114,85 +135,25 @@ impl Slab {
         )
     }
 
-    pub(crate) fn bytes(&self) -> &[u8] {
-        // SAFETY: the slab's elements lie in its region, and `&self` keeps writers away.
-        unsafe {
-            std::slice::from_raw_parts(
-                self.region.address() as *const u8,
-                self.elements() * self.dtype.size(),
-            )
-        }
-    }
-
-    fn bytes_mut(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        self.require_no_readers();
         let length = self.elements() * self.dtype.size();
-        // SAFETY: as for `bytes`; `&mut self` makes the access exclusive.
+        // SAFETY: the slab's elements lie in its region; `&mut self` keeps others of this thread away, and no reader lives.
         unsafe { std::slice::from_raw_parts_mut(self.region.address() as *mut u8, length) }
     }
 }
 
-/// A slab that lives in a file while its model is idle. Dropping it removes the file.
-pub struct Spilled {
-    path: PathBuf,
-    dtype: DType,
-    shapes: Vec<(usize, usize)>,
+/// See [`Slab::reader`].
+pub struct SlabReader {
+    region: Hold,
+    length: usize,
+    _held: Arc<()>,
 }
 
-impl Spilled {
-    /// Brings the slab back into `arena`, bit for bit.
-    pub fn restore(&self, arena: &Arena, owner: Owner) -> Result<Slab, RestoreError> {
-        let mut slab = arena.slab(owner, self.dtype, &self.shapes)?;
-        File::open(&self.path)?.read_exact(slab.bytes_mut())?;
-        Ok(slab)
-    }
-
-    /// Bytes in the file.
-    pub fn bytes(&self) -> u64 {
-        self.shapes.iter().map(|(rows, cols)| (rows * cols * self.dtype.size()) as u64).sum()
-    }
-}
-
-impl Drop for Spilled {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-/// Why a spilled slab could not come back.
-#[derive(Debug, thiserror::Error)]
-pub enum RestoreError {
-    /// No room in the arena.
-    #[error(transparent)]
-    Memory(#[from] OutOfMemory),
-    /// The spill file could not be read.
-    #[error("spilled weights: {0}")]
-    File(#[from] std::io::Error),
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::arena::Kind;
-
-    #[test]
-    fn a_spilled_slab_comes_back_bit_for_bit() {
-        let arena = Arena::new(None);
-        let owner = arena.owner("reference", Kind::Weights);
-        let mut slab = arena.slab(owner, DType::F32, &[(3, 5), (1, 7), (2, 7)]).unwrap();
-        for (i, byte) in slab.bytes_mut().iter_mut().enumerate() {
-            *byte = (i * 31 % 251) as u8;
-        }
-        let before = slab.bytes().to_vec();
-        assert_eq!((slab.span(1..3).rows(), slab.span(1..3).cols()), (3, 7));
-        let first = (15 + 7 + 3) * 4;
-        assert_eq!(slab.run(2, 3..11).row_bytes(0), &before[first..first + 8 * 4]);
-        let path = std::env::temp_dir().join(format!("rehearsal-spill-{}", std::process::id()));
-        let spilled = slab.spill(&path).unwrap();
-        drop(slab);
-        assert_eq!(arena.held(), 0);
-        let back = spilled.restore(&arena, owner).unwrap();
-        assert_eq!(back.bytes(), before);
-        drop(spilled);
-        assert!(!path.exists());
+impl SlabReader {
+    /// The slab's bytes.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: the elements lie in the region, which lives as long as this; a slab with a reader is not written to.
+        unsafe { std::slice::from_raw_parts(self.region.address() as *const u8, self.length) }
     }
 }

@@ -1,5 +1,6 @@
 //! `[engine]`: devices, memory, offload, deadlines.
 
+use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use std::fmt;
 
@@ -12,10 +13,16 @@ pub struct EngineConfig {
     pub threads: usize,
     /// Bytes that the arenas may hold, e.g. "1.5 GiB"; absent for no limit.
     pub budget: Option<Bytes>,
-    /// What leaves the device in phases that do not use it, and with it the memory that a phase used. Absent:
-    /// everything under a budget, nothing without one. Changes no result.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    /// What leaves the device in phases that do not use it: "auto", or absent, has a planner decide what must leave to keep the
+    /// budget, where to and when, beside computation; a list has these leave at every change of phase. Changes no result.
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "auto_or_list")]
     pub offload: Option<Vec<Offload>>,
+    /// Bytes of copies that rest in the host's memory, e.g. "4 GiB"; those beyond are on disk. Absent for no limit. Changes no
+    /// result.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_budget: Option<Bytes>,
+    /// Whether what moves by plan does so beside computation; `false` has the device wait for each transfer. Changes no result.
+    pub overlap: bool,
     /// Form of attention in training; `grpo` stages use the absorbed one, the sampler's, where `exact` is on.
     pub attention: AttentionForm,
     /// Whether `grpo` stages compute everything in the sampler's form, so that its log-probabilities are the trainer's to
@@ -69,6 +76,8 @@ impl Default for EngineConfig {
             threads: 0,
             budget: None,
             offload: None,
+            host_budget: None,
+            overlap: true,
             attention: AttentionForm::Expanded,
             exact: true,
             recompute: 0,
@@ -80,6 +89,33 @@ impl Default for EngineConfig {
             restart_window_seconds: 60,
         }
     }
+}
+
+fn auto_or_list<'de, D: Deserializer<'de>>(input: D) -> Result<Option<Vec<Offload>>, D::Error> {
+    struct AutoOrList;
+    impl<'de> Visitor<'de> for AutoOrList {
+        type Value = Option<Vec<Offload>>;
+
+        fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+            out.write_str("\"auto\" or a list of what leaves, as in [\"optimizer\", \"reference\"]")
+        }
+
+        fn visit_str<E: de::Error>(self, text: &str) -> Result<Self::Value, E> {
+            match text {
+                "auto" => Ok(None),
+                _ => Err(E::invalid_value(de::Unexpected::Str(text), &self)),
+            }
+        }
+
+        fn visit_none<E: de::Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, list: A) -> Result<Self::Value, A::Error> {
+            Vec::deserialize(de::value::SeqAccessDeserializer::new(list)).map(Some)
+        }
+    }
+    input.deserialize_any(AutoOrList)
 }
 
 fn is_absent(threads: &usize) -> bool {

@@ -7,9 +7,10 @@
 //! | Score    | resident       | one model scored | parked   | -         | -     | one at a time  |
 //! | Train    | resident       | training         | resident | yes       | -     | parked         |
 //!
-//! "Parked" is in a file if `engine.offload` wants it off the device, else still resident. Packed weights carry the policy version;
-//! the sampler refuses another one before its first token.
+//! "Parked" is on the host or the disk if the plan (`offload_plan`) or a list of `engine.offload` wants it off the device, else
+//! still resident. Packed weights carry the policy version; the sampler refuses another one before its first token.
 
+use super::conductor::Conductor;
 use super::formats::Formats;
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role};
@@ -17,6 +18,7 @@ use super::resident::{
     Calibration, Resident, config_of, interrupted, out_of_memory, require_policy,
 };
 use super::switch::{Switch, Way, experts_of as sampling_experts};
+use super::transfers::Transfers;
 use super::utilisation::Chores;
 use crate::cluster::{Group, Team, Timeline};
 use crate::config::engine::{AttentionForm, Prefill};
@@ -35,7 +37,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// What an engine is made with.
 #[derive(Clone, Debug)]
@@ -82,6 +84,10 @@ pub struct HybridEngine {
     pub(super) formats: Formats,
     /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
     fitting: usize,
+    /// Leads what moves between the device and what is below it.
+    pub(super) conductor: Conductor,
+    /// What of its totals the chores have.
+    pub(super) settled: (f64, [u64; 2]),
     /// What was done beside sampling, rewards and training since the last change of phase.
     pub(super) chores: Chores,
     /// What the phase made; dropped when it ends.
@@ -112,6 +118,12 @@ impl HybridEngine {
         std::fs::create_dir_all(&setup.spill)
             .with_context(|| format!("failed to create {}", setup.spill.display()))?;
         let arena = Arena::new(setup.engine.budget.map(|b| b.0));
+        let EngineConfig { host_budget, deadline_seconds, .. } = setup.engine;
+        let host_budget = host_budget.map_or(u64::MAX, |budget| budget.0);
+        let deadline = Duration::from_secs(deadline_seconds.max(1));
+        let transfers = Transfers::new(arena.clone(), setup.spill.clone(), host_budget, deadline);
+        let (plans, overlaps) = (setup.engine.offload.is_none(), setup.engine.overlap);
+        let conductor = Conductor::new(Arc::new(transfers), plans, overlaps);
         let plain = CpuKernels::new(setup.engine.threads, arena);
         let kernels: Arc<dyn Kernels> = match profile {
             Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),
@@ -134,6 +146,8 @@ impl HybridEngine {
             prefill: Prefill::ByCost,
             formats: Formats::default(),
             fitting: 0,
+            conductor,
+            settled: Default::default(),
             chores: Chores::default(),
             working: Working::default(),
         })
@@ -143,12 +157,14 @@ impl HybridEngine {
     pub fn prepare(&mut self, stage: &PrepareStage) -> Result<()> {
         self.enter_phase(Phase::Idle)?;
         let _during = Activity::Load.begin(&self.kernels);
+        self.conductor.clear();
         (self.policy, self.optimizer, self.policy_version) = (None, None, 0);
         (self.switch, self.to_samplers) = (None, None);
         self.others.clear();
         (self.balance, self.fitting) = (stage.balance, 0);
         (self.form, self.prefill) = (stage.form, stage.prefill);
-        let (seed, spill) = (self.setup.seed, &self.setup.spill.clone());
+        let Conductor { transfers, shelf, .. } = &self.conductor;
+        let (seed, transfers, shelf) = (self.setup.seed, &transfers.clone(), shelf.clone());
         // Whoever only looks at a model may look at a reward model's weights too.
         if stage.optimizer.is_some() {
             require_policy(&stage.policy)?;
@@ -160,14 +176,18 @@ impl HybridEngine {
         }
         let (model, ranks) = self.policy_model(&config, stage.value_head)?;
         let kernels = self.kernels.as_ref();
-        let mut policy = Resident::load(kernels, &Role::Policy, model, &stage.policy, seed, spill)?;
+        let mut policy =
+            Resident::load(kernels, &Role::Policy, model, &stage.policy, seed, transfers)?;
         policy.calibration = Calibration::default();
+        shelf.add(&policy.weights, Role::Policy, false);
         self.policy = Some(policy);
         // Who only samples has no other model and no optimizer.
         let Some(ranks) = ranks else { return Ok(()) };
         if let Some(settings) = &stage.optimizer {
-            self.optimizer =
-                Some(ParkedOptimizer::new(kernels, ranks, settings, stage.steps, spill)?);
+            let state = ParkedOptimizer::new(kernels, ranks, settings, stage.steps, transfers)?;
+            shelf.add(&state.first, Role::Policy, true);
+            shelf.add(&state.second, Role::Policy, true);
+            self.optimizer = Some(state);
         }
         let mut others: Vec<_> =
             stage.reference.iter().map(|source| (Role::Reference, source.clone(), false)).collect();
@@ -180,16 +200,19 @@ impl HybridEngine {
         );
         for (role, source, value_head) in others {
             let config = config_of(&self.setup.model, &source)?;
-            let (kernels, spill) = (self.kernels.as_ref(), self.setup.spill.as_path());
+            let kernels = self.kernels.as_ref();
             let team = &self.setup.team;
             let part = Part::in_sampling(&config, &team.sampling, team.place());
             let experts = sampling_experts(team, &Arc::new(Timeline::since(Instant::now())));
             let model = Transformer::of_part(kernels, &config, value_head, part, experts)
                 .map_err(out_of_memory)?;
-            let model = Resident::load(kernels, &role, model, &source, seed, spill)?;
+            let model = Resident::load(kernels, &role, model, &source, seed, transfers)?;
+            shelf.add(&model.weights, role.clone(), false);
             self.others.insert(role, model);
             self.park()?;
         }
+        self.conductor.start(&config, self.prefill, self.others.keys(), stage.optimizer.is_some());
+        self.settle();
         Ok(())
     }
 
@@ -231,25 +254,28 @@ impl HybridEngine {
     pub(super) fn enter(&mut self, phase: Phase, sampling: WeightFormat) -> Result<PhaseReport> {
         let began = Instant::now();
         let _during = Activity::Switch.begin(&self.kernels);
-        let (mut bytes_out, mut bytes_in) = (0, 0);
+        let [mut bytes_out, mut bytes_in] = [0, 0];
         let (mut chores, mut left) = (Chores::default(), Chores::default());
         let is_other = phase == Phase::Generate && self.working.sampling != sampling;
         if phase != self.phase || is_other {
+            self.settle();
             left = std::mem::take(&mut self.chores);
-            bytes_out += self.leave()?;
+            self.leave()?;
             self.phase = phase;
-            bytes_out += self.park()?;
+            self.park()?;
             // What a phase used is there for its next time, unless memory is to be had for others.
-            if self.setup.engine.offloads_any() {
+            if self.gives_back() {
                 self.kernels.arena().trim();
             }
             if self.policy.is_some() {
+                self.conductor.enter(phase)?;
                 match phase {
                     Phase::Generate => self.pack_for_sampling(sampling)?,
-                    Phase::Train => bytes_in += self.ready_training()?,
+                    Phase::Train => self.ready_training()?,
                     Phase::Score | Phase::Idle => {}
                 }
             }
+            [bytes_out, bytes_in] = self.settle();
             chores = std::mem::take(&mut self.chores);
         }
         let seconds = began.elapsed().as_secs_f64();
@@ -266,10 +292,10 @@ impl HybridEngine {
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_mut().expect("checked by expect_phase");
         let arena = kernels.arena();
-        let (mut params, _) = policy.take(kernels)?;
+        let mut params = policy.take_to_change(kernels)?;
         let mut optimizer = Optimizer {
-            first: state.first.take(arena)?.0,
-            second: state.second.take(arena)?.0,
+            first: state.first.take_to_change(arena)?.0,
+            second: state.second.take_to_change(arena)?.0,
             step: state.step,
         };
         let (items, share, micro_batch, dropping) = match job {
@@ -346,6 +372,7 @@ impl HybridEngine {
         PhaseReport {
             held: held.collect(),
             high_water: arena.high_water(),
+            timeline: self.conductor.transfers.record.timeline(),
             ..PhaseReport::default()
         }
     }
@@ -381,6 +408,8 @@ fn grown(error: anyhow::Error, job: &TrainJob) -> anyhow::Error {
 impl Drop for HybridEngine {
     fn drop(&mut self) {
         self.working = Working::default();
+        self.kernels.arena().ask_for_room(None);
+        self.conductor.clear();
         self.others.clear();
         (self.policy, self.optimizer) = (None, None);
         let _ = std::fs::remove_dir(&self.setup.spill);

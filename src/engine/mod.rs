@@ -5,8 +5,14 @@
 
 pub mod phase;
 
-pub mod offload;
 pub mod offload_plan;
+pub mod timeline;
+
+mod conductor;
+pub mod offload;
+mod shelf;
+mod transfers;
+
 mod parked_optimizer;
 pub mod policy_files;
 pub mod resident;

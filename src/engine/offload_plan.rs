@@ -182,8 +182,8 @@ pub struct TooSmall {
     pub device_bytes: u64,
 }
 
-/// Plans up to this many states in search of the best plan; beyond, what is found within bounds is told with its gap.
-pub const EFFORT: usize = 40_000;
+/// States that are looked at in search of the best plan; beyond, what is found within bounds is told with its gap.
+pub const EFFORT: usize = 20_000;
 
 /// The shortest step, or the smallest budget that would do.
 pub fn plan(problem: &Problem) -> Result<Plan, TooSmall> {
@@ -199,6 +199,52 @@ pub fn plan_within(problem: &Problem, effort: usize) -> Result<Plan, TooSmall> {
         return Err(TooSmall { phase, least_bytes, device_bytes: problem.device_bytes });
     }
     Ok(strategies::search(problem, effort))
+}
+
+/// The exposed share of a step that is wanted.
+pub const GOAL: f64 = 0.05;
+
+/// A plan with less working memory where that makes room for transfers, and the working memory of its phases: as much as is
+/// wanted if then less than [`GOAL`] of the step is exposed, else a half, a quarter or nothing of what is above `least`,
+/// whichever exposes least.
+pub fn plan_elastic(problem: &Problem, least: &[u64]) -> Result<(Plan, Vec<u64>), TooSmall> {
+    let mut best: Option<(Plan, Vec<u64>)> = None;
+    let mut refused = None;
+    for parts in [4, 2, 1, 0] {
+        let working = |(phase, least): (&PhaseNeeds, &u64)| {
+            let least = *least.min(&phase.working_bytes);
+            least + (phase.working_bytes - least) / 4 * parts
+        };
+        let working: Vec<u64> = match parts {
+            4 => problem.phases.iter().map(|phase| phase.working_bytes).collect(),
+            _ => problem.phases.iter().zip(least).map(working).collect(),
+        };
+        let mut lowered = problem.clone();
+        for (phase, bytes) in lowered.phases.iter_mut().zip(&working) {
+            phase.working_bytes = *bytes;
+        }
+        match plan(&lowered) {
+            Err(too_small) => refused = Some(too_small),
+            Ok(plan) => {
+                let is_good = plan.exposed_share() < GOAL;
+                let is_better =
+                    |(best, _): &(Plan, Vec<u64>)| plan.exposed_seconds < best.exposed_seconds;
+                if best.as_ref().is_none_or(is_better) {
+                    best = Some((plan, working));
+                }
+                if is_good {
+                    break;
+                }
+            }
+        }
+    }
+    best.ok_or_else(|| refused.expect("each attempt gives a plan or a refusal"))
+}
+
+/// The working memory that a phase can do with, of what it wants and what it holds in any case: a sixteenth of its activations,
+/// for they can be fewer at once; all of them where it samples, whose cache is as large as what is left allows.
+pub fn lower_working(wanted: u64, fixed: u64, samples: bool) -> u64 {
+    if samples { wanted } else { fixed.min(wanted) + wanted.saturating_sub(fixed) / 16 }
 }
 
 /// What a caller must not get wrong.

@@ -2,11 +2,12 @@
 
 use super::offload::Parked;
 use super::resident::out_of_memory;
+use super::transfers::Transfers;
 use crate::config::stage::OptimizerConfig;
 use crate::train::{Optimizer, Ranks};
 use anyhow::Result;
 use rehearsal_kernels::{Kernels, Kind};
-use std::path::Path;
+use std::sync::Arc;
 
 /// The optimizer of the policy, its moments parked outside Train.
 pub(super) struct ParkedOptimizer {
@@ -25,12 +26,13 @@ impl ParkedOptimizer {
         ranks: Ranks,
         config: &OptimizerConfig,
         steps: u64,
-        spill: &Path,
+        transfers: &Arc<Transfers>,
     ) -> Result<ParkedOptimizer> {
         let optimizer =
             Optimizer::new(kernels, &ranks.zero.own, "policy").map_err(out_of_memory)?;
         let owner = kernels.arena().owner("policy", Kind::Moments);
-        let parked = |name: &str, slab| Parked::new(owner, spill.join(name), slab);
+        let parked =
+            |name: &str, slab| Parked::new(transfers, format!("policy/{name}"), owner, name, slab);
         Ok(ParkedOptimizer {
             config: config.clone(),
             steps,

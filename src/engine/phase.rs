@@ -4,6 +4,7 @@
 //! Score: one model at a time, forward only. Train: weights, gradients, moments, activations; no cache.
 //! Idle: only what the last phase left resident and nothing else needs.
 
+use super::timeline::Timeline;
 use super::utilisation::Chores;
 use crate::config::Dtype;
 use crate::config::engine::{AttentionForm, Prefill};
@@ -130,6 +131,8 @@ pub struct PhaseReport {
     pub held: BTreeMap<String, u64>,
     /// Most bytes ever held.
     pub high_water: u64,
+    /// What was computed and what moved since the step began.
+    pub timeline: Timeline,
     /// In Generate: what the policy's weights are packed as.
     pub sampled_as: Option<Dtype>,
 }

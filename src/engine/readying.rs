@@ -13,37 +13,55 @@ use rehearsal_kernels::WeightFormat;
 use std::time::Instant;
 
 impl HybridEngine {
-    /// Drops the phase's memory. Returns the bytes moved off the device.
-    pub(super) fn leave(&mut self) -> Result<u64> {
-        let bytes = self.unload_scored()?;
+    /// Drops the phase's memory.
+    pub(super) fn leave(&mut self) -> Result<()> {
+        self.unload_scored()?;
+        self.conductor.end();
         self.working = Working::default();
-        Ok(bytes)
+        Ok(())
     }
 
-    /// Moves off the device what `engine.offload` wants off it and no phase is using. Returns the bytes moved.
-    pub(super) fn park(&mut self) -> Result<u64> {
-        let (began, engine) = (Instant::now(), &self.setup.engine);
-        let mut bytes = 0;
+    /// Moves off the device what a list of `engine.offload` wants off it and no phase is using. Without a list the conductor
+    /// moves what a plan wants moved.
+    pub(super) fn park(&mut self) -> Result<()> {
+        let Some(listed) = &self.setup.engine.offload else { return Ok(()) };
         for (role, model) in &mut self.others {
             let kind =
                 if *role == Role::Reference { Offload::Reference } else { Offload::RewardModels };
-            if engine.offloads(kind) {
-                bytes += model.weights.release()?;
+            if listed.contains(&kind) {
+                model.weights.release()?;
             }
         }
         if self.phase != Phase::Train
-            && engine.offloads(Offload::Optimizer)
+            && listed.contains(&Offload::Optimizer)
             && let Some(state) = &mut self.optimizer
         {
-            bytes += state.first.release()? + state.second.release()?;
+            state.first.release()?;
+            state.second.release()?;
         }
-        self.chores.moved_since(began);
-        Ok(bytes)
+        Ok(())
     }
 
-    /// Puts back the model that was scored last. Returns the bytes moved off the device.
-    pub(super) fn unload_scored(&mut self) -> Result<u64> {
-        let Some((role, params, packed)) = self.working.scored.take() else { return Ok(0) };
+    /// Whether phases give the memory that they used back to the system, to make room for what moves.
+    pub(super) fn gives_back(&self) -> bool {
+        match &self.setup.engine.offload {
+            Some(listed) => !listed.is_empty(),
+            None => self.conductor.moves(),
+        }
+    }
+
+    /// Adds to the chores what was waited for since this was called last, and tells the bytes moved since: out, and in.
+    pub(super) fn settle(&mut self) -> [u64; 2] {
+        let (waited, [read, written]) = self.conductor.transfers.record.totals();
+        let (waited_before, [read_before, written_before]) = self.settled;
+        self.chores.offload_seconds += waited - waited_before;
+        self.settled = (waited, [read, written]);
+        [written - written_before, read - read_before]
+    }
+
+    /// Puts back the model that was scored last.
+    pub(super) fn unload_scored(&mut self) -> Result<()> {
+        let Some((role, params, packed)) = self.working.scored.take() else { return Ok(()) };
         drop(packed);
         let resident =
             if role == Role::Policy { self.policy.as_mut() } else { self.others.get_mut(&role) };
@@ -62,7 +80,7 @@ impl HybridEngine {
         } else if self.working.switched.is_none() {
             self.working.switched = self.switched()?;
         }
-        let began = Instant::now();
+        let (began, waited) = (Instant::now(), self.conductor.transfers.record.totals().0);
         let kernels = self.kernels.as_ref();
         if let (Some(switch), Some(params)) = (&self.switch, &self.working.switched) {
             let packed = switch.model.pack(kernels, params, "policy", self.policy_version, pack);
@@ -76,6 +94,8 @@ impl HybridEngine {
         policy.weights.put(params.slab);
         self.working.packed = Some(packed.map_err(out_of_memory)?);
         self.chores.packed_since(began);
+        // Waiting for a transfer is told as such.
+        self.chores.pack_seconds -= self.conductor.transfers.record.totals().0 - waited;
         Ok(())
     }
 
@@ -87,7 +107,7 @@ impl HybridEngine {
         Ok(())
     }
 
-    pub(super) fn ready_training(&mut self) -> Result<u64> {
+    pub(super) fn ready_training(&mut self) -> Result<()> {
         let form: AttentionForm = self.form;
         self.pack_policy(PackFor::documents(form, true))?;
         let kernels = self.kernels.as_ref();
@@ -95,15 +115,13 @@ impl HybridEngine {
         let gradients =
             Gradients::new(kernels, &policy.model.layout, "policy").map_err(out_of_memory)?;
         self.working.gradients = Some(gradients);
-        let (began, mut bytes) = (Instant::now(), 0);
-        if let Some(state) = &mut self.optimizer {
+        // A list has the moments here from the phase's beginning; a plan may still be reading them.
+        if let (Some(state), true) = (&mut self.optimizer, self.setup.engine.offload.is_some()) {
             for parked in [&mut state.first, &mut state.second] {
-                let (slab, read) = parked.take(kernels.arena())?;
+                let (slab, _) = parked.take(kernels.arena())?;
                 parked.put(slab);
-                bytes += read;
             }
         }
-        self.chores.moved_since(began);
-        Ok(bytes)
+        Ok(())
     }
 }

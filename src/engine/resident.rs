@@ -2,6 +2,7 @@
 
 use super::offload::Parked;
 use super::phase::{ModelSource, Role};
+use super::transfers::Transfers;
 use crate::checkpoint::model_json::CONFIG_FILE;
 use crate::checkpoint::{TensorFolder, disk_fault, read_model_config};
 use crate::config::ModelConfig;
@@ -13,6 +14,7 @@ use rehearsal_kernels::{Kernels, Kind};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The file of a reward model's calibration.
 const REWARD_FILE: &str = "reward.json";
@@ -65,13 +67,13 @@ pub fn require_policy(source: &ModelSource) -> Result<()> {
 
 impl Resident {
     /// Loads or initialises a model. A scalar head is zero if the source has none.
-    pub fn load(
+    pub(super) fn load(
         kernels: &dyn Kernels,
         role: &Role,
         model: Transformer,
         source: &ModelSource,
         seed: u64,
-        spill: &Path,
+        transfers: &Arc<Transfers>,
     ) -> Result<Resident> {
         let (config, name) = (&model.config, role.name());
         let mut params =
@@ -85,14 +87,21 @@ impl Resident {
             }
         }
         let owner = kernels.arena().owner(&name, Kind::Weights);
-        let file = spill.join(format!("{}.weights", name.replace(' ', "-")));
-        Ok(Resident { model, weights: Parked::new(owner, file, params.slab), calibration })
+        let file = format!("{}.weights", name.replace(' ', "-"));
+        let weights = Parked::new(transfers, format!("{name}/weights"), owner, &file, params.slab);
+        Ok(Resident { model, weights, calibration })
     }
 
-    /// Takes the weights out for use; put them back with `Parked::put`.
+    /// Takes the weights out to be read; put them back with `Parked::put`.
     pub fn take(&mut self, kernels: &dyn Kernels) -> Result<(Params, u64)> {
         let (slab, bytes) = self.weights.take(kernels.arena())?;
         Ok((Params { layout: self.model.layout.clone(), slab }, bytes))
+    }
+
+    /// Takes the weights out to be changed; put them back with `Parked::put_changed`.
+    pub fn take_to_change(&mut self, kernels: &dyn Kernels) -> Result<Params> {
+        let (slab, _) = self.weights.take_to_change(kernels.arena())?;
+        Ok(Params { layout: self.model.layout.clone(), slab })
     }
 }
 

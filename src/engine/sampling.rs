@@ -86,12 +86,14 @@ pub(super) fn each_distribution(
 }
 
 /// Pages that let `decode_batch` of the job's rollouts run at once, but no more than all of them need and, under
-/// a budget, no more than half of what is left (the rest is for activations). A rollout that would not fit alone is
+/// a budget, no more than half of what is left (the rest is for activations, and what is on the device for other phases, of
+/// which `spare_bytes` would make room). A rollout that would not fit alone is
 /// refused with the most new tokens that would.
 fn pages_for(
     job: &GenerateJob,
     engine: &EngineConfig,
     kernels: &dyn Kernels,
+    spare_bytes: u64,
     page_bytes: u64,
     context: usize,
 ) -> Result<usize> {
@@ -104,7 +106,7 @@ fn pages_for(
     let wanted = all.min(longest * engine.decode_batch).max(longest);
     let arena = kernels.arena();
     let Some(budget) = arena.budget() else { return Ok(wanted) };
-    let others = arena.in_use().saturating_sub(arena.held_by(Kind::Cache));
+    let others = arena.in_use().saturating_sub(arena.held_by(Kind::Cache) + spare_bytes);
     let room = budget.saturating_sub(others);
     let fitting = (room / page_bytes.max(1)) as usize;
     if longest > fitting {
@@ -137,7 +139,8 @@ impl HybridEngine {
         let team = &self.setup.team;
         let job = &job.share(team.peers().len(), team.place());
         let pages = |engine: &HybridEngine, page_bytes, context| {
-            pages_for(job, &engine.setup.engine, engine.kernels.as_ref(), page_bytes, context)
+            let (settings, spare) = (&engine.setup.engine, engine.conductor.shelf.spare_bytes());
+            pages_for(job, settings, engine.kernels.as_ref(), spare, page_bytes, context)
         };
         let tokens = job.requests.iter().map(|request| request.tokens.as_slice());
         self.check_tokens(tokens)?;

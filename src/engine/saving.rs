@@ -106,12 +106,12 @@ impl HybridEngine {
     fn read_own(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_mut().context("restore comes after prepare")?;
-        let (mut params, _) = policy.take(kernels)?;
+        let mut params = policy.take_to_change(kernels)?;
         match &mut self.optimizer {
             None => read_policy(kernels, &mut params, None, folder)?,
             Some(state) => {
-                let mut first = state.first.take(kernels.arena())?.0;
-                let mut second = state.second.take(kernels.arena())?.0;
+                let mut first = state.first.take_to_change(kernels.arena())?.0;
+                let mut second = state.second.take_to_change(kernels.arena())?.0;
                 let own = &state.ranks.zero.own;
                 let moments = MomentsMut { own, first: &mut first, second: &mut second };
                 read_policy(kernels, &mut params, Some(moments), folder)?;

@@ -6,6 +6,7 @@ use super::hybrid::HybridEngine;
 use super::phase::{Phase, Role, ScoreJob, SequenceScore};
 use super::resident::{Calibration, interrupted, out_of_memory};
 use super::sampling::each_distribution;
+use super::shelf::Stretch;
 use crate::cluster::Team;
 use crate::cluster::wire::{decode, encode};
 use crate::config::fault::Fault;
@@ -53,9 +54,14 @@ impl Scorer<'_> {
                 continue;
             }
             let end = first + fitting(job, first, rows_at_once);
-            match self.pass(job, first..end) {
-                // Ranks that share experts would have to begin again together.
-                Err(PassError::Memory(_)) if end > first + 1 && self.model.experts.is_none() => {
+            // Ranks that share experts would have to begin again together.
+            let can_part = end > first + 1 && self.model.experts.is_none();
+            // What can go through in parts makes nothing leave the device.
+            let modest = self.kernels.arena().modest(can_part);
+            let pass = self.pass(job, first..end);
+            drop(modest);
+            match pass {
+                Err(PassError::Memory(_)) if can_part => {
                     rows_at_once = rows(job, first).take(end - first).sum::<usize>() / 2;
                 }
                 outcome => {
@@ -155,6 +161,7 @@ impl HybridEngine {
         if self.working.scored.as_ref().is_none_or(|(scored, ..)| scored != role) {
             self.kernels.enter(Activity::Switch);
             self.unload_scored()?;
+            self.conductor.begin(Stretch::Score(role.clone()))?;
             let pack = PackFor { format, ..PackFor::documents(form, false) };
             let switched = if *role == Role::Policy { self.switched()? } else { None };
             let kernels = self.kernels.as_ref();
@@ -165,12 +172,10 @@ impl HybridEngine {
             let Some(resident) = resident else {
                 bail!("the engine holds no model {}", role.name())
             };
-            let began = Instant::now();
             let params = match switched {
                 Some(params) => params,
                 None => resident.take(kernels)?.0,
             };
-            self.chores.moved_since(began);
             let began = Instant::now();
             let switch = self.switch.as_ref().filter(|_| *role == Role::Policy);
             let model = switch.map_or(&resident.model, |switch| &switch.model);

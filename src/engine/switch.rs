@@ -251,7 +251,10 @@ impl HybridEngine {
             "the policy is version {} and is to be handed over as {version}",
             self.policy_version
         );
-        let (mut own, _) = policy.take(kernels)?;
+        let mut own = match is_sampler {
+            true => policy.take_to_change(kernels)?,
+            false => policy.take(kernels)?.0,
+        };
         let switched = match is_sampler {
             true => way.run(kernels, version, None, Some(&mut own.slab)),
             false => way.run(kernels, version, Some(&own.slab), None),

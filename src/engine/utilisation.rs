@@ -21,7 +21,7 @@ const FULL: f64 = 0.9;
 pub struct Chores {
     /// Packing weights for what comes next: bringing a new policy to the sampler, the trainer or the scorer.
     pub pack_seconds: f64,
-    /// Moving weights and moments to their files and back.
+    /// Waiting for weights and moments on their way to the host or the disk and back.
     pub offload_seconds: f64,
     /// Forward passes of the reference.
     pub reference_seconds: f64,
@@ -58,11 +58,6 @@ impl Chores {
         sum.sent_bytes += switched.sent_bytes;
         sum.received_bytes += switched.received_bytes;
         sum.seconds += switched.seconds;
-    }
-
-    /// Adds what was moved since then.
-    pub fn moved_since(&mut self, began: Instant) {
-        self.offload_seconds += began.elapsed().as_secs_f64();
     }
 }
 

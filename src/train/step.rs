@@ -86,11 +86,13 @@ pub fn train_step(
     let mut at_once = atoms_at_once(items, settings.micro_batch, &ranks.team);
     let summed = loop {
         trainee.gradients.clear(trainee.kernels);
-        match stages::run(trainee, settings, items, at_once) {
-            // Ranks of a team would have to do so together.
-            Err(PassError::Memory(_)) if at_once > 1 && ranks.team.is_alone() => {
-                at_once = at_once.div_ceil(2);
-            }
+        // What can go through in parts makes nothing leave the device. Ranks of a team would have to do so together.
+        let can_part = at_once > 1 && ranks.team.is_alone();
+        let modest = trainee.kernels.arena().modest(can_part);
+        let attempt = stages::run(trainee, settings, items, at_once);
+        drop(modest);
+        match attempt {
+            Err(PassError::Memory(_)) if can_part => at_once = at_once.div_ceil(2),
             outcome => break outcome?,
         }
     };

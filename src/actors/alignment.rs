@@ -13,7 +13,7 @@
 //! Knows what a step reports and nothing of how a reward is made.
 
 use super::director::{Direction, Position};
-use super::journal_lines::step_event;
+use super::journal_lines::{offload, step_event};
 use super::messages::*;
 use super::post::seconds_now;
 use crate::config::stage::GrpoStage;
@@ -24,6 +24,7 @@ use crate::engine::Machine;
 use crate::engine::phase::GenerateReport;
 use crate::engine::phase::StepReport;
 use crate::engine::phase::{Phase, PhaseReport};
+use crate::engine::timeline::Timeline;
 use crate::engine::utilisation::{
     Chores, padding_share, rollout_bandwidth, tail_factor, useful_share,
 };
@@ -51,6 +52,8 @@ pub(super) struct Aligned {
     score_seconds: f64,
     entered: PhaseReport,
     enter_seconds: f64,
+    /// What moved beside what was computed.
+    timeline: Timeline,
     /// Of the changes of phase, and of scoring.
     chores: [Chores; 4],
 }
@@ -82,8 +85,8 @@ impl Direction {
         let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
         let ahead = next.as_ref().map(|next| since(next.generated.generate));
         self.ahead.replace(next);
-        let Updated { scored, update, entered: last, train, score_seconds, scoring, training } =
-            updated;
+        let Updated { scored, update, timeline, entered: last, train, .. } = updated;
+        let Updated { score_seconds, scoring, training, .. } = updated;
         Ok(Aligned {
             scored,
             report: update.report,
@@ -102,6 +105,7 @@ impl Direction {
             // What scoring did beside rewards is told when its phase is left.
             chores: [entered.chores, scoring.chores, last.left, training.chores],
             entered: last,
+            timeline,
         })
     }
 
@@ -146,7 +150,14 @@ impl Direction {
         let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
         let update = self.ask(&self.ports.update, request).await?;
         let train = [began, seconds_now()];
-        Ok(Updated { scored, update, entered, train, score_seconds, scoring, training })
+        let timeline = self.stay(Phase::Train).await?.timeline;
+        Ok(Updated { scored, update, timeline, entered, train, score_seconds, scoring, training })
+    }
+
+    /// Has the device tell how it stands in the phase that it is in.
+    async fn stay(&self, phase: Phase) -> Result<PhaseReport, Failure> {
+        let request = EnterPhase { id: self.id(), phase, sample_as: Dtype::F32 };
+        self.ask(&self.ports.enter_phase, request).await
     }
 }
 
@@ -177,6 +188,8 @@ impl Entered {
 struct Updated {
     scored: ScoredGroups,
     update: PolicyUpdate,
+    /// What moved since the step began.
+    timeline: Timeline,
     /// The change to Train.
     entered: PhaseReport,
     /// Start and end of the update, in seconds since 1970.
@@ -279,6 +292,7 @@ impl Aligned {
             .collect();
         let grpo = self.report.grpo.clone().unwrap_or_default();
         let [generate, judge] = self.intervals;
+        let moves = (!self.timeline.moved.is_empty()).then_some(&self.timeline);
         step_event(stage, step, &self.report, self.seconds, &self.entered)
             .with("updates", self.updates)
             .with("skipped_updates", self.skipped_updates)
@@ -305,6 +319,8 @@ impl Aligned {
             .with("tail_factor", tail_factor(&self.sampled))
             .with("padding_share", padding_share(&self.report))
             .with("exposed_seconds", self.exposed())
+            .with("offload_exposed_share", moves.map(Timeline::exposed_share))
+            .with("offload", moves.map(offload))
             .with("policy_version", self.report.policy_version)
             .with("sampled_version", self.sampled_version)
             .with("intervals", self.intervals_by_name(generate, judge))

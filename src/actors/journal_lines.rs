@@ -2,7 +2,9 @@
 
 use crate::config::stage::{Stage, StageKind};
 use crate::console::Event;
+use crate::engine::offload_plan::Tier;
 use crate::engine::phase::{LayerRouting, PhaseReport, StepReport};
+use crate::engine::timeline::Timeline;
 
 /// The keys that every step's line has.
 pub(super) fn step_event(
@@ -47,6 +49,31 @@ fn dropped(report: &StepReport) -> Option<f64> {
         report.routing.iter().map(|layer| layer.drops.map(|drops| drops.dropped)).collect();
     let shares = shares.filter(|shares| !shares.is_empty())?;
     Some(shares.iter().sum::<f64>() / shares.len() as f64)
+}
+
+/// What a step moved, and when, beside what was computed; seconds since the step began, to the microsecond.
+pub(super) fn offload(timeline: &Timeline) -> serde_json::Value {
+    let micro = |seconds: f64| (seconds * 1e6).round() / 1e6;
+    let [bytes_in, bytes_out] = timeline.bytes();
+    let computed = timeline.computed.iter().map(|span| {
+        let [start, end] = span.at.map(micro);
+        serde_json::json!([span.phase, start, end])
+    });
+    let moved = timeline.moved.iter().map(|moved| {
+        let ([start, end], is_read) = (moved.at.map(micro), moved.to == Tier::Device);
+        let way = if is_read { "read" } else { "write" };
+        serde_json::json!([moved.item, way, moved.copy, start, end, moved.bytes])
+    });
+    serde_json::json!({
+        "seconds": micro(timeline.seconds),
+        "exposed_seconds": micro(timeline.exposed_seconds()),
+        "overlap_share": timeline.overlap_share(),
+        "bytes_in": bytes_in,
+        "bytes_out": bytes_out,
+        "computed": computed.collect::<Vec<_>>(),
+        "waited": timeline.waited.iter().map(|at| at.map(micro)).collect::<Vec<_>>(),
+        "moved": moved.collect::<Vec<_>>(),
+    })
 }
 
 /// A stage, as the run's first line lists it.

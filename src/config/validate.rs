@@ -123,6 +123,10 @@ impl Rules<'_> {
                 format!("{table}.{key} = 0 must be at least 1")
             })?;
         }
+        self.require(engine.overlap || engine.offload.is_none(), &["engine", "overlap"], || {
+            "engine.overlap = false is for engine.offload = \"auto\": a list moves at changes of phase alone; leave one out"
+                .to_string()
+        })?;
         let threads = self.document.get("engine").and_then(|engine| engine.get("threads"));
         self.require(threads.is_none() || engine.threads > 0, &["engine", "threads"], || {
             "engine.threads = 0 computes nothing; leave it out for all cores, or name a number"

@@ -35,7 +35,7 @@ const NOTES: usize = 16;
 /// Time between two writes of the file at least.
 const WRITE_INTERVAL: Duration = Duration::from_millis(250);
 /// Keys of a step that become curves.
-const CURVES: [&str; 10] = [
+const CURVES: [&str; 11] = [
     "loss",
     "reward_mean",
     "accuracy",
@@ -46,6 +46,7 @@ const CURVES: [&str; 10] = [
     "tokens_per_second",
     "rfu",
     "useful_share",
+    "offload_exposed_share",
 ];
 
 /// The picture.
@@ -78,6 +79,8 @@ pub struct Board {
     pub memory_high_water: u64,
     /// Bytes that may be held.
     pub memory_budget: Option<u64>,
+    /// What the last step moved off the device and back, if anything.
+    pub offload: Option<OffloadRow>,
     /// Figures over the current stage's steps.
     pub curves: BTreeMap<String, Vec<(u64, f64)>>,
     /// Measurements, the last one last.
@@ -194,6 +197,21 @@ pub struct EvalRow {
     pub metric: String,
     /// The figure.
     pub value: f64,
+}
+
+/// What a step moved.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct OffloadRow {
+    /// Bytes that came to the device, and that left it.
+    pub bytes_in: u64,
+    /// See `bytes_in`.
+    pub bytes_out: u64,
+    /// Seconds in which the device waited, and those of the step.
+    pub exposed_seconds: f64,
+    /// See `exposed_seconds`.
+    pub seconds: f64,
+    /// Share of the transfers' seconds in which the device computed.
+    pub overlap_share: Option<f64>,
 }
 
 /// A reply.
@@ -341,6 +359,8 @@ impl Board {
                 keep_last(curve, CURVE_POINTS);
             }
         }
+        let moved = event.get("offload").and_then(|row| serde_json::from_value(row.clone()).ok());
+        self.offload = moved.unwrap_or_default();
         if let Some(memory) =
             event.get("memory").and_then(|m| serde_json::from_value(m.clone()).ok())
         {

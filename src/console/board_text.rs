@@ -87,6 +87,13 @@ impl Board {
         for (owner, held) in &self.memory {
             line(f, &format!("{:<40} {:>14}", fitted(owner, 40), bytes(*held)))?;
         }
+        if let Some(row) = &self.offload {
+            let exposed = 100.0 * row.exposed_seconds / row.seconds.max(1e-9);
+            let beside = row.overlap_share.unwrap_or_default() * 100.0;
+            let (read, written) = (bytes(row.bytes_in), bytes(row.bytes_out));
+            line(f, &format!("a step moves {read} in and {written} out: {beside:.0} % beside"))?;
+            line(f, &format!("computation, and waits {exposed:.1} % of its time for the rest"))?;
+        }
         Ok(())
     }
 

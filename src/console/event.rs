@@ -13,7 +13,10 @@
 //!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max`,
 //!     `rollout_dtype`, `sampler_kl`, with importance weights `importance_weight_mean` and
 //!     `truncated_share`, and of the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
-//!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`);
+//!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`); where models or moments moved,
+//!     `offload_exposed_share` (of the step) and `offload`: `seconds`, `exposed_seconds`, `overlap_share`, `bytes_in`,
+//!     `bytes_out`, `computed` (lists of phase, start, end), `waited` (start, end), `moved` (item, `read` or `write`, the
+//!     copy's tier, start, end, bytes), all in seconds since the step began;
 //!     docs/performance.md defines them
 //!   * `eval`: `name`, one of `pass_at_1`, `perplexity`, `accuracy`, `rate`, and `samples`;
 //!     optionally `replies` (list of `{prompt, text, answer, score}`)

@@ -17,6 +17,7 @@ pub mod next_steps;
 pub mod plain;
 pub mod plot;
 pub mod text;
+pub mod timeline;
 
 pub use board::{Board, BoardWriter};
 pub use event::Event;

@@ -1,13 +1,14 @@
 //! Line charts as SVG, written by hand: no scripts, no fonts, a light background.
 //!
 //! [`write_curves`] draws what the journal holds into `plots/`: the loss of every stage that learns
-//! from text or pairs, the reward and pass@1 of alignment, and its KL and length. The same journal
-//! gives the same bytes.
+//! from text or pairs, the reward and pass@1 of alignment, its KL and length, and what the last step that moved models off
+//! the device and back did when. The same journal gives the same bytes.
 
 use super::board::{JOURNAL_FILE, replace_file};
 use super::event::Event;
 use super::journal::read_events;
 use super::text::figure;
+use super::timeline::offload_timeline;
 use anyhow::{Context, Result};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -64,6 +65,11 @@ pub fn write_curves(run_dir: &Path) -> Result<Vec<PathBuf>> {
             replace_file(&path, chart.to_svg().as_bytes())?;
             written.push(path);
         }
+    }
+    if let Some(picture) = offload_timeline(&events) {
+        let path = folder.join("offload.svg");
+        replace_file(&path, picture.as_bytes())?;
+        written.push(path);
     }
     Ok(written)
 }

@@ -105,7 +105,8 @@ impl Conductor {
         self.shelf.enter(None);
         self.transfers.record.restart();
         (self.planned, self.at, self.last_planned) = (None, None, None);
-        (self.cycle.clear(), self.passed.clear());
+        self.cycle.clear();
+        self.passed.clear();
         self.transfers.arena.allow_working(None);
     }
 

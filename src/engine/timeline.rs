@@ -52,7 +52,7 @@ pub struct Timeline {
 impl Timeline {
     /// Seconds in which the device waited.
     pub fn exposed_seconds(&self) -> f64 {
-        self.waited.iter().map(|[start, end]| end - start).sum()
+        self.waited.iter().map(|[start, end]| end - start).fold(0.0, |sum, one| sum + one)
     }
 
     /// The share of the step in which the device waited.

@@ -276,6 +276,6 @@ fn a_reference_that_was_offloaded_answers_as_the_policy_that_it_equals() {
         let weights = engine.holdings().held["reference/weights"];
         let report = engine.enter_phase(Phase::Idle).unwrap();
         assert!(!report.held.contains_key("reference/weights"), "{:?}", report.held);
-        assert!(report.bytes_out.abs_diff(weights) < 4096, "{} of {weights}", report.bytes_out);
+        assert!(weights > 0 && report.bytes_out == 0, "it has a copy and is not written again");
     }
 }

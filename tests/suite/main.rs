@@ -31,6 +31,7 @@ mod hostile_files;
 mod interop;
 mod model;
 mod needle;
+mod offload;
 mod oracle;
 mod prefill;
 #[cfg(feature = "mpi")]

@@ -1,9 +1,12 @@
 //! What the journal tells of the machine, of a device whose reports are known.
 
 use super::{Disturbance, Place};
+use crate::engine::offload_plan::Tier;
 use crate::engine::phase::{DecodePasses, GenerateReport, Phase, PhaseReport, StepReport};
+use crate::engine::timeline::{Moved, Span, Timeline};
 use crate::engine::utilisation::Chores;
 use crate::engine::{Machine, Rates};
+use serde_json::json;
 
 /// f32 operations a second of the invented machine.
 const PRODUCTS: f64 = 1e9;
@@ -32,7 +35,22 @@ pub fn entered(phase: Phase) -> PhaseReport {
         Phase::Train => (chores(8.0, 16.0, 0.0), chores(32.0, 64.0, 128.0)),
         Phase::Idle => (Chores::default(), Chores::default()),
     };
-    PhaseReport { chores, left, ..PhaseReport::default() }
+    PhaseReport { chores, left, timeline: timeline(phase), ..PhaseReport::default() }
+}
+
+/// A step of ten seconds in which two were waited for, of four in which something moved. Told in Train alone.
+fn timeline(phase: Phase) -> Timeline {
+    if phase != Phase::Train {
+        return Timeline::default();
+    }
+    let span = |phase: &str, at| Span { phase: phase.to_string(), at };
+    let (item, to, copy) = ("reference/weights".to_string(), Tier::Device, Tier::Host);
+    Timeline {
+        seconds: 10.0,
+        computed: vec![span("generate", [0.0, 4.0]), span("train", [5.0, 10.0])],
+        waited: vec![[5.0, 7.0]],
+        moved: vec![Moved { item, to, copy, bytes: 64, at: [3.0, 7.0] }],
+    }
 }
 
 /// What sampling reports beside tokens.
@@ -96,6 +114,12 @@ fn every_step_tells_its_share_of_the_rates_that_stand_in_the_first_line() {
         let sampled = at("generate", 1);
         assert!(at("generate", 0) < sampled, "a wrong beginning shows: {intervals}");
         assert_eq!(seconds("reward"), (at("judge", 1) - sampled).max(0.0), "{exposed}");
+        close(number("offload_exposed_share"), 0.2);
+        let moves = step.get("offload").unwrap();
+        assert_eq!(moves["moved"][0], json!(["reference/weights", "read", "host", 3.0, 7.0, 64]));
+        assert_eq!((&moves["bytes_in"], &moves["bytes_out"]), (&json!(64), &json!(0)));
+        assert_eq!(moves["computed"], json!([["generate", 0.0, 4.0], ["train", 5.0, 10.0]]));
+        close(moves["overlap_share"].as_f64().unwrap(), 0.25);
     }
 }
 

@@ -62,6 +62,23 @@ fn events_fill_the_board() {
 }
 
 #[test]
+fn what_a_step_moved_is_told_until_one_moves_nothing() {
+    let moves = serde_json::json!({
+        "bytes_in": 3 << 20, "bytes_out": 0, "exposed_seconds": 0.5, "seconds": 10.0, "overlap_share": 0.75,
+        "moved": [["reference/weights", "read", "host", 0.0, 2.0, 3 << 20]],
+    });
+    let mut board = filled();
+    let step = Event::step("align", "grpo", 1).with("offload", moves);
+    board.take(&step.with("offload_exposed_share", 0.05));
+    assert_eq!(board.curves["offload_exposed_share"], [(1, 0.05)]);
+    let text = board.to_string();
+    assert!(text.contains("moves 3.0 MiB in and 0.0 MiB out: 75 % beside"), "{text}");
+    assert!(text.contains("waits 5.0 % of its time"), "{text}");
+    board.take(&Event::step("align", "grpo", 2).with("offload", serde_json::Value::Null));
+    assert!(board.offload.is_none() && !board.to_string().contains("a step moves"));
+}
+
+#[test]
 fn the_text_is_ascii_of_at_most_eighty_columns_whatever_a_model_says() {
     let mut board = filled();
     let long = "x\u{1b}]52;c;\u{202e}é".repeat(40);

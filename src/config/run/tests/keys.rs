@@ -148,10 +148,27 @@ fn a_fault_of_the_command_line_names_it() {
             "engine.offload=[\"optimzer\"]",
             "engine.offload.0 = \"optimzer\" is not known; did you mean `optimizer`?",
         ),
+        (
+            "engine.offload=atuo",
+            "engine.offload = \"atuo\" is a text; expected \"auto\" or a list of what leaves, as in [\"optimizer\", \"reference\"]",
+        ),
+        (
+            "engine.host_budget=4 GB",
+            "engine.host_budget = \"4 GB\" is a text; expected bytes, as in \"1.5 GiB\", \"512 MiB\" or 1000000",
+        ),
     ] {
         let fault = load(RUN, MODEL, &[assignment]).unwrap_err();
         assert_eq!(fault.to_string(), format!("--set {assignment}: {message}"));
     }
+}
+
+#[test]
+fn transfers_beside_computation_are_for_a_plan() {
+    let overlap = |more: &[&str]| load(RUN, MODEL, &[more, &["engine.overlap=false"]].concat());
+    assert!(!overlap(&["engine.offload=auto"]).unwrap().engine.overlap);
+    assert_eq!(overlap(&["engine.offload=auto"]).unwrap().engine.offload, None);
+    let fault = overlap(&["engine.offload=[]"]).unwrap_err().to_string();
+    assert!(fault.contains("engine.overlap = false is for engine.offload = \"auto\""), "{fault}");
 }
 
 #[test]

@@ -6,7 +6,7 @@
 //! Invariant: a failure there is a failure here with the rank's name, and stops all ranks, which may wait for that one.
 
 use super::crew::Yield;
-use super::mail::{Mail, Parcel};
+use super::mail::{Mail, Parcel, whose};
 use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself};
@@ -54,10 +54,9 @@ impl Handler<Carry> for Courier {
                 }
             };
             outcome.map_err(|failure| {
-                let own = format!("rank {rank}: ");
-                let text = match failure.text.starts_with(&own) {
-                    true => failure.text,
-                    false => format!("{own}{}", failure.text),
+                let text = match whose(&failure.text) {
+                    Some(_) => failure.text,
+                    None => format!("rank {rank}: {}", failure.text),
                 };
                 let failure = Failure { text, ..failure };
                 mail.fail(rank, &failure);

@@ -194,9 +194,9 @@ impl Mail {
             FailureKind::Resources => 4,
             _ => 1,
         };
-        let own = format!("rank {rank}: ");
-        let why = failure.text.strip_prefix(&own).unwrap_or(&failure.text).to_string();
-        self.control.stop().set(&Broken::Failed { rank, why, code });
+        // What all ranks were told of one of them has its name already, whoever passes it on.
+        let (rank, why) = whose(&failure.text).unwrap_or((rank, &failure.text));
+        self.control.stop().set(&Broken::Failed { rank, why: why.to_string(), code });
     }
 
     /// Tells all ranks how the run ended, and takes leave of them.
@@ -258,5 +258,24 @@ impl Mail {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().expect("lists are only read and changed")
+    }
+}
+
+/// The rank that a failure's text begins with, and the rest.
+pub(super) fn whose(text: &str) -> Option<(usize, &str)> {
+    let (rank, why) = text.strip_prefix("rank ")?.split_once(": ")?;
+    Some((rank.parse().ok()?, why))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_is_of_the_rank_that_it_names() {
+        assert_eq!(whose("rank 12: no room left: x"), Some((12, "no room left: x")));
+        for text in ["no room left: x", "rank 1 is gone: x", "rank of 4: x", "rank 3"] {
+            assert_eq!(whose(text), None, "{text}");
+        }
     }
 }

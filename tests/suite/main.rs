@@ -35,6 +35,8 @@ mod offload;
 mod oracle;
 mod prefill;
 #[cfg(feature = "mpi")]
+mod process_checkpoints;
+#[cfg(feature = "mpi")]
 mod process_runs;
 #[cfg(feature = "mpi")]
 mod processes;

@@ -17,7 +17,7 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The smoke run with seed 3 in `out`, as one of the ranks; `own` are settings of this rank alone.
-fn rank(program: &Path, out: &Path, settings: &[&str], own: &[&str]) -> Vec<String> {
+pub fn rank(program: &Path, out: &Path, settings: &[&str], own: &[&str]) -> Vec<String> {
     let mut words = vec![program.display().to_string()];
     words
         .extend(["run", "configs/smoke.toml", "--console", "off", "--seed", "3"].map(String::from));
@@ -28,12 +28,12 @@ fn rank(program: &Path, out: &Path, settings: &[&str], own: &[&str]) -> Vec<Stri
     words
 }
 
-fn program() -> PathBuf {
+pub fn program() -> PathBuf {
     PathBuf::from(env!("CARGO_BIN_EXE_rehearsal"))
 }
 
 /// The smoke run over so many ranks.
-fn over(ranks: usize, out: &Path, settings: &[&str]) -> Command {
+pub fn over(ranks: usize, out: &Path, settings: &[&str]) -> Command {
     let mut command = mpirun(ranks, &[]);
     command.args(rank(&program(), out, settings, &[]));
     command
@@ -75,7 +75,7 @@ fn check_nothing_is_left(out: &Path) {
 }
 
 /// The run has every step of the undisturbed run of one process once, with its losses to rounding.
-fn check_is_the_run_of_one(out: &Path) {
+pub fn check_is_the_run_of_one(out: &Path) {
     let key = |step: &Value| (step["stage"].to_string(), step["step"].as_u64().unwrap());
     let expected = steps(finished());
     let got = steps(out);
@@ -90,7 +90,7 @@ fn check_is_the_run_of_one(out: &Path) {
 }
 
 /// The run failed, everybody who could says why, and nobody is left.
-fn check_failed(output: &Output, out: &Path, texts: &[&str]) {
+pub fn check_failed(output: &Output, out: &Path, texts: &[&str]) {
     assert!(!output.status.success(), "{}", text(output));
     for part in texts {
         assert!(text(output).contains(part), "{part:?} is not said: {}", text(output));

@@ -11,9 +11,9 @@ use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{generated_lines, sequence};
 use crate::plan::memory::Owners;
 use crate::plan::{
-    ClusterPlan, Comparison, Estimate, Memory, PlanError, Utilisation, cache_bytes_per_token,
-    cache_elements_per_token, cluster_picture, cluster_plan, compare, estimate, host_bytes, memory,
-    model_memory, utilisation,
+    ClusterPlan, Comparison, Estimate, Memory, OffloadPlan, PlanError, Utilisation,
+    cache_bytes_per_token, cache_elements_per_token, cluster_picture, cluster_plan, compare,
+    estimate, host_bytes, memory, model_memory, offload, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -58,6 +58,9 @@ pub struct CheckReport {
     /// Of a run on many processes, or for machines that its config describes.
     #[serde(rename = "plan")]
     pub cluster: Option<ClusterPlan>,
+    /// Of each stage with rollouts, where everything is in each phase of a step under the budget, and what moves when.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub offload: Vec<OffloadPlan>,
     #[serde(skip)]
     planned: Option<Memory>,
     /// Stage that holds most outside the arenas, and its bytes.
@@ -109,6 +112,7 @@ impl CheckReport {
             estimate: Some(estimate(config, &models, &lines, threads, products)),
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
+            offload: offload(config, &models, &plan, products),
             planned: Some(plan),
             cluster: cluster_plan(config, &models).map_err(|error| unplannable(loaded, error))?,
             ..CheckReport::costs(&loaded.file, &config.model, sequence(config))
@@ -147,6 +151,7 @@ impl CheckReport {
             exact: None,
             estimate: None,
             lines: BTreeMap::new(),
+            offload: Vec::new(),
             planned: None,
             cluster: None,
             host: None,

@@ -17,6 +17,7 @@ use super::phase::{Phase, PhaseReport, PrepareStage, Role};
 use super::resident::{
     Calibration, Resident, config_of, interrupted, out_of_memory, require_policy,
 };
+use super::scoring::ROWS_AT_ONCE;
 use super::switch::{Switch, Way, experts_of as sampling_experts};
 use super::transfers::Transfers;
 use super::utilisation::Chores;
@@ -34,6 +35,7 @@ use anyhow::{Context, Result, bail, ensure};
 use rehearsal_kernels::WeightFormat;
 use rehearsal_kernels::{Activity, Arena, CpuKernels, Kernels, Kind, Profile, Profiled};
 use serde::{Deserialize, Serialize};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -84,6 +86,8 @@ pub struct HybridEngine {
     pub(super) formats: Formats,
     /// Examples at once that a step of this stage had to make do with; 0 before any did not fit.
     fitting: usize,
+    /// Rows that fitted when a model was scored last.
+    pub(super) rows_at_once: Cell<usize>,
     /// Leads what moves between the device and what is below it.
     pub(super) conductor: Conductor,
     /// What of its totals the chores have.
@@ -146,6 +150,7 @@ impl HybridEngine {
             prefill: Prefill::ByCost,
             formats: Formats::default(),
             fitting: 0,
+            rows_at_once: Cell::new(ROWS_AT_ONCE),
             conductor,
             settled: Default::default(),
             chores: Chores::default(),
@@ -162,6 +167,7 @@ impl HybridEngine {
         (self.switch, self.to_samplers) = (None, None);
         self.others.clear();
         (self.balance, self.fitting) = (stage.balance, 0);
+        self.rows_at_once.set(ROWS_AT_ONCE);
         (self.form, self.prefill) = (stage.form, stage.prefill);
         let Conductor { transfers, shelf, .. } = &self.conductor;
         let (seed, transfers, shelf) = (self.setup.seed, &transfers.clone(), shelf.clone());

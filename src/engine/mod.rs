@@ -34,3 +34,5 @@ pub use rehearsal_kernels::machine::{Machine, Rates};
 pub use rehearsal_kernels::{Profile, heap};
 pub use resident::check_weights;
 pub use scoring::ROWS_AT_ONCE;
+pub use shelf::{Stretch, changes, needs};
+pub use transfers::RATE;

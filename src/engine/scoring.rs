@@ -15,6 +15,7 @@ use crate::model::{
 };
 use anyhow::{Result, bail};
 use rehearsal_kernels::{Activity, Kernels};
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -36,6 +37,8 @@ pub(super) struct Scorer<'a> {
     pub packed: &'a PackedModel,
     /// A reward model's calibration; log-probabilities are wanted of a model without one.
     pub calibration: Option<Calibration>,
+    /// Rows that go through at once: as many as fitted last.
+    pub rows_at_once: &'a Cell<usize>,
 }
 
 impl Scorer<'_> {
@@ -47,13 +50,13 @@ impl Scorer<'_> {
         check(self.model, job)?;
         let job = &share(job, team.peers().len(), team.place());
         let mut scores = Vec::with_capacity(job.sequences.len());
-        let (mut first, mut rows_at_once) = (0, ROWS_AT_ONCE);
+        let mut first = 0;
         while self.model.go_on(first < job.sequences.len()).map_err(interrupted)? {
             if first == job.sequences.len() {
                 self.model.stand_by(self.kernels, self.packed).map_err(interrupted)?;
                 continue;
             }
-            let end = first + fitting(job, first, rows_at_once);
+            let end = first + fitting(job, first, self.rows_at_once.get());
             // Ranks that share experts would have to begin again together.
             let can_part = end > first + 1 && self.model.experts.is_none();
             // What can go through in parts makes nothing leave the device.
@@ -62,7 +65,8 @@ impl Scorer<'_> {
             drop(modest);
             match pass {
                 Err(PassError::Memory(_)) if can_part => {
-                    rows_at_once = rows(job, first).take(end - first).sum::<usize>() / 2;
+                    let rows = rows(job, first).take(end - first).sum::<usize>();
+                    self.rows_at_once.set(rows / 2);
                 }
                 outcome => {
                     scores.extend(outcome.map_err(interrupted)?);
@@ -193,7 +197,8 @@ impl HybridEngine {
         let switch = self.switch.as_ref().filter(|_| *role == Role::Policy);
         let model = switch.map_or(&resident.model, |switch| &switch.model);
         let kernels = self.kernels.as_ref();
-        Ok(Scorer { kernels, model, params, packed, calibration })
+        let rows_at_once = &self.rows_at_once;
+        Ok(Scorer { kernels, model, params, packed, calibration, rows_at_once })
     }
 }
 

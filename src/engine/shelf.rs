@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 /// A phase as the planner tells them apart: models are scored one after the other.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Stretch {
+pub enum Stretch {
     /// Sampling from the policy.
     Generate,
     /// Forward passes of this model.
@@ -46,8 +46,13 @@ impl Kept {
 
     /// Whether a phase changes it.
     pub fn is_changed(&self, stretch: &Stretch) -> bool {
-        self.role == Role::Policy && *stretch == Stretch::Train
+        changes(&self.role, stretch)
     }
+}
+
+/// Whether a phase changes the weights of a role, and its moments.
+pub fn changes(role: &Role, stretch: &Stretch) -> bool {
+    *role == Role::Policy && *stretch == Stretch::Train
 }
 
 /// Whether a phase needs the weights of a role, or its moments.

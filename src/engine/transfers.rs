@@ -19,7 +19,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Bytes a second that a way is taken to carry before anything was carried.
-const RATE: f64 = 1e9;
+pub const RATE: f64 = 1e9;
 /// Fewer bytes tell nothing of a rate.
 const TELLING: u64 = 64 << 10;
 

@@ -7,7 +7,7 @@
 //! |----------|-------------------------------------------------------------------------------|
 //! | train    | weights, two packed copies (forward, input gradient), gradients, moments      |
 //! | generate | weights, one packed copy (kv_b twice but where exact), cache; what is not offloaded |
-//! | score    | weights, the largest scored model with one packed copy; what is not offloaded |
+//! | score    | the largest scored model with one packed copy; weights and what is not offloaded |
 //!
 //! Rollouts hold the packed copy as the stage's `rollout_dtype`, evals as f32; the larger of the two is told. (A processor
 //! without instructions for int8 samples from f32 all the same.)
@@ -20,7 +20,9 @@ use super::cost::cache_bytes_per_token;
 use super::estimate::example_tokens;
 use crate::config::engine::Prefill;
 use crate::config::stage::GrpoStage;
-use crate::config::{Attention, Dtype, ModelConfig, Offload, RunConfig, Stage, StageKind};
+use crate::config::{
+    Attention, Dtype, EngineConfig, ModelConfig, Offload, RunConfig, Stage, StageKind,
+};
 use crate::engine::{ROWS_AT_ONCE, weight_format};
 use crate::model::parameters::{multiplied, packed_bytes, parameters};
 use crate::train::step::TOKENS_AT_ONCE;
@@ -255,10 +257,12 @@ impl Sizes<'_> {
         owners.insert(format!("{role}/packed"), self.packed());
         let rows = example_tokens(self.config) as u64;
         let rows = if self.at_once == 1 { rows } else { rows.max(ROWS_AT_ONCE as u64) };
-        owners.extend(self.owned([
-            ("weights", self.weights()),
-            ("activations", rows * one_layer_bytes(self.model)),
-        ]));
+        owners.extend(self.owned([("activations", rows * one_layer_bytes(self.model))]));
+        // By plan the policy leaves too while others are scored, if it must.
+        let EngineConfig { budget, offload, .. } = &self.config.engine;
+        if budget.is_none() || offload.is_some() || role == "policy" {
+            owners.insert("policy/weights".to_string(), self.weights());
+        }
         self.add_resting_moments(&mut owners);
         owners
     }

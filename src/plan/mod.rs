@@ -16,6 +16,7 @@ pub mod estimate;
 pub mod host;
 pub mod limit;
 pub mod memory;
+pub mod offload;
 
 pub use cluster::{ClusterPlan, PlanError, cluster_picture, cluster_plan};
 pub use comparison::{Comparison, compare};
@@ -23,3 +24,4 @@ pub use cost::{Utilisation, cache_bytes_per_token, cache_elements_per_token, uti
 pub use estimate::{Estimate, StageEstimate, estimate};
 pub use host::host_bytes;
 pub use memory::{Memory, StageMemory, memory, model_memory};
+pub use offload::{OffloadPlan, offload};

@@ -5,9 +5,10 @@ use super::super::output::{duration, grouped};
 use super::cluster::write_cluster;
 use super::{Against, CheckReport};
 use crate::config::Bytes;
+use crate::engine::offload_plan::Tier;
 use crate::plan::cost::PEAK_FLOPS;
 use crate::plan::memory::total;
-use crate::plan::{Estimate, Memory};
+use crate::plan::{Estimate, Memory, OffloadPlan};
 use std::fmt;
 
 /// What `engine.exact` means for rollouts.
@@ -101,8 +102,29 @@ impl CheckReport {
                 Bytes(bytes)
             )?;
         }
+        self.offload.iter().try_for_each(|plan| write_offload(out, plan))?;
         self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
     }
+}
+
+/// What of a step's plan fits in a line for each phase.
+fn write_offload(out: &mut fmt::Formatter<'_>, plan: &OffloadPlan) -> fmt::Result {
+    writeln!(
+        out,
+        "offload   {}: {} moved a step, {:.1} % of it exposed; a budget of {} would do",
+        plan.stage,
+        Bytes(plan.moved_bytes),
+        100.0 * plan.exposed_share,
+        Bytes(plan.least_bytes)
+    )?;
+    for phase in plan.phases.iter().filter(|_| plan.moved_bytes > 0) {
+        let away = phase.places.iter().filter(|(_, tier)| **tier != Tier::Device);
+        let away: Vec<&str> = away.map(|(name, _)| name.as_str()).collect();
+        let away = if away.is_empty() { "nothing".to_string() } else { away.join(", ") };
+        let (name, peak) = (&phase.name, Bytes(phase.peak_bytes).to_string());
+        writeln!(out, "            {name:<24} {peak:>12}, away: {away}")?;
+    }
+    Ok(())
 }
 
 fn write_comparison(out: &mut fmt::Formatter<'_>, against: &Against) -> fmt::Result {

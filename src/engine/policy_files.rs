@@ -58,13 +58,14 @@ pub struct MomentsMut<'a> {
     pub second: &'a mut Slab,
 }
 
-/// All ranks of a team, with the time that they may need to write or read a model of this layout.
+/// The ranks that save or restore together with this one, with the time that they may need to write or read a model of
+/// this layout.
 pub fn world(team: &Team, whole: &Layout) -> Group {
     // Weights and two moments, in parts of about the same size.
     let bytes = 3 * (whole.elements() * size_of::<f32>()) as u64;
-    let share = bytes / team.mesh.ranks() as u64;
+    let share = bytes / team.peers().len() as u64;
     let deadline = team.deadline + Duration::from_secs(share / SLOWEST);
-    Group::new(team.link.clone(), (0..team.mesh.ranks()).collect(), deadline)
+    Group::new(team.link.clone(), team.peers().collect(), deadline)
 }
 
 /// Writes what is this rank's to write, and forces it to the disk.

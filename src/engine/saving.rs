@@ -14,12 +14,12 @@ use crate::checkpoint::{TensorFolder, write_model_config};
 use crate::cluster::Group;
 use crate::config::fault::Fault;
 use crate::model::{Layout, Params};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rehearsal_kernels::Activity;
 use std::path::Path;
 
 impl HybridEngine {
-    /// Writes the policy (and its moments) into an existing folder. All ranks do so at the same time.
+    /// Writes the policy (and its moments) into an existing folder. All ranks that train do so at the same time.
     pub fn save(&mut self, folder: &Path, with_optimizer: bool) -> Result<SavedState> {
         let _during = Activity::Load.begin(&self.kernels);
         let written = self.write_own(folder, with_optimizer);
@@ -29,19 +29,19 @@ impl HybridEngine {
         }
     }
 
-    /// Brings policy and optimizer back from a committed checkpoint, after `prepare`. All ranks do so at the same time;
-    /// whatever ranks wrote it.
+    /// Brings policy and optimizer back from a committed checkpoint, after `prepare`, whatever ranks wrote it. All ranks
+    /// that train do so at the same time, and so do those that only sample.
     pub fn restore(&mut self, folder: &Path, saved: &SavedState) -> Result<()> {
         let entered = self.enter_phase(Phase::Idle);
         let _during = Activity::Load.begin(&self.kernels);
-        let (rank, ranks) = (self.setup.team.rank(), self.setup.team.mesh.ranks());
-        let checked = entered.and_then(|_| TensorFolder::check_share(folder, rank, ranks));
+        let (place, ranks) = (self.setup.team.place(), self.setup.team.peers().len());
+        let checked = entered.and_then(|_| TensorFolder::check_share(folder, place, ranks));
         self.agree("check of a checkpoint", checked)?;
         let read = self.read_own(folder, saved);
         self.agree("restored parts", read)
     }
 
-    /// All ranks, and the policy's whole layout; `None` for a rank alone, or before anything is loaded on all of them.
+    /// The ranks that do the same as this one, and the policy's whole layout; `None` for a rank alone, or before anything is loaded on all of them.
     fn world(&self) -> Option<(Group, Layout)> {
         let policy = self.policy.as_ref().filter(|_| !self.setup.team.is_alone())?;
         let whole = Layout::new(&policy.model.config, policy.model.layout.has_value_head);
@@ -60,6 +60,7 @@ impl HybridEngine {
         // A scored policy lends its weights to the scoring.
         self.unload_scored()?;
         let (kernels, team) = (self.kernels.as_ref(), &self.setup.team);
+        ensure!(!team.is_sampler(), "rank {} only samples: others save the policy", team.rank());
         let Some(policy) = self.policy.as_mut() else {
             bail!("no model is loaded that could be saved")
         };

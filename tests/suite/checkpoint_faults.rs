@@ -4,14 +4,14 @@ use crate::budget::is_alone;
 use crate::checkpoints::{OfRank, on_ranks, save};
 use crate::engine::{batch, stage};
 use crate::ranks::{layout, model};
-use crate::ranks_engine::{Layouts, on_engines, on_engines_of};
+use crate::ranks_engine::{Layouts, on_engines, on_engines_of, trainer_or_sampler};
 use crate::runs::{copy, done, finished, rehearsal};
 use rehearsal::checkpoint::shards::{shard_name, write_index};
 use rehearsal::checkpoint::{
     Commit, Manifest, Shard, Staging, Store, StoredType, TensorEntry, TensorFolder, export_hf,
     read_model_config, write_model_config, write_shard,
 };
-use rehearsal::cluster::Broken;
+use rehearsal::cluster::{Broken, Local};
 use rehearsal::config::Fault;
 use rehearsal::config::cluster::PipelineSchedule::*;
 use rehearsal::config::routing::Balance;
@@ -101,6 +101,51 @@ fn engines_commit_together_and_go_on_in_other_layouts() {
             assert!(apart < 1e-3, "{layouts:?}: {loss:?} against {straight:?}");
         }
     }
+}
+
+#[test]
+fn ranks_that_only_sample_take_their_part_of_what_trainers_saved() {
+    let place = TempDir::new().unwrap();
+    let state = on_engines(FOUR, |engine, _| {
+        prepared(engine);
+        step(engine);
+        engine.save(place.path(), true).unwrap()
+    })[0];
+    let sampled = |engine: &mut HybridEngine| {
+        engine.restore(place.path(), &state).unwrap();
+        engine.enter_phase(Phase::Generate).unwrap();
+        let mut groups: Vec<TokenGroup> = Vec::new();
+        let job = crate::ranks_engine::job(state.policy_version);
+        engine.generate(&job, &mut |group| groups.push(group)).unwrap();
+        groups
+    };
+    let one = on_engines(ONE, |engine, _| {
+        prepared(engine);
+        sampled(engine)
+    });
+    let spill = TempDir::new().unwrap();
+    let many: Vec<_> = std::thread::scope(|scope| {
+        let start = |(rank, link): (usize, Local)| {
+            let (sampled, other) = (&sampled, spill.path());
+            let spill = other.join(rank.to_string());
+            scope.spawn(move || {
+                let mut engine = trainer_or_sampler(rank, link, spill);
+                let groups = sampled(&mut engine);
+                // They have another part of the policy than who trains, and nothing to save.
+                assert_eq!(engine.save(other, true).is_err(), rank > 0);
+                groups
+            })
+        };
+        let ranks: Vec<_> = Local::new(3).into_iter().enumerate().map(start).collect();
+        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+    });
+    let sorted = |mut groups: Vec<TokenGroup>| {
+        groups.sort_by_key(|group| group.slot);
+        groups
+    };
+    let one = sorted(one.concat());
+    assert_eq!(sorted(many[1..].concat()), one, "the samplers' groups");
+    assert_eq!(sorted(many[0].clone()), one, "the trainer's");
 }
 
 #[test]

@@ -261,7 +261,7 @@ fn samples_ahead(engine: &mut HybridEngine) -> (Vec<Vec<TokenGroup>>, Vec<StepRe
 }
 
 /// A trainer, or one of two ranks that share the experts and only sample.
-fn trainer_or_sampler(rank: usize, link: Local, spill: PathBuf) -> HybridEngine {
+pub fn trainer_or_sampler(rank: usize, link: Local, spill: PathBuf) -> HybridEngine {
     let samplers_layout = Sampling { ranks: 2, tensor: 1, expert: 2 };
     let sampling = if rank > 0 { samplers_layout } else { Team::alone().sampling };
     let whole = team(link, Mesh::ONE, OneForwardOneBackward);

@@ -3,8 +3,10 @@
 use candle_core::quantized::gguf_file::{self, Value as Text};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
+use rehearsal::checkpoint::shards::{shard_name, write_index};
 use rehearsal::checkpoint::{
-    Manifest, Store, TensorEntry, read_model_config, write_model_config, write_tensors,
+    Manifest, Shard, Store, TensorEntry, piece_name, read_model_config, write_model_config,
+    write_shard, write_tensors,
 };
 use rehearsal::cli::run_folder::{self, Wish};
 use rehearsal::config::{Loaded, ModelConfig, RunConfig, TokenizerConfig};
@@ -13,6 +15,7 @@ use rehearsal::data::{ChatTemplate, Tokenizer};
 use rehearsal::engine::resident::Calibration;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 /// The repository, from its own package or from that of the fuzzer in it.
@@ -215,6 +218,22 @@ pub fn index(folder: &Path) -> Vec<u8> {
         "b": "model-00002-of-00002.safetensors"}})
     .to_string()
     .into_bytes()
+}
+
+/// The second of two shards of an optimizer's file, which lies beside it with the index: elements 3 to 7 of a tensor.
+pub fn pieces(folder: &Path) -> Vec<u8> {
+    let whole = "optimizer.safetensors";
+    let write = |number: usize, elements: Range<usize>| {
+        let name = piece_name("m.x", elements.start);
+        let entries = [TensorEntry { name: name.clone(), shape: vec![elements.len()] }];
+        let (file, numbers) = (shard_name(whole, number, 2), vec![1.0; elements.len()]);
+        let mut fetch = |_| Ok(numbers.clone());
+        let record = write_shard(&folder.join(&file), &entries, "s", &mut fetch).unwrap();
+        Shard { file, record, tensors: [(name, 4 * elements.len() as u64)].into() }
+    };
+    let shards = [write(0, 0..3), write(1, 3..7)];
+    write_index(folder, whole, &[&shards[0], &shards[1]], "s").unwrap();
+    read(&folder.join(&shards[1].file))
 }
 
 /// A GGUF file with every kind of value and of numbers that are written, as `candle` writes it.

@@ -6,7 +6,7 @@
 use super::mutate::{Corpus, Format};
 use super::seeds;
 use anyhow::Result;
-use rehearsal::checkpoint::{GgufFile, Manifest, Store, TensorFolder, read_model_config};
+use rehearsal::checkpoint::{GgufFile, Manifest, Pieces, Store, TensorFolder, read_model_config};
 use rehearsal::cli::run_folder::{self, Wish};
 use rehearsal::config::data::{FieldMap, Schema, SetConfig};
 use rehearsal::config::{Fault, Loaded, RunConfig};
@@ -144,6 +144,17 @@ fn safetensors(maker: &mut Maker) {
     let corpus = Corpus::new(Format::Json, vec![seeds::index(&folder)], words);
     let index = folder.join("model.safetensors.index.json");
     maker.add("safetensors", index, corpus, MIB, move |_| TensorFolder::open(&folder).map(drop));
+    let folder = maker.aside("pieces");
+    let words = &["\"m.x.at.2\"", "\"m.x\"", "\"m.x.at.18446744073709551615\"", "\"save\"", "[4]"];
+    let corpus = Corpus::new(Format::Safetensors, vec![seeds::pieces(&folder)], words);
+    let shard = folder.join("optimizer-00002-of-00002.safetensors");
+    maker.add("safetensors", shard, corpus, MIB, move |_| {
+        let pieces = Pieces::open(&folder, "optimizer.safetensors")?;
+        let mut given = 0;
+        pieces.read("m.x", 7, 1..7, &mut |_, numbers| given += numbers.len())?;
+        assert_eq!(given, 6);
+        Ok(())
+    });
 }
 
 fn gguf(maker: &mut Maker) {

@@ -50,3 +50,5 @@ mod routing;
 mod signals;
 mod targets;
 mod tidy;
+#[cfg(feature = "mpi")]
+mod two_hosts;

@@ -180,7 +180,7 @@ fn a_process_that_dies_while_the_policy_is_saved_or_loaded_is_named() {
 }
 
 /// The process of a rank.
-fn process_of(out: &Path, rank: usize) -> Option<Pid> {
+pub fn process_of(out: &Path, rank: usize) -> Option<Pid> {
     let is_rank = |pid: &u32| {
         let environment = std::fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
         let name = format!("OMPI_COMM_WORLD_RANK={rank}");

@@ -17,7 +17,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 fn run_ranks(
     place: &Place,
     ranks: &[Disturbance],
-    visit: impl Fn(usize, &Seats) + Sync,
+    visit: impl Fn(usize, &Seats, &Arc<Stop>) + Sync,
 ) -> Vec<Result> {
     thread::scope(|scope| {
         let start = |(rank, link): (usize, Local)| {
@@ -25,13 +25,14 @@ fn run_ranks(
             scope.spawn(move || {
                 let ident = Ident { host: "here".into(), pid: rank as u32, ..Ident::default() };
                 let stop = Arc::new(Stop::default());
-                let joined = join(&link, ranks.len(), &ident, [PATIENCE; 2], stop).unwrap();
+                let joined = join(&link, ranks.len(), &ident, [PATIENCE; 2], stop.clone()).unwrap();
                 let mail = Mail::new(joined.control, 64);
                 let script = ranks[rank].script.clone();
                 let mut fake = Fake::new(script, &place.config(ranks[rank].set));
                 fake.rank = [rank, ranks.len()];
-                let done =
-                    place.run_on(&fake, &ranks[rank], Some(mail.clone()), |s| visit(rank, s));
+                let done = place.run_on(&fake, &ranks[rank], Some(mail.clone()), |seats| {
+                    visit(rank, seats, &stop)
+                });
                 mail.part(&done.outcome);
                 done
             })
@@ -56,7 +57,7 @@ fn three_ranks_make_the_run_of_one_and_every_device_does_every_job() {
     let alone = Place::new();
     let expected = alone.run(&Disturbance::default());
     let place = Place::new();
-    let ranks = run_ranks(&place, &undisturbed(), |_, _| {});
+    let ranks = run_ranks(&place, &undisturbed(), |_, _, _| {});
     for done in &ranks {
         assert_eq!(done.outcome, Outcome::Done);
         assert_eq!(told(done), told(&expected));
@@ -86,7 +87,7 @@ fn an_actor_between_ranks_that_panics_loses_and_duplicates_nothing() {
         let place = Place::new();
         let mut disturbances = undisturbed();
         disturbances[rank].inject = inject;
-        let ranks = run_ranks(&place, &disturbances, |_, _| {});
+        let ranks = run_ranks(&place, &disturbances, |_, _, _| {});
         for done in &ranks {
             assert_eq!(done.outcome, Outcome::Done, "{inject}");
         }
@@ -101,7 +102,7 @@ fn a_device_that_fails_on_one_rank_ends_the_run_on_all_of_them_with_its_name() {
     let place = Place::new();
     let mut disturbances = undisturbed();
     disturbances[1].script = Script { panic_in_train: Some(8), ..Script::default() };
-    let ranks = run_ranks(&place, &disturbances, |_, _| {});
+    let ranks = run_ranks(&place, &disturbances, |_, _, _| {});
     for done in &ranks {
         let text = &done.failure().text;
         assert!(text.contains("rank 1: the device panicked in Train: a planted panic"), "{text}");
@@ -110,7 +111,7 @@ fn a_device_that_fails_on_one_rank_ends_the_run_on_all_of_them_with_its_name() {
     // The same command goes on from the last commit, with fewer ranks too.
     let alone = Place::new();
     alone.run(&Disturbance::default());
-    let ranks = run_ranks(&place, &undisturbed()[..2], |_, _| {});
+    let ranks = run_ranks(&place, &undisturbed()[..2], |_, _, _| {});
     assert_eq!(ranks[0].outcome, Outcome::Done);
     assert_eq!(ranks[0].steps(), all_steps());
     assert_eq!(place.weights(), alone.weights());
@@ -123,7 +124,7 @@ fn a_signal_of_any_rank_ends_the_run_after_a_commit() {
     let mut disturbances = undisturbed();
     disturbances[0].stop = Arc::clone(&stop);
     disturbances[0].script.signal_in_train = Some((5, stop));
-    let ranks = run_ranks(&place, &disturbances, |_, _| {});
+    let ranks = run_ranks(&place, &disturbances, |_, _, _| {});
     for done in &ranks {
         assert_eq!(done.outcome, Outcome::Stopped(15));
     }
@@ -155,7 +156,7 @@ fn a_rank_that_hangs_in_a_job_is_shown_as_busy_and_whoever_waits_for_it_names_it
             script.release();
             seen
         });
-        let ranks = run_ranks(&place, &disturbances, |rank, seats| {
+        let ranks = run_ranks(&place, &disturbances, |rank, seats, _| {
             if rank == 0 {
                 let desk = |name| seats.desk(name).unwrap();
                 desks.set((desk("worker-2"), desk("courier-2"))).ok().unwrap();
@@ -167,54 +168,51 @@ fn a_rank_that_hangs_in_a_job_is_shown_as_busy_and_whoever_waits_for_it_names_it
     assert!(ranks.iter().all(|done| done.outcome == Outcome::Done), "it was released in time");
 }
 
-#[test]
-fn a_rank_that_is_gone_ends_the_run_on_all_others_in_the_same_words() {
-    let place = Place::new();
-    let mut disturbances = undisturbed();
-    // Its control link closes while its device is at work, as where a process is killed.
-    let script = Script { stuck_in_train: Some(3), ..Script::default() };
-    disturbances[1].script = script.clone();
+/// Stops the ranks from rank 0 on as soon as it is time, as where a control link closes.
+fn stop_when(
+    place: &Place,
+    disturbances: &[Disturbance],
+    is_time: impl Fn(&Seats) -> Box<dyn FnOnce() + Send> + Sync,
+) {
     let gone = Broken::Gone { rank: 0, gone: 1, call: "its control link".to_string() };
-    let told = OnceLock::new();
-    let ranks = thread::scope(|scope| {
-        let (told, gone) = (&told, gone.clone());
-        scope.spawn(move || {
-            let began = Instant::now();
-            let stop: &Arc<Stop> = loop {
-                if let Some(stop) = told.get() {
-                    break stop;
-                }
-                assert!(began.elapsed() < PATIENCE);
-                thread::yield_now();
-            };
-            tokio::runtime::Builder::new_current_thread()
-                .build()
-                .unwrap()
-                .block_on(script.reached());
-            stop.set(&gone);
-            script.release();
-        });
-        thread::scope(|inner| {
-            let start = |(rank, link): (usize, Local)| {
-                let (place, disturbances) = (&place, &disturbances);
-                inner.spawn(move || {
-                    let ident = Ident { host: "here".into(), pid: rank as u32, ..Ident::default() };
-                    let stop = Arc::new(Stop::default());
-                    if rank == 0 {
-                        told.set(Arc::clone(&stop)).ok().unwrap();
-                    }
-                    let joined = join(&link, 3, &ident, [PATIENCE; 2], stop).unwrap();
-                    let mail = Mail::new(joined.control, 64);
-                    let mut fake = Fake::new(disturbances[rank].script.clone(), &place.config(&[]));
-                    fake.rank = [rank, 3];
-                    place.run_on(&fake, &disturbances[rank], Some(mail), |_| {})
-                })
-            };
-            let threads: Vec<_> = Local::new(3).into_iter().enumerate().map(start).collect();
-            threads.into_iter().map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
-        })
+    let ranks = run_ranks(place, disturbances, |rank, seats, stop| {
+        if rank == 0 {
+            let (wait, stop, gone) = (is_time(seats), Arc::clone(stop), gone.clone());
+            thread::spawn(move || {
+                wait();
+                stop.set(&gone);
+            });
+        }
     });
     for done in &ranks {
         assert_eq!(done.failure().text, gone.to_string());
     }
+}
+
+#[test]
+fn a_rank_that_is_gone_ends_the_run_on_all_others_in_the_same_words() {
+    let mut disturbances = undisturbed();
+    // While devices are at work, of which one does not end.
+    let script = Script { stuck_in_train: Some(3), ..Script::default() };
+    disturbances[1].script = script.clone();
+    stop_when(&Place::new(), &disturbances, |_| {
+        let script = script.clone();
+        Box::new(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+            runtime.block_on(script.reached());
+        })
+    });
+    script.release();
+    // And while none is, and the actors' thread is held.
+    let mut disturbances = undisturbed();
+    disturbances[0].inject = "hang:pretrainer:3";
+    stop_when(&Place::new(), &disturbances, |seats| {
+        let desk = seats.desk("pretrainer").unwrap();
+        Box::new(move || {
+            let held = Duration::from_millis(200);
+            while desk.running().is_none_or(|(_, time)| time < held) {
+                thread::yield_now();
+            }
+        })
+    });
 }

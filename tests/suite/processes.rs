@@ -208,10 +208,21 @@ fn lost(rank: Rank, signal: Signal) {
     let _joined = rank.join();
     let group = rank.group(DEADLINE);
     group.barrier("begin").unwrap();
-    let began = Instant::now();
-    let last = rank.mpi.ranks() - 1;
-    if rank.rank() == last {
+    let (began, last) = (Instant::now(), rank.mpi.ranks() - 1);
+    let ready = frame(Lane::Up(0), 0, Vec::new());
+    if rank.rank() < last {
+        rank.mpi.send(last, ready).unwrap();
+    } else {
+        // Not before all others have left the barrier, where they would hear of it.
+        for other in 0..last {
+            let until = began + DEADLINE;
+            rank.mpi.receive(other, ready.lane, &ready.call, began, until).unwrap();
+        }
         kill_process(getpid(), signal).unwrap();
+        // The signal may come to another thread first; this one must not go on.
+        loop {
+            std::thread::park();
+        }
     }
     let why = group.all_reduce("gradients", &mut [1.0_f32; 5]).unwrap_err();
     let seconds = began.elapsed().as_secs_f64();

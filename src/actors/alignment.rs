@@ -5,7 +5,8 @@
 //!    advantages.
 //! 3. `EnterPhase(Train)`, then `UpdatePolicy`.
 //!
-//! Where a stage's `max_staleness` is 1, the next step's groups are sampled before 2.
+//! Where a stage's `max_staleness` is 1, the next step's groups are sampled before 2, or beside 2 and 3 by ranks that only
+//! sample.
 //!
 //! Where `engine.exact` is on, a step whose sampler and trainer disagree in one bit ends the run before anything of it is
 //! kept (docs/adr/011).
@@ -70,16 +71,28 @@ impl Direction {
         let known = self.ahead.take().filter(|batch| batch.step == at.step);
         let (batch, mut entered) = match known {
             Some(batch) => (batch, Entered::default()),
-            None => self.sample(at, at.step, settings, prompts).await?,
+            None => {
+                let entered = self.ready_to_sample(at.version, settings.rollout_dtype).await?;
+                (
+                    self.sample(at, at.step, settings, prompts, &entered).await?,
+                    Entered::of(&entered),
+                )
+            }
         };
         // The next batch is sampled before the policy changes.
         let is_ahead = settings.max_staleness > 0 && at.step + 1 < at.steps;
         let (next, updated) = match is_ahead {
             false => (None, self.update(settings, batch.generated.groups).await?),
             true => {
-                let (next, for_next) = self.sample(at, at.step + 1, settings, None).await?;
-                entered = entered.and(for_next);
-                (Some(next), self.update(settings, batch.generated.groups).await?)
+                let ready = self.ready_to_sample(at.version, settings.rollout_dtype).await?;
+                entered = entered.and(Entered::of(&ready));
+                let next = self.sample(at, at.step + 1, settings, None, &ready);
+                let update = self.update(settings, batch.generated.groups);
+                let (next, updated) = match self.ports.sampler {
+                    Some(_) => tokio::try_join!(next, update)?,
+                    None => (next.await?, update.await?),
+                };
+                (Some(next), updated)
             }
         };
         let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
@@ -116,8 +129,8 @@ impl Direction {
         step: u64,
         settings: &GrpoStage,
         prompts: Option<Vec<Prompt>>,
-    ) -> Result<(SampledBatch, Entered), Failure> {
-        let entered = self.enter_as(Phase::Generate, settings.rollout_dtype).await?;
+        ready: &PhaseReport,
+    ) -> Result<SampledBatch, Failure> {
         let request = GenerateGroups {
             id: self.id(),
             stage: at.index,
@@ -127,9 +140,8 @@ impl Direction {
             policy_version: at.version,
         };
         let generated = self.ask(&self.ports.generate, request).await?;
-        let (policy_version, sampled_as) = (at.version, entered.sampled_as.unwrap_or_default());
-        let batch = SampledBatch { step, policy_version, sampled_as, generated };
-        Ok((batch, Entered::of(&entered)))
+        let (policy_version, sampled_as) = (at.version, ready.sampled_as.unwrap_or_default());
+        Ok(SampledBatch { step, policy_version, sampled_as, generated })
     }
 
     /// Scores a batch with models, and updates the policy by it.

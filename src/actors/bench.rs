@@ -93,6 +93,7 @@ pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
         console: None,
         machine: Machine::default(),
         device,
+        sampler: None,
         injection: Arc::default(),
         bench: Some(bench),
         stop: Arc::default(),

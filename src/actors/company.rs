@@ -6,7 +6,7 @@
 
 use super::checkpointer::{Checkpointer, CheckpointerPorts};
 use super::director::{Director, StopSignal};
-use super::director_ports::{DirectorPorts, TrainerPorts};
+use super::director_ports::{DirectorPorts, SamplerPorts, TrainerPorts};
 use super::fine_tuner::{FineTuner, FineTunerPorts};
 use super::mail::Mail;
 use super::messages::*;
@@ -23,7 +23,8 @@ use super::staff::{Intensity, Member, Staff};
 use super::stage_plan::Folders;
 use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
-use crate::cluster::{Control, Team};
+use crate::cluster::layout::Sampling;
+use crate::cluster::{Control, Local, Team};
 use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::{Machine, Profile};
@@ -87,6 +88,16 @@ pub fn start(request: RunRequest) -> Result<()> {
     let mut engine = config.engine.clone();
     engine.budget = engine.budget.or(memory.map(Bytes));
     let setup = EngineSetup { model: config.model.clone(), engine, seed: config.seed, spill, team };
+    let (setup, sampler) = match config.cluster.samplers > 0 && mail.is_none() {
+        true => {
+            let [trainer, sampler] = beside(setup);
+            (trainer, Some(sampler))
+        }
+        false => (setup, None),
+    };
+    let sampler = sampler.map(|setup| -> DeviceMaker {
+        Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?)))
+    });
     let is_led = mail.as_ref().is_some_and(|mail| mail.rank() > 0);
     let outcome = run(
         Setup {
@@ -98,6 +109,7 @@ pub fn start(request: RunRequest) -> Result<()> {
             device: Arc::new(move || {
                 Ok(Box::new(HybridEngine::profiled(setup.clone(), profile.clone())?))
             }),
+            sampler,
             injection: Arc::new(Injection::from_environment()?),
             bench: None,
             stop: StopSignal::default(),
@@ -117,6 +129,25 @@ pub fn start(request: RunRequest) -> Result<()> {
         Outcome::Stopped(signal) => Err(Fault::Stopped(signal).into()),
         Outcome::Failed(failure) => Err(failure.into_error()),
     }
+}
+
+/// A trainer and a sampler in one process, each with half of the memory and with cores of its own where there are two.
+fn beside(setup: EngineSetup) -> [EngineSetup; 2] {
+    let threads = match setup.engine.threads {
+        0 => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
+        threads => threads,
+    };
+    let own = [threads.div_ceil(2), (threads / 2).max(1)];
+    let mut places = Local::new(2).into_iter().zip(own).zip(["trainer", "sampler"]);
+    [(); 2].map(|()| {
+        let ((link, threads), name) = places.next().expect("there are two");
+        let one = Sampling { ranks: 1, tensor: 1, expert: 1 };
+        let team =
+            Team { link: Arc::new(link), samplers: 1, samplers_layout: one, ..setup.team.clone() };
+        let budget = setup.engine.budget.map(|bytes| Bytes(bytes.0 / 2));
+        let engine = EngineConfig { threads, budget, ..setup.engine.clone() };
+        EngineSetup { engine, team, spill: setup.spill.join(name), ..setup.clone() }
+    })
 }
 
 /// Tells the other processes of a run that there is nothing to do.
@@ -145,6 +176,8 @@ pub struct Setup {
     pub machine: Machine,
     /// Makes the device.
     pub device: DeviceMaker,
+    /// Makes a second one, which only samples.
+    pub sampler: Option<DeviceMaker>,
     /// A fault that a test has planted.
     pub injection: Arc<Injection>,
     /// Steps on random tokens instead of the run's stages.
@@ -180,21 +213,25 @@ impl Limits {
 /// supervisor's seat before anything begins.
 pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     let system = actix::System::new();
-    let (link, farewell) =
-        DeviceLink::start(Arc::clone(&setup.device), setup.limits).map_err(|error| match error
-            .downcast()
-        {
+    let start = |make: &DeviceMaker| {
+        DeviceLink::start(Arc::clone(make), setup.limits).map_err(|error| match error.downcast() {
             Ok(error) => no_thread(error),
             Err(error) => error,
-        })?;
+        })
+    };
+    let (link, farewell) = start(&setup.device)?;
+    let sampler = setup.sampler.as_ref().map(start).transpose()?;
+    let (sampler, sampler_farewell) = sampler.map_or((None, None), |(l, f)| (Some(l), Some(f)));
+    let links = [Some(link), sampler];
     let outcome = system.block_on(async {
         // The library would panic where the system gives no thread.
         std::thread::Builder::new().spawn(|| {}).map_err(no_thread)?;
         let arbiter = Arbiter::new();
-        let seats = Seats::new(setup.limits, setup.mail.clone());
+        let samplers = setup.config.cluster.samplers;
+        let seats = Seats::new(setup.limits, setup.mail.clone(), samplers);
         visit(&seats);
         let (ending, mut outcome) = mpsc::channel(1);
-        let charge = seats.charge(&setup, &link, &arbiter.handle(), ending)?;
+        let charge = seats.charge(&setup, &links, &arbiter.handle(), ending)?;
         let supervisor = Supervisor::new(&seats.supervisor, charge);
         seats.supervisor.point(supervisor.start());
         let gone = || Outcome::Failed(Failure::new(FailureKind::Actor, "the supervisor is gone"));
@@ -204,7 +241,7 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     });
     drop(system);
     let (outcome, arbiter) = outcome?;
-    drop(link);
+    drop(links);
     // An actor or a device that is stuck would be waited for in vain; the process's end takes it
     // along.
     let is_broken = setup.mail.as_ref().is_some_and(|mail| mail.is_broken());
@@ -213,6 +250,7 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     std::thread::spawn(move || ended.send(arbiter.join()));
     if let Ok(Ok(())) = end.recv_timeout(longest) {
         farewell.wait(longest);
+        sampler_farewell.map(|farewell| farewell.wait(longest));
     }
     Ok(outcome)
 }
@@ -238,12 +276,14 @@ pub struct Seats {
     checkpointer: Seat<Checkpointer>,
     pub(super) monitor: Seat<Monitor>,
     ranks: RankSeats,
+    has_samplers: bool,
 }
 
 impl Seats {
-    fn new(limits: Limits, mail: Option<Arc<Mail>>) -> Seats {
+    fn new(limits: Limits, mail: Option<Arc<Mail>>, samplers: usize) -> Seats {
         Seats {
-            ranks: RankSeats::new(mail, limits),
+            ranks: RankSeats::new(mail, samplers, limits),
+            has_samplers: samplers > 0,
             supervisor: Seat::new("supervisor", limits),
             director: Seat::new("director", limits),
             pretrainer: Seat::new("pretrainer", limits),
@@ -276,7 +316,7 @@ impl Seats {
     fn charge(
         &self,
         setup: &Setup,
-        link: &DeviceLink,
+        links: &[Option<DeviceLink>; 2],
         arbiter: &ArbiterHandle,
         ending: mpsc::Sender<Outcome>,
     ) -> Result<Charge> {
@@ -289,7 +329,7 @@ impl Seats {
             leader,
             begin,
             mail: self.ranks.mail().cloned(),
-            staff: self.staff(setup, link, arbiter)?,
+            staff: self.staff(setup, links, arbiter)?,
             deaths: mpsc::channel(setup.limits.mailbox),
             ending,
             stop: Arc::clone(&setup.stop),
@@ -305,7 +345,7 @@ impl Seats {
     fn staff(
         &self,
         setup: &Setup,
-        link: &DeviceLink,
+        links: &[Option<DeviceLink>; 2],
         arbiter: &ArbiterHandle,
     ) -> Result<Vec<Box<dyn Staff>>> {
         let engine = &setup.config.engine;
@@ -317,9 +357,15 @@ impl Seats {
             supervisor: self.supervisor.desk(),
         };
         if self.ranks.is_led() {
-            return self.ranks.outpost(self, &hiring, setup, link);
+            let own = links[0].as_ref().expect("its own device");
+            return self.ranks.outpost(self, &hiring, setup, own);
         }
-        let mut staff = self.keepers(&hiring, setup, link)?;
+        let [link, sampler] = links;
+        let mut staff = self.keepers(&hiring, setup, link.as_ref().expect("its own device"))?;
+        if self.has_samplers {
+            let groups = self.rollout_generator.port(self.ranks.sampler.desk());
+            staff.push(self.ranks.sampler(&hiring, sampler.clone(), groups));
+        }
         staff.extend(self.ranks.couriers(&hiring, setup, |desk| self.rollout_generator.port(desk)));
         staff.extend(self.trainers(&hiring, setup));
         staff.extend(self.aligners(&hiring, setup));
@@ -348,7 +394,7 @@ impl Seats {
         Ok(vec![
             hiring.member(&self.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
             hiring.member(&self.worker, move |post| {
-                Worker::new(post, link.clone(), groups.clone(), crew.clone())
+                Worker::new(post, Some(link.clone()), groups.clone(), crew.clone())
             }),
             hiring.member(&self.checkpointer, move |post| {
                 Checkpointer::new(post, Arc::clone(&config), run.clone(), checkpointer.clone())
@@ -381,7 +427,7 @@ impl Seats {
     fn aligners(&self, hiring: &Hiring, setup: &Setup) -> [Box<dyn Staff>; 3] {
         let read = setup.reader();
         let generator = RolloutGeneratorPorts {
-            generate: self.worker.port(self.rollout_generator.desk()),
+            generate: self.samples().port(self.rollout_generator.desk()),
             judge: self.reward_scorer.port(self.rollout_generator.desk()),
         };
         let score = self.worker.port(self.reward_scorer.desk());
@@ -431,6 +477,13 @@ impl Seats {
             restore: self.worker.port(desk),
             enter_phase: self.worker.port(desk),
             calibrate: self.worker.port(desk),
+            hand_over: self.worker.port(desk),
+            sampler: self.has_samplers.then(|| SamplerPorts {
+                prepare: self.ranks.sampler.port(desk),
+                restore: self.ranks.sampler.port(desk),
+                enter_phase: self.ranks.sampler.port(desk),
+                hand_over: self.ranks.sampler.port(desk),
+            }),
             find_commit: self.checkpointer.port(desk),
             find_ahead: self.checkpointer.port(desk),
             commit: self.checkpointer.port(desk),
@@ -441,6 +494,11 @@ impl Seats {
             sync_journal: self.monitor.port(desk),
             end: self.supervisor.port(desk),
         }
+    }
+
+    /// Whose device samples.
+    fn samples(&self) -> &Seat<Worker> {
+        if self.has_samplers { &self.ranks.sampler } else { &self.worker }
     }
 
     fn desks(&self) -> Vec<Arc<Desk>> {
@@ -456,6 +514,7 @@ impl Seats {
             Arc::clone(self.checkpointer.desk()),
             Arc::clone(self.monitor.desk()),
         ];
+        desks.extend(self.has_samplers.then(|| Arc::clone(self.ranks.sampler.desk())));
         desks.extend(self.ranks.desks());
         desks
     }

@@ -12,6 +12,7 @@ use crate::engine::hybrid::SavedState;
 use crate::engine::phase::{GenerateJob, GenerateReport};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
 use crate::engine::phase::{StepReport, TrainJob};
+use crate::engine::utilisation::Switched;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -45,6 +46,8 @@ pub enum Job {
     },
     /// See [`Calibrate`](super::messages::Calibrate).
     Calibrate(Scale),
+    /// See [`HandOver`](super::messages::HandOver).
+    HandOver(u64),
 }
 
 /// What a job gave.
@@ -62,6 +65,8 @@ pub enum Yield {
     Stepped(StepReport),
     /// Of a save.
     Saved(SavedState),
+    /// Of a hand-over.
+    Switched(Switched),
 }
 
 impl Job {
@@ -76,6 +81,7 @@ impl Job {
             Job::Save { .. } => Save::NAME,
             Job::Restore { .. } => Restore::NAME,
             Job::Calibrate(_) => Calibrate::NAME,
+            Job::HandOver(_) => HandOver::NAME,
         }
     }
 }
@@ -98,6 +104,12 @@ pub fn together(name: &str, parts: Vec<Yield>) -> Result<Yield, Failure> {
             }
             (Yield::Stepped(whole), Yield::Stepped(part)) => {
                 Yield::Stepped(steps(whole, &part, rank)?)
+            }
+            (Yield::Switched(mut whole), Yield::Switched(part)) => {
+                whole.sent_bytes += part.sent_bytes;
+                whole.received_bytes += part.received_bytes;
+                whole.seconds = whole.seconds.max(part.seconds);
+                Yield::Switched(whole)
             }
             (Yield::Saved(whole), Yield::Saved(part)) if whole == part => Yield::Saved(whole),
             (Yield::Saved(whole), Yield::Saved(part)) => {

@@ -13,6 +13,7 @@
 
 use super::director_ports::DirectorPorts;
 use super::evals::Moment;
+use super::handing_over::Sampler;
 use super::journal_lines::{describe, step_event};
 use super::messages::*;
 use super::port::{Desk, Port};
@@ -72,6 +73,8 @@ pub struct Direction {
     computed_steps: Cell<u64>,
     /// What was sampled for the step after the one that is taken.
     pub(super) ahead: RefCell<Option<SampledBatch>>,
+    /// What the ranks that only sample are ready to sample from.
+    pub(super) sampler: RefCell<Sampler>,
     /// Phase of the device, what it was to sample from, and what it held when it got there.
     phase: RefCell<Option<(Phase, Dtype, PhaseReport)>>,
 }
@@ -98,6 +101,7 @@ impl Director {
             numbers: Cell::default(),
             computed_steps: Cell::new(0),
             ahead: RefCell::default(),
+            sampler: RefCell::default(),
             phase: RefCell::default(),
         };
         Director { post, direction: Rc::new(direction) }
@@ -302,15 +306,7 @@ impl Direction {
             )
             .await?;
         }
-        self.ask(&self.ports.prepare_device, PrepareDevice { id: self.id(), stage: plan }).await?;
-        if let Some(Commit { folder, manifest }) = commit {
-            let state = crate::engine::hybrid::SavedState {
-                policy_version: manifest.policy_version,
-                optimizer_step: manifest.optimizer_step,
-            };
-            self.ask(&self.ports.restore, Restore { id: self.id(), folder: folder.clone(), state })
-                .await?;
-        }
+        self.load(plan, commit).await?;
         self.phase.replace(None);
         Ok(())
     }

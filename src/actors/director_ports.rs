@@ -32,6 +32,10 @@ pub struct DirectorPorts {
     pub enter_phase: Port<EnterPhase>,
     /// The device.
     pub calibrate: Port<Calibrate>,
+    /// The device, beside those that only sample.
+    pub hand_over: Port<HandOver>,
+    /// Those that only sample, if there are any.
+    pub sampler: Option<SamplerPorts>,
     /// Finds a commit.
     pub find_commit: Port<FindCommit>,
     /// Finds what was sampled ahead of a commit.
@@ -50,6 +54,19 @@ pub struct DirectorPorts {
     pub sync_journal: Port<SyncJournal>,
     /// The supervisor.
     pub end: Port<EndRun>,
+}
+
+/// The ports of those that only sample.
+#[derive(Clone)]
+pub struct SamplerPorts {
+    /// Loads a stage's policy.
+    pub prepare: Port<PrepareDevice>,
+    /// Brings it back.
+    pub restore: Port<Restore>,
+    /// Readies it.
+    pub enter_phase: Port<EnterPhase>,
+    /// Takes another version.
+    pub hand_over: Port<HandOver>,
 }
 
 /// The ports of an actor that leads training on given examples.

@@ -7,8 +7,8 @@
 use super::director::{Direction, Position};
 use super::messages::*;
 use super::reader::{Measured, measured};
-use crate::config::Stage;
 use crate::config::stage::{EvalConfig, Gate};
+use crate::config::{Dtype, Stage};
 use crate::console::Event;
 use crate::engine::phase::Phase;
 
@@ -43,7 +43,10 @@ impl Direction {
                 Measured::Texts => (Phase::Score, &self.ports.pretrainer.measure),
                 Measured::Pairs => (Phase::Score, &self.ports.fine_tuner.measure),
             };
-            self.enter(phase).await?;
+            match phase {
+                Phase::Generate => self.ready_to_sample(at.version, Dtype::F32).await?,
+                phase => self.enter(phase).await?,
+            };
             let request = Measure {
                 id: self.id(),
                 stage: at.index,

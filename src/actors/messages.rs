@@ -21,6 +21,7 @@ use crate::engine::hybrid::SavedState;
 use crate::engine::phase::{GenerateJob, TokenGroup};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
 use crate::engine::phase::{StepReport, TrainJob};
+use crate::engine::utilisation::Switched;
 use crate::rl::rollout::{Group, JudgedGroup, ScoredGroup};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -100,6 +101,14 @@ messages! {
         /// What the policy is packed as where the phase is Generate.
         sample_as: Dtype,
     } -> PhaseReport;
+
+    /// Director to the Workers of trainers and of samplers at once: those give these the policy of this version.
+    HandOver {
+        /// Id of the work.
+        id: WorkId,
+        /// The version.
+        version: u64,
+    } -> Switched;
 
     // A step of pretraining, SFT or reward-model fitting.
 

@@ -25,6 +25,7 @@ mod courier;
 mod crew;
 mod deputy;
 mod fine_tuner;
+mod handing_over;
 pub mod mail;
 mod monitor;
 mod outpost;

@@ -13,6 +13,7 @@ use super::staff::Staff;
 use super::worker::{Crew, DeviceLink, Worker};
 use anyhow::Result;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// The seats.
@@ -22,13 +23,17 @@ pub struct RankSeats {
     couriers: Vec<(usize, Seat<Courier>)>,
     /// Rank 0: the other ranks' workers, as they say they are.
     mirrors: BTreeMap<usize, Arc<Desk>>,
+    /// Rank 0: the ranks that only sample, as one device.
+    pub sampler: Seat<Worker>,
+    /// The first of those ranks.
+    trainers: usize,
     /// Other ranks: who serves rank 0.
     pub deputy: Seat<Deputy>,
 }
 
 impl RankSeats {
     /// The seats of this process; a run of one process has none that anybody takes.
-    pub fn new(mail: Option<Arc<Mail>>, limits: Limits) -> RankSeats {
+    pub fn new(mail: Option<Arc<Mail>>, samplers: usize, limits: Limits) -> RankSeats {
         let lead = mail.iter().filter(|mail| mail.rank() == 0);
         let others: Vec<usize> =
             lead.flat_map(|mail| mail.others().map(|(rank, _)| rank)).collect();
@@ -37,6 +42,8 @@ impl RankSeats {
         RankSeats {
             couriers: others.iter().map(courier).collect(),
             mirrors: others.iter().map(mirror).collect(),
+            sampler: Seat::new("sampler", limits),
+            trainers: (others.len() + 1).saturating_sub(samplers),
             deputy: Seat::new("deputy", limits),
             mail,
         }
@@ -58,10 +65,27 @@ impl RankSeats {
         couriers.chain(self.mirrors.values().map(Arc::clone))
     }
 
-    /// The ways to the other ranks' devices, as `asker` sees them.
+    /// The ways to the other ranks' devices that train, as `asker` sees them.
     pub fn crew(&self, asker: &Arc<Desk>) -> Crew {
-        let others = self.couriers.iter().map(|(_, seat)| seat.port(asker)).collect();
-        Crew { others, mail: self.mail.clone() }
+        self.crew_of(asker, 1..self.trainers)
+    }
+
+    fn crew_of(&self, asker: &Arc<Desk>, ranks: Range<usize>) -> Crew {
+        let seats = self.couriers.iter().filter(|(rank, _)| ranks.contains(rank));
+        Crew { others: seats.map(|(_, seat)| seat.port(asker)).collect(), mail: self.mail.clone() }
+    }
+
+    /// Who stands for the ranks that only sample: with a device of this process, or with those of others.
+    pub fn sampler(
+        &self,
+        hiring: &Hiring,
+        link: Option<DeviceLink>,
+        groups: Port<AcceptGroup>,
+    ) -> Box<dyn Staff> {
+        let crew = self.crew_of(self.sampler.desk(), self.trainers..usize::MAX);
+        hiring.member(&self.sampler, move |post| {
+            Worker::new(post, link.clone(), groups.clone(), crew.clone())
+        })
     }
 
     /// Who reaches the other ranks; finished groups go where `groups` says.
@@ -103,7 +127,7 @@ impl RankSeats {
         Ok(vec![
             hiring.member(&seats.monitor, move |post| Monitor::new(post, Arc::clone(&notes))),
             hiring.member(&seats.worker, move |post| {
-                Worker::new(post, link.clone(), groups.clone(), Crew::default())
+                Worker::new(post, Some(link.clone()), groups.clone(), Crew::default())
             }),
             hiring.member(&self.deputy, move |post| {
                 Deputy::new(post, Arc::clone(&mail), ports.clone(), Arc::clone(&worker))

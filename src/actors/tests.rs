@@ -202,6 +202,7 @@ impl Place {
             console: Some(ConsoleMode::Off),
             machine: utilisation::machine(),
             device: fake.maker(),
+            sampler: None,
             injection: Arc::new(Injection::parse(disturbance.inject).unwrap()),
             bench: None,
             stop: Arc::clone(&disturbance.stop),

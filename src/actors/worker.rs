@@ -26,6 +26,7 @@ use crate::engine::hybrid::{HybridEngine, SavedState};
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
 use crate::engine::phase::{Phase, PhaseReport, PrepareStage, ScoreJob, SequenceScore};
 use crate::engine::phase::{StepReport, TrainJob};
+use crate::engine::utilisation::Switched;
 use actix::{Handler, ResponseActFuture};
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, TrySendError, bounded};
 use std::collections::VecDeque;
@@ -60,6 +61,8 @@ pub trait Device {
     fn restore(&mut self, folder: &Path, state: &SavedState) -> anyhow::Result<()>;
     /// Keeps a reward model's scale.
     fn calibrate(&mut self, mean: f64, deviation: f64);
+    /// Gives the policy of this version to who only samples, or takes it.
+    fn hand_over(&mut self, version: u64) -> anyhow::Result<Switched>;
 }
 
 impl Device for HybridEngine {
@@ -93,6 +96,9 @@ impl Device for HybridEngine {
     }
     fn calibrate(&mut self, mean: f64, deviation: f64) {
         HybridEngine::calibrate(self, mean, deviation);
+    }
+    fn hand_over(&mut self, version: u64) -> anyhow::Result<Switched> {
+        HybridEngine::hand_over(self, version)
     }
 }
 
@@ -269,6 +275,7 @@ fn run(device: &mut dyn Device, work: &Work) -> anyhow::Result<Yield> {
             device.calibrate(scale.mean, scale.deviation);
             Yield::Nothing
         }
+        Job::HandOver(version) => Yield::Switched(device.hand_over(*version)?),
     })
 }
 
@@ -284,14 +291,20 @@ pub struct Crew {
 /// The shell.
 pub struct Worker {
     post: Post,
-    link: DeviceLink,
+    /// This process's device; `None` where all of the crew are in others.
+    link: Option<DeviceLink>,
     groups: Port<AcceptGroup>,
     crew: Crew,
 }
 
 impl Worker {
     /// A shell for the device behind `link`; finished groups go to `groups`.
-    pub fn new(post: Post, link: DeviceLink, groups: Port<AcceptGroup>, crew: Crew) -> Worker {
+    pub fn new(
+        post: Post,
+        link: Option<DeviceLink>,
+        groups: Port<AcceptGroup>,
+        crew: Crew,
+    ) -> Worker {
         Worker { post, link, groups, crew }
     }
 
@@ -307,7 +320,7 @@ impl Worker {
         self.post.work(name, async move {
             let others = crew.others.iter().map(|port| (port.clone(), job.clone()));
             let others: Vec<_> = others.collect();
-            let work = match (link.submit(id, job), journal) {
+            let work = match (link.map(|link| link.submit(id, job)).transpose(), journal) {
                 (Err(stale), Some(journal)) if stale.kind == FailureKind::Stale => {
                     // Who brings it has nobody left to tell.
                     let event = Event::new("refused").with("actor", "worker");
@@ -321,12 +334,15 @@ impl Worker {
                 actix::spawn(async move { port.ask(Carry { id, job }).await })
             };
             let others: Vec<_> = others.into_iter().map(carry).collect();
-            let own = outcome_of(&work, &groups).await;
-            if let (Err(failure), Some(mail)) = (&own, &crew.mail) {
-                // The others' devices may wait for this one.
-                mail.fail(mail.rank(), failure);
+            let mut parts = Vec::new();
+            if let Some(work) = work {
+                let own = outcome_of(&work, &groups).await;
+                if let (Err(failure), Some(mail)) = (&own, &crew.mail) {
+                    // The others' devices may wait for this one.
+                    mail.fail(mail.rank(), failure);
+                }
+                parts.push(own?);
             }
-            let mut parts = vec![own?];
             for other in others {
                 let lost = |_| Failure::new(FailureKind::Actor, "the actors' thread ends");
                 parts.push(other.await.map_err(lost)??);
@@ -393,4 +409,5 @@ follows! {
         Job::Save { folder, with_optimizer }, Yield::Saved(state) => state;
     Restore { folder, state } -> (): Job::Restore { folder, state }, Yield::Nothing => ();
     Calibrate { scale } -> (): Job::Calibrate(scale), Yield::Nothing => ();
+    HandOver { version } -> Switched: Job::HandOver(version), Yield::Switched(switched) => switched;
 }

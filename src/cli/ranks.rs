@@ -61,6 +61,9 @@ impl Ranks {
 
 /// The layout of sampling over so many ranks.
 fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
+    if ranks == 0 {
+        return Ok(Sampling { ranks, tensor: 1, expert: 1 });
+    }
     let (layout, experts) = (loaded.config.cluster.rollout, loaded.config.model.n_routed_experts);
     let refused = |key: &str, text: String| {
         Err(loaded.fault(&["cluster", "rollout", key], format!("cluster.rollout.{text}")).into())
@@ -142,7 +145,8 @@ mod over_mpi {
         pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
             let cluster = &loaded.config.cluster;
             let deadline = Duration::from_secs(cluster.deadline_seconds.max(1));
-            let sampling = sampling(loaded, mesh.ranks())?;
+            let trainers = Sampling { ranks: mesh.ranks(), tensor: 1, expert: mesh.expert() };
+            let samplers_layout = sampling(loaded, launched.processes - mesh.ranks())?;
             let binary = std::fs::read("/proc/self/exe").context("failed to read this binary")?;
             let own = Ident {
                 host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -168,11 +172,18 @@ mod over_mpi {
             }
             let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
             let Joined { control, names, memory } = joined;
+            let sampling = match cluster.samplers {
+                0 => sampling(loaded, mesh.ranks())?,
+                _ if mpi.rank() < mesh.ranks() => trainers,
+                _ => samplers_layout,
+            };
             let team = Team {
                 link: mpi.clone(),
                 mesh,
                 schedule: cluster.schedule,
                 sampling,
+                samplers: cluster.samplers,
+                samplers_layout,
                 deadline,
                 ..Team::alone()
             };

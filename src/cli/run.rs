@@ -197,8 +197,22 @@ fn load(args: &RunArgs) -> Result<Loaded> {
 fn require_mesh(loaded: &Loaded, processes: usize) -> Result<Mesh> {
     let (cluster, model) = (&loaded.config.cluster, &loaded.config.model);
     let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
-    let mesh = Mesh::new([cluster.data, cluster.pipeline, cluster.expert], processes, load);
     let place = |error: MeshError| loaded.fault(&["cluster", error.key()], error.to_string());
+    // A run of one process can have a second device, which only samples.
+    let samplers = if processes == 1 { 0 } else { cluster.samplers };
+    if cluster.samplers > 1 && processes == 1 || samplers >= processes {
+        let text = format!(
+            "cluster.samplers = {} beside cluster.data = {} times cluster.pipeline = {} wants {} processes, and {processes} \
+             were started; start as many",
+            cluster.samplers,
+            cluster.data,
+            cluster.pipeline,
+            cluster.data * cluster.pipeline + cluster.samplers
+        );
+        return Err(loaded.fault(&["cluster", "samplers"], text).into());
+    }
+    let sizes = [cluster.data, cluster.pipeline, cluster.expert];
+    let mesh = Mesh::new(sizes, processes - samplers, load);
     let mesh = mesh.map_err(place)?;
     Team::require_pieces(mesh, cluster.schedule, model.num_hidden_layers).map_err(place)?;
     Ok(mesh)

@@ -16,6 +16,10 @@ pub struct ClusterConfig {
     pub pipeline: usize,
     /// Neighbouring data ranks that share a layer's routed experts, E; divides D.
     pub expert: usize,
+    /// Ranks beside those D x P that only sample, in the layout of `rollout`, and take each version of the policy from them;
+    /// 0 if all ranks sample. With `max_staleness` in a stage they sample while the others train. A run of one process can
+    /// have one, on cores of its own.
+    pub samplers: usize,
     /// Order in which a stage runs the passes of its micro-batches.
     pub schedule: PipelineSchedule,
     /// Seconds after which a rank that others wait for is named and the run stops.
@@ -32,6 +36,7 @@ impl Default for ClusterConfig {
             data: 1,
             pipeline: 1,
             expert: 1,
+            samplers: 0,
             schedule: PipelineSchedule::OneForwardOneBackward,
             deadline_seconds: 60,
             rollout: RolloutLayout::default(),

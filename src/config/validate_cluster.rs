@@ -18,7 +18,9 @@ pub fn cluster(rules: &Rules) -> Result<(), ConfigError> {
     rules.require(cluster.deadline_seconds > 0, &["cluster", "deadline_seconds"], || {
         "cluster.deadline_seconds = 0 must be at least 1".to_string()
     })?;
-    for (key, value) in [("data", cluster.data), ("pipeline", cluster.pipeline)] {
+    let sizes =
+        [("data", cluster.data), ("pipeline", cluster.pipeline), ("samplers", cluster.samplers)];
+    for (key, value) in sizes {
         rules.require(value <= MOST_RANKS, &["cluster", key], || {
             format!("cluster.{key} = {value} is too many; use at most {MOST_RANKS}")
         })?;

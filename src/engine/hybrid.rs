@@ -419,5 +419,9 @@ impl Drop for HybridEngine {
         self.others.clear();
         (self.policy, self.optimizer) = (None, None);
         let _ = std::fs::remove_dir(&self.setup.spill);
+        // Of several devices each has a folder in one of the run's.
+        if let Some(parent) = self.setup.spill.parent().filter(|parent| parent.ends_with("spill")) {
+            let _ = std::fs::remove_dir(parent);
+        }
     }
 }

@@ -1,6 +1,7 @@
 //! Rollouts that are sampled one batch ahead (`max_staleness = 1`): which policy samples what, and that no kill changes it.
 
 use crate::runs::{check_refused, done, events, smoke_with, steps, weights};
+use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
@@ -49,4 +50,44 @@ fn a_kill_between_a_commit_and_the_batch_that_was_sampled_ahead_of_it_changes_no
         done(ahead(&out));
         assert!(weights(&out) == weights(&whole), "{point}");
     }
+}
+
+#[test]
+fn a_device_that_only_samples_changes_no_bit_and_samples_while_the_other_trains() {
+    let folder = TempDir::new().unwrap();
+    let [one, two] = ["one", "two"].map(|name| folder.path().join(name));
+    done(ahead(&one));
+    let mut beside = ahead(&two);
+    beside.args(["--set", "cluster.samplers=1", "--threads", "2"]);
+    done(beside);
+    assert!(weights(&two) == weights(&one));
+    let versions = |out: &Path| -> Vec<Value> {
+        steps(out).iter().map(|step| step["sampled_version"].clone()).collect()
+    };
+    assert_eq!(versions(&two), versions(&one));
+    // What was sampled ahead began before the update ended, and the update before that did.
+    let aligned = steps(&two).into_iter().filter(|step| !step["intervals"]["ahead"].is_null());
+    let overlapping = aligned.filter(|step| {
+        let at = |name: &str, end: usize| step["intervals"][name][end].as_f64().unwrap();
+        at("ahead", 0) < at("train", 1) && at("train", 0) < at("ahead", 1)
+    });
+    assert!(overlapping.count() >= 1);
+}
+
+#[test]
+fn a_kill_while_one_device_samples_and_the_other_trains_changes_nothing() {
+    let folder = TempDir::new().unwrap();
+    let [whole, out] = ["whole", "killed"].map(|name| folder.path().join(name));
+    done(ahead(&whole));
+    let beside = |out: &Path| {
+        let mut run = ahead(out);
+        run.args(["--set", "cluster.samplers=1", "--threads", "2"]);
+        run
+    };
+    let mut killed = beside(&out);
+    assert!(
+        !killed.env("REHEARSAL_FAIL_AT", "mid-generation:42").output().unwrap().status.success()
+    );
+    done(beside(&out));
+    assert!(weights(&out) == weights(&whole));
 }

@@ -16,6 +16,7 @@ use crate::engine::phase::{GrpoReport, StepReport, TrainJob};
 use crate::engine::phase::{
     ModelSource, Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore,
 };
+use crate::engine::utilisation::Switched;
 use crate::rl::rollout::{Rollout, Stop};
 use anyhow::Result;
 use std::collections::BTreeMap;
@@ -211,6 +212,10 @@ impl Device for FakeDevice {
         let held = BTreeMap::from([("policy/weights".to_string(), 8)]);
         let sampled_as = (phase == Phase::Generate).then_some(sample_as);
         Ok(PhaseReport { held, high_water: 8, sampled_as, ..utilisation::entered(phase) })
+    }
+
+    fn hand_over(&mut self, _: u64) -> Result<Switched> {
+        unreachable!("no run of the fake device has ranks that only sample")
     }
 
     fn generate(

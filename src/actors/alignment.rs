@@ -47,8 +47,8 @@ pub(super) struct Aligned {
     sampled: GenerateReport,
     /// Start and end of sampling and judging, in seconds since the step began.
     intervals: [[f64; 2]; 2],
-    /// Of the update, likewise, and of sampling for the next step.
-    train: [f64; 2],
+    /// Of scoring by models and of the update, likewise, and of sampling for the next step.
+    spans: [[f64; 2]; 2],
     ahead: Option<[f64; 2]>,
     score_seconds: f64,
     entered: PhaseReport,
@@ -98,7 +98,7 @@ impl Direction {
         let since = |[start, end]: [f64; 2]| [start - began_at, end - began_at];
         let ahead = next.as_ref().map(|next| since(next.generated.generate));
         self.ahead.replace(next);
-        let Updated { scored, update, timeline, entered: last, train, .. } = updated;
+        let Updated { scored, update, timeline, entered: last, spans, .. } = updated;
         let Updated { score_seconds, scoring, training, .. } = updated;
         Ok(Aligned {
             scored,
@@ -111,7 +111,7 @@ impl Direction {
             version: at.version,
             sampled: batch.generated.report,
             intervals: [since(batch.generated.generate), since(batch.generated.judge)],
-            train: since(train),
+            spans: spans.map(since),
             ahead,
             score_seconds,
             enter_seconds: entered.seconds + scoring.seconds + training.seconds,
@@ -150,6 +150,7 @@ impl Direction {
         settings: &GrpoStage,
         groups: Vec<JudgedGroup>,
     ) -> Result<Updated, Failure> {
+        let start = seconds_now();
         let entered = self.enter(Phase::Score).await?;
         let (scoring, began) = (Entered::of(&entered), Instant::now());
         let settings = settings.clone();
@@ -159,11 +160,13 @@ impl Direction {
 
         let entered = self.enter(Phase::Train).await?;
         let (training, began) = (Entered::of(&entered), seconds_now());
+        let score = [start, began];
         let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
         let update = self.ask(&self.ports.update, request).await?;
         let train = [began, seconds_now()];
         let timeline = self.stay(Phase::Train).await?.timeline;
-        Ok(Updated { scored, update, timeline, entered, train, score_seconds, scoring, training })
+        let spans = [score, train];
+        Ok(Updated { scored, update, timeline, entered, spans, score_seconds, scoring, training })
     }
 
     /// Has the device tell how it stands in the phase that it is in.
@@ -204,8 +207,8 @@ struct Updated {
     timeline: Timeline,
     /// The change to Train.
     entered: PhaseReport,
-    /// Start and end of the update, in seconds since 1970.
-    train: [f64; 2],
+    /// Start and end of scoring by models, changes of phase included, and of the update, in seconds since 1970.
+    spans: [[f64; 2]; 2],
     score_seconds: f64,
     scoring: Entered,
     training: Entered,
@@ -285,13 +288,13 @@ impl Aligned {
     }
 
     fn intervals_by_name(&self, generate: [f64; 2], judge: [f64; 2]) -> serde_json::Value {
-        let train = self.train;
-        match self.ahead {
-            None => json!({"generate": generate, "judge": judge, "train": train}),
-            Some(ahead) => {
-                json!({"generate": generate, "judge": judge, "train": train, "ahead": ahead})
-            }
+        let [score, train] = self.spans;
+        let mut named =
+            json!({"generate": generate, "judge": judge, "score": score, "train": train});
+        if let Some(ahead) = self.ahead {
+            named["ahead"] = json!(ahead);
         }
+        named
     }
 
     /// The step's line for the journal.

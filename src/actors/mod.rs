@@ -24,6 +24,7 @@ pub mod company;
 mod courier;
 mod crew;
 mod deputy;
+mod entry;
 mod fine_tuner;
 mod handing_over;
 pub mod mail;
@@ -45,5 +46,5 @@ mod tests;
 pub mod worker;
 
 pub use bench::{BenchRequest, bench_grpo};
-pub use company::{Processes, RunRequest, dismiss, start};
+pub use entry::{Processes, RunRequest, dismiss, start};
 pub use stage_data::check_stage_data;

@@ -65,13 +65,19 @@ fn a_device_that_only_samples_changes_no_bit_and_samples_while_the_other_trains(
         steps(out).iter().map(|step| step["sampled_version"].clone()).collect()
     };
     assert_eq!(versions(&two), versions(&one));
-    // What was sampled ahead began before the update ended, and the update before that did.
+    // Sampling ahead began before the update ended, and scoring and the update before it did: one device does one after
+    // the other.
     let aligned = steps(&two).into_iter().filter(|step| !step["intervals"]["ahead"].is_null());
     let overlapping = aligned.filter(|step| {
         let at = |name: &str, end: usize| step["intervals"][name][end].as_f64().unwrap();
-        at("ahead", 0) < at("train", 1) && at("train", 0) < at("ahead", 1)
+        at("ahead", 0) < at("train", 1) && at("score", 0) < at("ahead", 1)
     });
-    assert!(overlapping.count() >= 1);
+    assert_eq!(overlapping.count(), 6);
+    let alone = steps(&one).into_iter().filter(|step| {
+        let at = |name: &str, end: usize| step["intervals"][name][end].as_f64();
+        at("ahead", 1).is_some_and(|end| at("score", 0) < Some(end))
+    });
+    assert_eq!(alone.count(), 0);
 }
 
 #[test]

@@ -136,7 +136,7 @@ fn flatten(path: &str, value: &Value, table: &mut BTreeMap<String, String>) {
 #[cfg(feature = "mpi")]
 mod over_mpi {
     use super::*;
-    use crate::cluster::{Ident, Joined, Mpi, Stop, join};
+    use crate::cluster::{Ident, Joined, Link, Mpi, Stop, join};
     use anyhow::Context;
     use std::time::Duration;
 

@@ -373,6 +373,15 @@ impl Kernels for CpuKernels {
             kept,
         )
     }
+    fn logits_logprob(
+        &self,
+        logits: &mut Buffer,
+        targets: &Buffer,
+        temperature: f64,
+        logprob: &mut Buffer,
+    ) {
+        ops::head_logprob::logits_logprob(&self.cx, logits, targets, temperature, logprob)
+    }
     fn head_logprob_backward(
         &self,
         x: &Buffer,

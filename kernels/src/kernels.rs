@@ -384,6 +384,14 @@ pub trait Kernels: Send + Sync {
         entropy: &mut Buffer,
         kept: Option<&mut Buffer>,
     ) -> Result<()>;
+    /// The same log-probabilities, to the bit, of logits `[R, V]` that are there already; uses these up.
+    fn logits_logprob(
+        &self,
+        logits: &mut Buffer,
+        targets: &Buffer,
+        temperature: f64,
+        logprob: &mut Buffer,
+    );
     /// With c `[R, 1]` = d(loss)/d(logprob): sets dx and adds to dw `[V, d]`. `plain` is the head packed for `Plain`.
     /// `kept` is what the forward pass kept, and is used up; without it the same bits come from another product.
     fn head_logprob_backward(

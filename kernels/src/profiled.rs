@@ -208,6 +208,9 @@ timed! {
         x: &Buffer, head: &Packed, targets: &Buffer, temperature: f64, logprob: &mut Buffer,
         entropy: &mut Buffer, kept: Option<&mut Buffer>
     ) -> Result<()> => cost::head_logprob(x, head, &[targets, logprob, entropy], kept.as_deref());
+    logits_logprob(
+        logits: &mut Buffer, targets: &Buffer, temperature: f64, logprob: &mut Buffer
+    ) => cost::elementwise(5.0, &[logits, targets, logprob]);
     head_logprob_backward(
         x: &Buffer, head: &Packed, plain: &Packed, targets: &Buffer, temperature: f64,
         c: &Buffer, kept: Option<&mut Buffer>, dx: &mut Buffer, dw: &mut Buffer

@@ -64,26 +64,11 @@ fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
     if ranks == 0 {
         return Ok(Sampling { ranks, tensor: 1, expert: 1 });
     }
-    let (layout, experts) = (loaded.config.cluster.rollout, loaded.config.model.n_routed_experts);
-    let refused = |key: &str, text: String| {
-        Err(loaded.fault(&["cluster", "rollout", key], format!("cluster.rollout.{text}")).into())
-    };
-    if layout.tensor != 1 {
-        let tensor = layout.tensor;
-        return refused("tensor", format!("tensor = {tensor}: heads are not shared yet; use 1"));
-    }
-    let expert = layout.expert;
-    for (of, number) in [("the processes", ranks), ("n_routed_experts", experts.max(1))] {
-        if expert == 0 || !number.is_multiple_of(expert) {
-            let both = (1..=ranks)
-                .filter(|e| ranks.is_multiple_of(*e) && experts.max(1).is_multiple_of(*e));
-            let both: Vec<String> = both.map(|e| e.to_string()).collect();
-            let divisors = crate::config::nearest::joined(&both, "or");
-            let text = format!("expert = {expert} does not divide {of} = {number}; use {divisors}");
-            return refused("expert", text);
-        }
-    }
-    Ok(Sampling { ranks, tensor: 1, expert })
+    let layout = Sampling::new(loaded.config.cluster.rollout, ranks, &loaded.config.model);
+    Ok(layout.map_err(|error| {
+        let path: Vec<&str> = std::iter::once("cluster").chain(error.path()).collect();
+        loaded.fault(&path, error.to_string())
+    })?)
 }
 
 /// Threads of a rank that is told no number: its share of the cores, unless it was bound to its own.
@@ -266,8 +251,9 @@ mod tests {
     fn a_layout_of_sampling_that_does_not_divide_is_refused_with_those_that_do() {
         let refusal = |set: &str| sampling(&loaded(&[set]), 4).unwrap_err().to_string();
         let text = refusal("cluster.rollout.expert=3");
-        assert!(text.contains("expert = 3 does not divide the processes = 4; use"), "{text}");
-        assert!(refusal("cluster.rollout.tensor=2").contains("use 1"));
+        assert!(text.contains("expert = 3 does not divide the number of ranks = 4; use"), "{text}");
+        let text = refusal("cluster.rollout.tensor=4");
+        assert!(text.contains("tensor = 4 does not divide num_attention_heads = 2; use 1 or 2"));
         let layout = sampling(&loaded(&["cluster.rollout.expert=2"]), 4).unwrap();
         assert_eq!(layout, Sampling { ranks: 4, tensor: 1, expert: 2 });
     }

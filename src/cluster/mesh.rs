@@ -76,6 +76,31 @@ pub enum MeshError {
         /// Values that divide all that E has to.
         divisors: String,
     },
+    /// A size of the layout of sampling does not divide something.
+    #[error("cluster.rollout.{key} = {size} does not divide {of} = {number}; use {divisors}")]
+    Rollout {
+        /// Last part of the key.
+        key: &'static str,
+        /// Its value.
+        size: usize,
+        /// What it should divide.
+        of: &'static str,
+        /// How many of that there are.
+        number: usize,
+        /// Values that divide all that it has to.
+        divisors: String,
+    },
+    /// Tensor groups and expert groups cross each other.
+    #[error(
+        "cluster.rollout.tensor = {tensor} and cluster.rollout.expert = {expert}: one has to divide the other; use \
+         tensor = 1, or the same for both"
+    )]
+    TensorAndExpert {
+        /// T.
+        tensor: usize,
+        /// E'.
+        expert: usize,
+    },
     /// More stages than layers.
     #[error(
         "cluster.pipeline = {pipeline} leaves stages without a layer: the model has {layers}; use {layers} or less"
@@ -108,6 +133,18 @@ impl MeshError {
             MeshError::Expert { .. } => "expert",
             MeshError::Stages { .. } => "pipeline",
             MeshError::Pieces { .. } => "schedule",
+            MeshError::Rollout { key, .. } => key,
+            MeshError::TensorAndExpert { .. } => "tensor",
+        }
+    }
+
+    /// Path of the key that is at fault, below `cluster`.
+    pub fn path(&self) -> Vec<&'static str> {
+        match self {
+            MeshError::Rollout { .. } | MeshError::TensorAndExpert { .. } => {
+                vec!["rollout", self.key()]
+            }
+            _ => vec![self.key()],
         }
     }
 }

@@ -72,6 +72,21 @@ impl Team {
         self.rank() - self.peers().start
     }
 
+    /// Groups of its peers that have sequences of their own in sampling and scoring.
+    pub fn sequence_groups(&self) -> usize {
+        self.peers().len() / self.sampling.tensor
+    }
+
+    /// The number of this rank's group among them.
+    pub fn sequence_group(&self) -> usize {
+        self.place() / self.sampling.tensor
+    }
+
+    /// Whether this rank hands out what its group has sampled and scored: all ranks of a group have the same.
+    pub fn hands_out(&self) -> bool {
+        self.sampling.share(self.place()).place == 0
+    }
+
     /// Whether there is no other rank to train, sample or score with.
     pub fn is_alone(&self) -> bool {
         self.peers().len() == 1

@@ -10,6 +10,8 @@ use std::time::Instant;
 pub enum Doing {
     /// Tokens of experts are under way between ranks.
     AllToAll,
+    /// Parts of activations go round the ranks that share heads and inner widths.
+    TensorGather,
     /// The shared experts' products.
     SharedExperts,
     /// The forward pass of a micro-batch through a piece of the stage.

@@ -1,7 +1,9 @@
 //! Rules of `[cluster]` that need no count of processes.
 
 use super::document::ConfigError;
+use super::dtype::Dtype;
 use super::engine::Bytes;
+use super::stage::{Stage, StageKind};
 use super::validate::Rules;
 use super::validate_model::MOST_POSITIONS;
 
@@ -23,6 +25,17 @@ pub fn cluster(rules: &Rules) -> Result<(), ConfigError> {
     for (key, value) in sizes {
         rules.require(value <= MOST_RANKS, &["cluster", key], || {
             format!("cluster.{key} = {value} is too many; use at most {MOST_RANKS}")
+        })?;
+    }
+    let is_blocked = |stage: &Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.rollout_dtype == Dtype::Fp8Block);
+    let tensor = cluster.rollout.tensor;
+    for stage in rules.config.stages.iter().filter(|stage| is_blocked(stage)) {
+        rules.require(tensor <= 1, &["cluster", "rollout", "tensor"], || {
+            format!(
+                "cluster.rollout.tensor = {tensor} cuts weights between rows, and stage.{}.rollout_dtype = \"fp8-block\" \
+                 shares scales over 128 of them; use cluster.rollout.tensor = 1, or rollout_dtype = \"fp8\"",
+                stage.name
+            )
         })?;
     }
     hardware(rules)

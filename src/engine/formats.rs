@@ -5,7 +5,7 @@
 
 use super::hybrid::HybridEngine;
 use super::phase::{Phase, PhaseReport};
-use crate::config::Dtype;
+use crate::config::{Dtype, Fault};
 use anyhow::Result;
 use rehearsal_kernels::{CacheFormat, Kind, WeightFormat};
 
@@ -35,6 +35,13 @@ impl HybridEngine {
     pub fn enter_generate(&mut self, dtype: Dtype) -> Result<PhaseReport> {
         let is_slow = dtype == Dtype::Int8 && !self.kernels.multiplies_integers();
         let dtype = if is_slow { Dtype::F32 } else { dtype };
+        let tensor = self.setup.team.sampling.tensor;
+        if dtype == Dtype::Fp8Block && tensor > 1 {
+            return Err(Fault::user(format!(
+                "rollout_dtype = \"fp8-block\" shares scales over 128 rows of a weight, and cluster.rollout.tensor = {tensor} \
+                 cuts it between rows; use fp8, or cluster.rollout.tensor = 1"
+            )));
+        }
         let report = self.enter(Phase::Generate, weight_format(dtype))?;
         Ok(PhaseReport { sampled_as: Some(dtype), ..report })
     }

@@ -18,7 +18,7 @@ use super::resident::{
     Calibration, Resident, config_of, interrupted, out_of_memory, require_policy,
 };
 use super::scoring::ROWS_AT_ONCE;
-use super::switch::{Switch, Way, experts_of as sampling_experts};
+use super::switch::{Switch, Way, sampled};
 use super::transfers::Transfers;
 use super::utilisation::Chores;
 use crate::cluster::{Group, Team, Timeline};
@@ -26,7 +26,7 @@ use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
 use crate::config::{EngineConfig, ModelConfig};
-use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, Part, Transformer};
+use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, Transformer};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::ranks::{experts_of, part_of};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
@@ -207,10 +207,8 @@ impl HybridEngine {
         for (role, source, value_head) in others {
             let config = config_of(&self.setup.model, &source)?;
             let kernels = self.kernels.as_ref();
-            let team = &self.setup.team;
-            let part = Part::in_sampling(&config, &team.sampling, team.place());
-            let experts = sampling_experts(team, &Arc::new(Timeline::since(Instant::now())));
-            let model = Transformer::of_part(kernels, &config, value_head, part, experts)
+            let (team, timeline) = (&self.setup.team, Timeline::since(Instant::now()));
+            let model = sampled(kernels, team, &config, value_head, &Arc::new(timeline))
                 .map_err(out_of_memory)?;
             let model = Resident::load(kernels, &role, model, &source, seed, transfers)?;
             shelf.add(&model.weights, role.clone(), false);
@@ -230,14 +228,13 @@ impl HybridEngine {
     ) -> Result<(Transformer, Option<Ranks>)> {
         let (kernels, team) = (self.kernels.as_ref(), &self.setup.team);
         let timeline = Arc::new(Timeline::since(Instant::now()));
-        let (part, experts) = match team.is_sampler() {
-            true => (
-                Part::in_sampling(config, &team.sampling, team.place()),
-                sampling_experts(team, &timeline),
-            ),
-            false => (part_of(team, config), experts_of(team, &timeline)),
+        let model = match team.is_sampler() {
+            true => sampled(kernels, team, config, value_head, &timeline),
+            false => {
+                let (part, experts) = (part_of(team, config), experts_of(team, &timeline));
+                Transformer::of_part(kernels, config, value_head, part, experts)
+            }
         };
-        let model = Transformer::of_part(kernels, config, value_head, part, experts);
         let model = model.map_err(out_of_memory)?;
         if team.samplers > 0 {
             self.to_samplers = Some(Way::to_samplers(team, config, &model.layout));

@@ -116,7 +116,7 @@ pub fn read_policy(
     folder: &Path,
 ) -> Result<()> {
     let tensors = TensorFolder::open_checked(folder)?;
-    params.load(kernels, |spec| tensors.read_f32(&spec.name))?;
+    params.load(kernels, |spec| tensors.read_f32_range(&spec.name, spec.elements()))?;
     let Some(MomentsMut { own, first, second }) = moments else { return Ok(()) };
     let pieces = Pieces::open(folder, OPTIMIZER_FILE)?;
     for (prefix, slab) in [("m.", first), ("v.", second)] {

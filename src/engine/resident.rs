@@ -116,7 +116,7 @@ fn load_weights(
     // The folder has all of the model, also where this rank has a part of it.
     check_weights(&Layout::new(config, params.layout.has_value_head), &tensors, folder)?;
     params.load(kernels, |spec| match tensors.shape(&spec.name) {
-        Some(_) => tensors.read_f32(&spec.name),
+        Some(_) => tensors.read_f32_range(&spec.name, spec.elements()),
         None => Ok(vec![0.0; spec.rows * spec.cols]),
     })
 }

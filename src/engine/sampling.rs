@@ -137,10 +137,16 @@ impl HybridEngine {
     ) -> Result<GenerateReport> {
         self.expect_phase(Phase::Generate, "generate")?;
         let team = &self.setup.team;
-        let job = &job.share(team.peers().len(), team.place());
+        let job = &job.share(team.sequence_groups(), team.sequence_group());
+        let hands_out = team.hands_out();
         let pages = |engine: &HybridEngine, page_bytes, context| {
             let (settings, spare) = (&engine.setup.engine, engine.conductor.shelf.spare_bytes());
-            pages_for(job, settings, engine.kernels.as_ref(), spare, page_bytes, context)
+            let kernels = engine.kernels.as_ref();
+            let pages = pages_for(job, settings, kernels, spare, page_bytes, context)?;
+            // Who has the same sequences has to admit them in the same passes.
+            engine.sampling_model().tensor.as_ref().map_or(Ok(pages), |ranks| {
+                Ok(ranks.least("pages of the latent cache", pages as u64)? as usize)
+            })
         };
         let tokens = job.requests.iter().map(|request| request.tokens.as_slice());
         self.check_tokens(tokens)?;
@@ -153,19 +159,25 @@ impl HybridEngine {
             let replies = group.rollouts.iter().map(|rollout| rollout.tokens.len());
             let flops = |reply| forward_flops(&config, prompts[&group.slot], reply);
             useful_flops += replies.map(flops).sum::<f64>();
-            on_group(group);
+            if hands_out {
+                on_group(group);
+            }
         };
         let mut report =
             self.with_cache(pages, |decoder, limits| generate(decoder, job, limits, &mut count))?;
         report.useful_flops = useful_flops;
+        if !hands_out {
+            // The first rank of the group tells what all of them have made.
+            (report.prompt_tokens, report.new_tokens, report.useful_flops) = (0, 0, 0.0);
+        }
         (report.least_bytes, report.working_bytes) = self.bytes_of(&report.decode, &config);
         Ok(report)
     }
 
     /// What passes that decoded had to read, and the weights with the cached tokens of the pass that saw most.
     fn bytes_of(&self, decode: &[DecodePasses], config: &ModelConfig) -> (f64, f64) {
-        let kernels = self.kernels.as_ref();
-        let token = LatentCache::page_bytes(kernels, config, self.formats.cache, 1) as f64;
+        let (kernels, here) = (self.kernels.as_ref(), &self.sampling_model().here);
+        let token = LatentCache::page_bytes(kernels, here, self.formats.cache, 1) as f64;
         // Where prompts may be expanded kv_b is packed once more, which decoding does not read.
         let beside = match self.prefill {
             Prefill::Absorbed => 0,
@@ -226,7 +238,7 @@ impl HybridEngine {
         let _during = Activity::Decode.begin(&self.kernels);
         let (page_tokens, decode_batch) =
             (self.setup.engine.page_tokens, self.setup.engine.decode_batch);
-        let config = self.policy.as_ref().expect("checked by expect_phase").model.config.clone();
+        let config = self.sampling_model().here.clone();
         let (context, format) = (config.max_position_embeddings, self.formats.cache);
         let pages = pages(
             self,
@@ -255,6 +267,12 @@ impl HybridEngine {
         );
         policy.weights.put(params.slab);
         result
+    }
+
+    /// The policy as it is sampled.
+    fn sampling_model(&self) -> &Transformer {
+        let policy = self.policy.as_ref().expect("checked by expect_phase");
+        self.switch.as_ref().map_or(&policy.model, |switch| &switch.model)
     }
 
     fn check_tokens<'a>(&self, mut sequences: impl Iterator<Item = &'a [u32]>) -> Result<()> {

@@ -45,10 +45,11 @@ impl Scorer<'_> {
     /// Scores every sequence of `job`, in order. Which sequences share a pass changes no bit, so that a pass that
     /// does not fit into the budget is begun again with half the rows.
     ///
-    /// Of a team each rank scores a part of them and returns that.
+    /// Of a team each rank scores a part of them and returns that; ranks of a tensor group score the same part, and the first
+    /// of them returns it.
     pub fn score(&self, job: &ScoreJob, team: &Team) -> Result<Vec<SequenceScore>> {
         check(self.model, job)?;
-        let job = &share(job, team.peers().len(), team.place());
+        let job = &share(job, team.sequence_groups(), team.sequence_group());
         let mut scores = Vec::with_capacity(job.sequences.len());
         let mut first = 0;
         while self.model.go_on(first < job.sequences.len()).map_err(interrupted)? {
@@ -57,8 +58,8 @@ impl Scorer<'_> {
                 continue;
             }
             let end = first + fitting(job, first, self.rows_at_once.get());
-            // Ranks that share experts would have to begin again together.
-            let can_part = end > first + 1 && self.model.experts.is_none();
+            // Ranks that work together would have to begin again together.
+            let can_part = end > first + 1 && self.model.is_alone();
             // What can go through in parts makes nothing leave the device.
             let modest = self.kernels.arena().modest(can_part);
             let pass = self.pass(job, first..end);
@@ -74,6 +75,7 @@ impl Scorer<'_> {
                 }
             }
         }
+        scores.truncate(if team.hands_out() { scores.len() } else { 0 });
         Ok(scores)
     }
 
@@ -96,7 +98,7 @@ impl Scorer<'_> {
             for (tile, rows) in rows.chunks(LOGIT_ROWS).enumerate() {
                 let heads = self.packed.heads();
                 let logits = heads.logits(self.kernels, self.params, &hidden, rows);
-                let logits = logits.map_err(out_of_memory)?;
+                let logits = logits.map_err(interrupted)?;
                 each_distribution(self.kernels, &logits, &mut |row, logprobs| {
                     each(index, tile * LOGIT_ROWS + row, logprobs);
                 });
@@ -121,9 +123,7 @@ impl Scorer<'_> {
         let logprobs = if rows.is_empty() {
             Vec::new()
         } else {
-            heads
-                .logprobs(&pass, self.params, &hidden, &rows, &targets, job.temperature, false)?
-                .logprobs
+            heads.score(&pass, self.params, &hidden, &rows, &targets, job.temperature)?
         };
         let mut next = logprobs.iter().map(|logprob| *logprob as f32);
         let logprobs =
@@ -202,7 +202,8 @@ impl HybridEngine {
     }
 }
 
-/// The sequences that one of several ranks scores: neighbours, which may begin alike, about as many tokens for each.
+/// The sequences that one of several ranks, or groups of such, scores: neighbours, which may begin alike, about as many
+/// tokens for each.
 fn share(job: &ScoreJob, ranks: usize, rank: usize) -> ScoreJob {
     let tokens: usize = job.sequences.iter().map(Vec::len).sum();
     let mut sum = 0;

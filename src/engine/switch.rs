@@ -17,9 +17,12 @@ use crate::cluster::link::Lane;
 use crate::cluster::reshard::least;
 use crate::cluster::{Group, Moved, Pipe, Plan, Team, Tensor, Timeline};
 use crate::config::ModelConfig;
-use crate::model::{ExpertRanks, Layout, Params, Part, PassError, Transformer, placement};
+use crate::model::{
+    ExpertRanks, Layout, Params, Part, PassError, TensorRanks, Transformer, placement,
+};
 use anyhow::{Result, bail, ensure};
 use rehearsal_kernels::{Kernels, OutOfMemory, Slab, View, ViewMut};
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -37,24 +40,36 @@ pub(super) struct Switch {
 pub(super) struct Way {
     plan: Plan,
     least: usize,
-    /// Index of each tensor of the whole model in what this rank holds, and in what it is to hold, if it is there.
-    held: Vec<usize>,
-    wanted: Vec<usize>,
+    /// Where each tensor of the whole model lies in what this rank holds, and in what it is to hold, if it is there.
+    held: Vec<Lying>,
+    wanted: Vec<Lying>,
     /// Ends of the pipes to and from each rank.
     to: Vec<Pipe>,
     from: Vec<Pipe>,
     everybody: Group,
 }
 
-/// The ranks that share a rank's experts in sampling; `None` if it has them all.
-pub(super) fn experts_of(team: &Team, timeline: &Arc<Timeline>) -> Option<Arc<ExpertRanks>> {
-    let Sampling { expert, .. } = team.sampling;
-    (expert > 1).then(|| {
-        let first = team.rank() - team.place() % expert;
-        let ranks = (first..first + expert).collect();
-        let group = Group::new(team.link.clone(), ranks, team.deadline);
-        Arc::new(ExpertRanks { group, timeline: timeline.clone(), is_serial: team.is_serial })
-    })
+/// A rank's part of a model in sampling and scoring, with the ranks that have the rest of it.
+pub(super) fn sampled(
+    kernels: &dyn Kernels,
+    team: &Team,
+    config: &ModelConfig,
+    value_head: bool,
+    timeline: &Arc<Timeline>,
+) -> Result<Transformer, OutOfMemory> {
+    let Sampling { tensor, expert, .. } = team.sampling;
+    let group = |size: usize| {
+        let first = team.rank() - team.place() % size;
+        Group::new(team.link.clone(), (first..first + size).collect(), team.deadline)
+    };
+    let experts = (expert > 1).then(|| {
+        let (group, timeline) = (group(expert), timeline.clone());
+        Arc::new(ExpertRanks { group, timeline, is_serial: team.is_serial })
+    });
+    let sharers = (tensor > 1)
+        .then(|| Arc::new(TensorRanks { group: group(tensor), timeline: timeline.clone() }));
+    let part = Part::in_sampling(config, &team.sampling, team.place());
+    Ok(Transformer::of_part(kernels, config, value_head, part, experts)?.sharing(sharers))
 }
 
 impl Switch {
@@ -67,13 +82,11 @@ impl Switch {
         timeline: &Arc<Timeline>,
     ) -> Result<Option<Switch>, OutOfMemory> {
         let (mesh, sampling) = (team.mesh, team.sampling);
-        if mesh.pipeline() == 1 && mesh.expert() == sampling.expert {
+        if mesh.pipeline() == 1 && mesh.expert() == sampling.expert && sampling.tensor == 1 {
             return Ok(None);
         }
         let value_head = training.has_value_head;
-        let part = Part::in_sampling(config, &sampling, team.rank());
-        let experts = experts_of(team, timeline);
-        let model = Transformer::of_part(kernels, config, value_head, part, experts)?;
+        let model = sampled(kernels, team, config, value_head, timeline)?;
         let tensors = placement::tensors(&Layout::new(config, value_head), config);
         let layout = team.layout(config.num_hidden_layers);
         let ranks = 0..mesh.ranks();
@@ -115,17 +128,19 @@ impl Way {
         let ranks = 0..held.len();
         let plan = Plan::new(tensors, &held, &wanted, BUCKET);
         let pipe = |other| Pipe::new(team.link.clone(), other, Lane::Switch, team.deadline);
-        let index = |part: Option<&Layout>| {
-            let mut index = vec![usize::MAX; tensors.len()];
+        let lying = |part: Option<&Layout>| {
+            let mut all = vec![Lying { index: usize::MAX, first_row: 0 }; tensors.len()];
             let specs = part.into_iter().flat_map(|part| part.specs.iter().enumerate());
-            specs.for_each(|(place, spec)| index[spec.number] = place);
-            index
+            specs.for_each(|(index, spec)| {
+                all[spec.number] = Lying { index, first_row: spec.first_row };
+            });
+            all
         };
         Way {
             plan: plan.expect("training holds every tensor somewhere"),
             least: least(&held, &wanted),
-            held: index(from),
-            wanted: index(to),
+            held: lying(from),
+            wanted: lying(to),
             to: ranks.clone().map(pipe).collect(),
             from: ranks.clone().map(pipe).collect(),
             everybody: Group::new(team.link.clone(), ranks.collect(), team.deadline),
@@ -166,9 +181,11 @@ impl Way {
         let (own, width) = (self.everybody.own(), kernels.float().size());
         for (_, part) in plan.kept.iter().filter(|(rank, _)| *rank == own) {
             let (from, to) = (from.as_ref().expect(HELD), to.as_mut().expect(HELD));
+            let (rows, cols) = (from.rows(part), part.cols.clone());
+            let into = (to.rows(part), part.cols.clone());
             kernels.copy(
-                &from.tensor(part).block(part.rows.clone(), part.cols.clone()),
-                &mut to.tensor(part).block_mut(part.rows.clone(), part.cols.clone()),
+                &from.tensor(part).block(rows, cols),
+                &mut to.tensor(part).block_mut(into.0, into.1),
             );
         }
         let mut bytes_of = [0, 0];
@@ -177,9 +194,9 @@ impl Way {
                 format!("weights of policy version {version}, tensor {}", moved.part.tensor)
             };
             for moved in round.iter().filter(|moved| moved.from == own) {
-                let (part, held) = (&moved.part, from.as_ref().expect(HELD).tensor(&moved.part));
-                let bytes =
-                    kernels.download_bytes(&held.block(part.rows.clone(), part.cols.clone()));
+                let (part, from) = (&moved.part, from.as_ref().expect(HELD));
+                let held = from.tensor(part);
+                let bytes = kernels.download_bytes(&held.block(from.rows(part), part.cols.clone()));
                 bytes_of[0] += bytes.len() as u64;
                 self.to[moved.to].send(&name(moved), width, bytes)?;
             }
@@ -187,9 +204,10 @@ impl Way {
                 let (part, elements) = (&moved.part, moved.part.elements());
                 let bytes = self.from[moved.from].receive(&name(moved), elements, width)?;
                 bytes_of[1] += bytes.len() as u64;
-                let mut wanted = to.as_mut().expect(HELD).tensor(part);
-                let mut wanted = wanted.block_mut(part.rows.clone(), part.cols.clone());
-                kernels.upload_bytes(&bytes, &mut wanted);
+                let to = to.as_mut().expect(HELD);
+                let rows = to.rows(part);
+                let mut wanted = to.tensor(part);
+                kernels.upload_bytes(&bytes, &mut wanted.block_mut(rows, part.cols.clone()));
             }
             // Nobody runs ahead of who has not taken its bucket yet.
             self.everybody.barrier(&format!("bucket {number} of the switch"))?;
@@ -198,27 +216,51 @@ impl Way {
     }
 }
 
+/// Where a tensor of the whole model lies in a part of it.
+#[derive(Clone, Copy)]
+struct Lying {
+    /// Its index there.
+    index: usize,
+    /// The first of its rows that is there.
+    first_row: usize,
+}
+
+impl Lying {
+    /// The rows of a piece of it, there.
+    fn rows(&self, part: &Slice) -> Range<usize> {
+        part.rows.start - self.first_row..part.rows.end - self.first_row
+    }
+}
+
 /// What a rank holds, and where in it each tensor of the whole model is.
 struct Side<'a> {
     slab: &'a Slab,
-    places: &'a [usize],
+    places: &'a [Lying],
 }
 
 /// What a rank is to hold.
 struct SideMut<'a> {
     slab: &'a mut Slab,
-    places: &'a [usize],
+    places: &'a [Lying],
 }
 
 impl Side<'_> {
     fn tensor(&self, part: &Slice) -> View<'_> {
-        self.slab.tensor(self.places[part.tensor])
+        self.slab.tensor(self.places[part.tensor].index)
+    }
+
+    fn rows(&self, part: &Slice) -> Range<usize> {
+        self.places[part.tensor].rows(part)
     }
 }
 
 impl SideMut<'_> {
     fn tensor(&mut self, part: &Slice) -> ViewMut<'_> {
-        self.slab.tensor_mut(self.places[part.tensor])
+        self.slab.tensor_mut(self.places[part.tensor].index)
+    }
+
+    fn rows(&self, part: &Slice) -> Range<usize> {
+        self.places[part.tensor].rows(part)
     }
 }
 
@@ -299,7 +341,6 @@ mod tests {
         let whole = Transformer::new(&kernels, config, false).unwrap();
         let mut all = Params::new(&kernels, whole.layout.clone(), "all").unwrap();
         all.initialize(&kernels, 7, 1.0);
-        let all = hashes(&kernels, &all);
         let layout = Arc::new(Layout::of_part(config, false, part_of(team, config)));
         let mut held = Params::new(&kernels, layout.clone(), "held").unwrap();
         held.initialize(&kernels, 7, 1.0);
@@ -308,8 +349,11 @@ mod tests {
         let (from, to) = (Some(&held.slab), Some(&mut wanted.slab));
         let switched = switch.way.run(&kernels, 3, from, to).unwrap();
         assert_eq!(switched.moved_bytes, switched.least_bytes);
-        for (number, hash) in hashes(&kernels, &wanted) {
-            assert_eq!(hash, all[number].1, "tensor {number}");
+        for (index, spec) in wanted.layout.specs.iter().enumerate() {
+            let rows = spec.first_row..spec.first_row + spec.rows;
+            let from = kernels.download_bytes(&all.slab.tensor(spec.number).rows_of(rows));
+            let to = kernels.download_bytes(&wanted.slab.tensor(index));
+            assert_eq!(blake3::hash(&to), blake3::hash(&from), "{}", spec.name);
         }
         // And back, into memory that knows nothing of what it held.
         let tensors = placement::tensors(&whole.layout, config);
@@ -331,11 +375,17 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/smoke.json");
         let config = load_model(&path).unwrap();
         let load = Load { layers: config.num_hidden_layers, experts: config.n_routed_experts };
-        for (sizes, expert) in
-            [([2, 2, 2], 1), ([2, 2, 2], 4), ([4, 1, 4], 2), ([1, 2, 1], 2), ([2, 1, 2], 2)]
-        {
+        for (sizes, [tensor, expert]) in [
+            ([2, 2, 2], [1, 1]),
+            ([2, 2, 2], [1, 4]),
+            ([4, 1, 4], [1, 2]),
+            ([1, 2, 1], [1, 2]),
+            ([2, 1, 2], [1, 2]),
+            ([2, 1, 1], [2, 1]),
+            ([2, 2, 2], [2, 4]),
+        ] {
             let mesh = Mesh::new(sizes, sizes[0] * sizes[1], load).unwrap();
-            let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert };
+            let sampling = Sampling { ranks: mesh.ranks(), tensor, expert };
             let results: Vec<Option<Switched>> = thread::scope(|scope| {
                 let start = |link: Local| {
                     let link: Arc<dyn Link> = Arc::new(link);
@@ -349,8 +399,9 @@ mod tests {
             });
             // Without stages, and with as many ranks for the experts, nothing has to be done.
             let moves = sizes[1] > 1 || sizes[2] != expert;
+            let switches = moves || tensor > 1;
             assert!(
-                results.iter().all(|switched| switched.is_some() == moves),
+                results.iter().all(|switched| switched.is_some() == switches),
                 "{sizes:?} {expert}"
             );
             let sum = |of: fn(&Switched) -> u64| results.iter().flatten().map(of).sum::<u64>();

@@ -40,7 +40,7 @@ pub struct GenerateJob {
 }
 
 impl GenerateJob {
-    /// What one of several ranks samples: whole groups, the dearest first to who has least. A prompt's tokens cost as much as
+    /// What one of several ranks, or groups of ranks that share sequences, samples: whole groups, the dearest first to who has least. A prompt's tokens cost as much as
     /// new ones, of which nobody knows how many there will be. Who samples a rollout changes none of its tokens.
     pub fn share(&self, ranks: usize, rank: usize) -> GenerateJob {
         let cost = |request: &GenerateRequest| {

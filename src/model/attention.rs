@@ -5,7 +5,7 @@ use super::gqa::{Gqa, GqaPending, GqaSaved};
 use super::linear::Packing;
 use super::mla::{Mla, MlaPending, MlaSaved};
 use super::params::{AttentionIndex, Gradients, Params};
-use super::pass::Pass;
+use super::pass::{Pass, PassError};
 use super::prefill::SamplerRows;
 use super::transformer::PackFor;
 use crate::config::ModelConfig;
@@ -39,7 +39,7 @@ pub enum AttentionPending {
 }
 
 impl Attention {
-    /// Packs the weights; forms are MLA's.
+    /// Packs the weights of the heads that `config` has; forms are MLA's.
     pub fn pack(
         packing: &Packing<'_>,
         params: &Params,
@@ -64,7 +64,7 @@ impl Attention {
         params: &Params,
         x: &Buffer,
         y: &mut Buffer,
-    ) -> Result<AttentionSaved, OutOfMemory> {
+    ) -> Result<AttentionSaved, PassError> {
         Ok(match self {
             Attention::Mla(mla) => AttentionSaved::Mla(mla.forward(pass, params, x, y)?),
             Attention::Gqa(gqa) => AttentionSaved::Gqa(gqa.forward(pass, x, y)?),
@@ -81,7 +81,7 @@ impl Attention {
         rows: &SamplerRows,
         cache: &mut LayerCache<'_>,
         y: &mut Buffer,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), PassError> {
         match self {
             Attention::Mla(mla) => mla.decode(kernels, params, x, rope, rows, cache, y),
             Attention::Gqa(gqa) => gqa.decode(kernels, x, rope, rows, cache, y),

@@ -62,11 +62,11 @@ pub struct BlockPending {
 }
 
 impl Block {
-    /// Packs the weights.
+    /// Packs the weights of a layer of a model; `here` is the model with the heads that are here.
     pub fn pack(
         packing: &Packing<'_>,
         params: &Params,
-        config: &ModelConfig,
+        [config, here]: [&ModelConfig; 2],
         index: &LayerIndex,
         pack: PackFor,
         experts: Option<Arc<ExpertRanks>>,
@@ -78,7 +78,7 @@ impl Block {
         };
         Ok(Block {
             input_norm: norm(index.input_norm),
-            attention: Attention::pack(packing, params, config, &index.attention, pack)?,
+            attention: Attention::pack(packing, params, here, &index.attention, pack)?,
             post_norm: norm(index.post_norm),
             feed_forward,
         })

@@ -17,6 +17,26 @@ pub fn forward_flops(model: &ModelConfig, first: usize, count: usize) -> f64 {
     weights * count as f64 + each * seen
 }
 
+/// Numbers that each of `ranks` ranks of a tensor group sends the others for a row, the mean over ranks: in the layers
+/// (outputs of heads and of W_O, inner widths and outputs of FFNs, rows with their experts' outputs), and for its logits.
+/// What tokens to experts take comes on top.
+pub fn tensor_elements_sent(model: &ModelConfig, ranks: usize) -> [f64; 2] {
+    let d = model.hidden_size;
+    let heads = model.num_attention_heads * model.value_width();
+    let layer = |layer: usize| {
+        let inner = match model.is_moe(layer) {
+            false => model.intermediate_size as f64 + d as f64,
+            true if model.n_shared_experts == 0 => d as f64,
+            // Of a row with its experts' outputs each rank gets the columns that it goes on with.
+            true => (model.shared_width() + d) as f64 + d as f64 / ranks as f64,
+        };
+        (heads + d) as f64 + inner
+    };
+    let logits = if model.tie_word_embeddings { 0 } else { model.vocab_size };
+    let layers = (0..model.num_hidden_layers).map(layer).sum::<f64>();
+    [layers, logits as f64].map(|all| all * (ranks - 1) as f64 / ranks as f64)
+}
+
 /// FLOPs of a token's forward pass, the mean over a causal sequence.
 pub fn forward_flops_per_token(model: &ModelConfig, sequence: usize) -> f64 {
     let sequence = sequence.max(1);

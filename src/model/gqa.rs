@@ -11,8 +11,9 @@
 
 use super::cache::LayerCache;
 use super::linear::{Linear, Packing};
+use super::mla::OUTPUT;
 use super::params::{GqaIndex, Gradients, Params};
-use super::pass::{Pass, floats};
+use super::pass::{Pass, PassError, floats};
 use super::prefill::SamplerRows;
 use super::rope::softmax_scale;
 use crate::config::{Attention, ModelConfig};
@@ -20,7 +21,7 @@ use rehearsal_kernels::{
     AttentionShape, Buffer, CacheSpec, Kernels, OutOfMemory, RopeTable, Store, View,
 };
 
-/// A packed attention layer.
+/// A packed attention layer: of all heads, or of those that a rank of a tensor group has.
 pub struct Gqa {
     shape: AttentionShape,
     qkv: Linear,
@@ -68,7 +69,7 @@ impl Gqa {
         Ok(Gqa {
             shape: shape(config),
             qkv: Linear::pack(packing, params, index.qkv.clone(), 1)?,
-            output: Linear::pack(packing, params, index.output..index.output + 1, 1)?,
+            output: Linear::pack_cut(packing, params, index.output)?,
         })
     }
 
@@ -78,7 +79,7 @@ impl Gqa {
         pass: &Pass<'_>,
         x: &Buffer,
         y: &mut Buffer,
-    ) -> Result<GqaSaved, OutOfMemory> {
+    ) -> Result<GqaSaved, PassError> {
         let (kernels, rows) = (pass.kernels, x.rows());
         let qkv = self.project(kernels, x, &pass.documents.positions, pass.rope)?;
         let mut attended = pass.floats(rows, self.shape.heads * self.shape.value_width)?;
@@ -92,7 +93,7 @@ impl Gqa {
             &mut attended,
             &mut lse,
         )?;
-        self.output.forward(kernels, &attended, y, Store::Add);
+        self.output.add_all(kernels, OUTPUT, &attended, y)?;
         Ok(GqaSaved { qkv, attended, lse })
     }
 
@@ -105,7 +106,7 @@ impl Gqa {
         rows: &SamplerRows,
         cache: &mut LayerCache<'_>,
         y: &mut Buffer,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), PassError> {
         let [all] = rows.parts.as_slice() else { panic!("there is one form of grouped queries") };
         let qkv = self.project(kernels, x, &rows.positions, rope)?;
         let (q, kv) = (self.queries(&qkv), self.keys_and_values(&qkv));
@@ -114,8 +115,7 @@ impl Gqa {
         let mut attended = floats(kernels, x.rows(), self.shape.heads * self.shape.value_width)?;
         let batch = rows.batch(all);
         kernels.mla_decode(&self.shape, &q, &spec, cache.rows, &batch, &mut attended)?;
-        self.output.forward(kernels, &attended, y, Store::Add);
-        Ok(())
+        self.output.add_all(kernels, OUTPUT, &attended, y)
     }
 
     /// Sets dx, given the gradient dy of the output.

@@ -5,17 +5,22 @@
 use super::linear::{Linear, Packing};
 use super::norm::{Norm, Normed};
 use super::params::{Gradients, Params};
-use super::pass::{Pass, floats};
+use super::pass::{Pass, PassError, floats};
 use crate::config::ModelConfig;
 use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, ROW_GAP, Store, WeightFormat};
 
 /// Probabilities that are kept for a backward pass at most.
 const MOST_KEPT: usize = 32 << 20;
 
+/// Rows whose logits ranks of a tensor group gather at once.
+const TILE: usize = 64;
+
 /// The packed heads of a model.
 pub struct Heads {
     norm: Norm,
     vocabulary: Linear,
+    /// Tokens of it, over all ranks.
+    tokens: usize,
     scalar: Option<Linear>,
 }
 
@@ -58,9 +63,15 @@ impl Heads {
             [layout.norm, layout.head].map(|index| index.expect("packed where the heads are"));
         let linear =
             |index: usize, format| Linear::pack(&packing.kept(format), params, index..index + 1, 1);
+        let format = of_vocabulary(packing.format);
         Ok(Heads {
             norm: Norm { weight: norm, epsilon: config.rms_norm_eps, factor: 1.0 },
-            vocabulary: linear(head, of_vocabulary(packing.format))?,
+            vocabulary: match layout.is_tied {
+                // The embedding is whole on every rank.
+                true => linear(head, format)?,
+                false => Linear::pack_cut(&packing.kept(format), params, head)?,
+            },
+            tokens: config.vocab_size,
             scalar: layout.score.map(|score| linear(score, WeightFormat::F32)).transpose()?,
         })
     }
@@ -99,6 +110,34 @@ impl Heads {
         let (logprobs, entropies) =
             (kernels.download_f64(&logprob), kernels.download_f64(&entropy));
         Ok(VocabularyOutput { gathered, targets, temperature, kept, logprobs, entropies })
+    }
+
+    /// The same log-probabilities where nothing is trained. Ranks of a tensor group have some of the logits each, and
+    /// gather them by tiles of rows: a sum of each rank's sum would round otherwise than one rank's.
+    pub fn score(
+        &self,
+        pass: &Pass<'_>,
+        params: &Params,
+        hidden: &Buffer,
+        rows: &[u32],
+        targets: &[u32],
+        temperature: f64,
+    ) -> Result<Vec<f64>, PassError> {
+        if self.vocabulary.outputs() == self.tokens {
+            return Ok(self
+                .logprobs(pass, params, hidden, rows, targets, temperature, false)?
+                .logprobs);
+        }
+        let kernels = pass.kernels;
+        let mut logprobs = Vec::with_capacity(rows.len());
+        for (rows, targets) in rows.chunks(TILE).zip(targets.chunks(TILE)) {
+            let mut logits = self.logits(kernels, params, hidden, rows)?;
+            let mut logprob = pass.floats(rows.len(), 1)?;
+            let targets = super::pass::indices(kernels, targets)?;
+            kernels.logits_logprob(&mut logits, &targets, temperature, &mut logprob);
+            logprobs.extend(kernels.download_f64(&logprob));
+        }
+        Ok(logprobs)
     }
 
     /// Adds to d_hidden and to the head's and the final norm's gradients, given d(loss)/d(logprob) per row.
@@ -171,17 +210,17 @@ impl Heads {
         self.scatter(kernels, params, &output.gathered, &dx, d_hidden, gradients)
     }
 
-    /// Logits of hidden rows `rows`, for the sampler.
+    /// Logits of hidden rows `rows`, for the sampler; all of them on every rank of a tensor group.
     pub fn logits(
         &self,
         kernels: &dyn Kernels,
         params: &Params,
         hidden: &Buffer,
         rows: &[u32],
-    ) -> Result<Buffer, OutOfMemory> {
-        let gathered = self.gather(kernels, params, hidden, rows)?;
-        let mut logits = floats(kernels, rows.len(), self.vocabulary.outputs())?;
-        self.vocabulary.forward(kernels, &gathered.normed.y, &mut logits, Store::Set);
+    ) -> Result<Buffer, PassError> {
+        let x = self.gather(kernels, params, hidden, rows)?.normed.y;
+        let mut logits = floats(kernels, rows.len(), self.tokens)?;
+        self.vocabulary.forward_all(kernels, "logits", &x, &mut logits, Store::Set)?;
         Ok(logits)
     }
 

@@ -2,10 +2,13 @@
 //! the input gradient.
 
 use super::params::{Gradients, Params};
+use super::pass::PassError;
+use super::tensor_ranks::TensorRanks;
 use rehearsal_kernels::{
     Buffer, Kernels, OutOfMemory, Owner, Pack, Packed, Product, Routes, Store, WeightFormat,
 };
 use std::ops::Range;
+use std::sync::Arc;
 
 /// How a model's weights are packed.
 #[derive(Clone, Copy)]
@@ -20,6 +23,8 @@ pub struct Packing<'a> {
     pub format: WeightFormat,
     /// Pack for input gradients too.
     pub training: bool,
+    /// The ranks that share heads and inner widths; `None` if they are all here.
+    pub ranks: Option<&'a Arc<TensorRanks>>,
 }
 
 impl<'a> Packing<'a> {
@@ -49,6 +54,8 @@ pub struct Linear {
     pub tensors: Range<usize>,
     forward: Packed,
     plain: Option<Packed>,
+    /// Who has the other outputs, if they are not all here.
+    ranks: Option<Arc<TensorRanks>>,
 }
 
 impl Linear {
@@ -65,7 +72,17 @@ impl Linear {
             true => Some(packing.pack(&weight, Pack::blocks(Product::Plain, &weight, groups))?),
             false => None,
         };
-        Ok(Linear { tensors, forward, plain })
+        Ok(Linear { tensors, forward, plain, ranks: None })
+    }
+
+    /// Packs one tensor whose outputs are cut over the ranks of a tensor group, if there is one.
+    pub fn pack_cut(
+        packing: &Packing<'_>,
+        params: &Params,
+        tensor: usize,
+    ) -> Result<Linear, OutOfMemory> {
+        let linear = Linear::pack(packing, params, tensor..tensor + 1, 1)?;
+        Ok(Linear { ranks: packing.ranks.cloned(), ..linear })
     }
 
     /// The weight packed for the forward product.
@@ -86,6 +103,42 @@ impl Linear {
     /// `y (=|+=) x Wᵀ`.
     pub fn forward(&self, kernels: &dyn Kernels, x: &Buffer, y: &mut Buffer, store: Store) {
         kernels.linear(x, &self.forward, y, store);
+    }
+
+    /// `y (=|+=) x Wᵀ` with the outputs of all ranks; `name` says what they are.
+    pub fn forward_all(
+        &self,
+        kernels: &dyn Kernels,
+        name: &str,
+        x: &Buffer,
+        y: &mut Buffer,
+        store: Store,
+    ) -> Result<(), PassError> {
+        let Some(ranks) = &self.ranks else {
+            self.forward(kernels, x, y, store);
+            return Ok(());
+        };
+        let own = ranks.own(y.cols());
+        self.forward(kernels, x, &mut y.cols_of_mut(own), store);
+        Ok(ranks.gather_columns(kernels, name, y)?)
+    }
+
+    /// `y += x Wᵀ` with the inputs and the outputs of all ranks; `names` say what they are.
+    pub fn add_all(
+        &self,
+        kernels: &dyn Kernels,
+        names: [&str; 2],
+        x: &Buffer,
+        y: &mut Buffer,
+    ) -> Result<(), PassError> {
+        let [inputs, outputs] = names;
+        match &self.ranks {
+            Some(ranks) => {
+                let x = ranks.widened(kernels, inputs, x, self.forward.inputs)?;
+                self.forward_all(kernels, outputs, &x, y, Store::Add)
+            }
+            None => self.forward_all(kernels, outputs, x, y, Store::Add),
+        }
     }
 
     /// `dx (=|+=) dy W`.

@@ -16,7 +16,7 @@ use super::cache::LayerCache;
 use super::linear::{Linear, Packing};
 use super::norm::{Norm, Normed};
 use super::params::{Gradients, MlaIndex, Params};
-use super::pass::{Pass, floats};
+use super::pass::{Pass, PassError, floats};
 use super::per_head::{Dims, PerHead, reversed};
 use super::prefill::SamplerRows;
 use super::transformer::PackFor;
@@ -24,7 +24,10 @@ use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};
 use rehearsal_kernels::{Buffer, CacheSpec, Kernels, OutOfMemory, Pack, Product, RopeTable, Store};
 
-/// A packed attention layer.
+/// What goes round the ranks of a tensor group in step 5: inputs and outputs of W_O.
+pub(super) const OUTPUT: [&str; 2] = ["outputs of heads", "outputs of attention"];
+
+/// A packed attention layer: of all heads, or of those that a rank of a tensor group has.
 pub struct Mla {
     dims: Dims,
     down: Linear,
@@ -136,7 +139,7 @@ impl Mla {
             query,
             latent_norm: norm(index.latent_norm, latent_factor),
             core,
-            output: Linear::pack(packing, params, index.output..index.output + 1, 1)?,
+            output: Linear::pack_cut(packing, params, index.output)?,
         })
     }
 
@@ -147,7 +150,7 @@ impl Mla {
         params: &Params,
         x: &Buffer,
         y: &mut Buffer,
-    ) -> Result<MlaSaved, OutOfMemory> {
+    ) -> Result<MlaSaved, PassError> {
         let (kernels, dims) = (pass.kernels, &self.dims);
         let projected = self.project(kernels, params, x, &pass.documents.positions, pass.rope)?;
         let mut lse = pass.floats(x.rows(), dims.heads)?;
@@ -166,7 +169,7 @@ impl Mla {
                     &mut o,
                     &mut lse,
                 )?;
-                self.output.forward(kernels, &o, y, Store::Add);
+                self.output.add_all(kernels, OUTPUT, &o, y)?;
                 Ok(MlaSaved { projected, expanded: kv, attended: o, lse, values: None })
             }
             Core::Absorbed { value, .. } => {
@@ -184,7 +187,7 @@ impl Mla {
                 )?;
                 let mut o = pass.floats(x.rows(), dims.heads * dims.value)?;
                 self.values(kernels, value, &z, &mut o);
-                self.output.forward(kernels, &o, y, Store::Add);
+                self.output.add_all(kernels, OUTPUT, &o, y)?;
                 Ok(MlaSaved { projected, expanded: q, attended: z, lse, values: Some(o) })
             }
         }
@@ -201,7 +204,7 @@ impl Mla {
         rows: &SamplerRows,
         cache: &mut LayerCache<'_>,
         y: &mut Buffer,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), PassError> {
         let Core::Absorbed { value, prompts, .. } = &self.core else {
             panic!("the sampler packs the absorbed form")
         };
@@ -228,8 +231,7 @@ impl Mla {
             kernels.mla_decode(&dims.absorbed(), &q, &spec, cache.rows, &batch, &mut z)?;
             self.values(kernels, value, &z, &mut o);
         }
-        self.output.forward(kernels, &o, y, Store::Add);
-        Ok(())
+        self.output.add_all(kernels, OUTPUT, &o, y)
     }
 
     /// Sets dx, given the gradient dy of the output.

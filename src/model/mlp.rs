@@ -2,7 +2,7 @@
 
 use super::linear::{Linear, Packing};
 use super::params::{Gradients, MlpIndex, Params};
-use super::pass::Pass;
+use super::pass::{Pass, PassError};
 use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, Store};
 
 /// A packed SwiGLU.
@@ -31,7 +31,7 @@ impl Mlp {
     ) -> Result<Mlp, OutOfMemory> {
         Ok(Mlp {
             gate_up: Linear::pack(packing, params, index.gate_up.clone(), 1)?,
-            down: Linear::pack(packing, params, index.down..index.down + 1, 1)?,
+            down: Linear::pack_cut(packing, params, index.down)?,
         })
     }
 
@@ -41,9 +41,9 @@ impl Mlp {
         kernels: &dyn Kernels,
         x: &Buffer,
         y: &mut Buffer,
-    ) -> Result<MlpSaved, OutOfMemory> {
+    ) -> Result<MlpSaved, PassError> {
         let saved = self.activate(kernels, x)?;
-        self.finish(kernels, &saved, y);
+        self.finish(kernels, &saved, y)?;
         Ok(saved)
     }
 
@@ -56,9 +56,14 @@ impl Mlp {
         Ok(MlpSaved { gate_up, activated })
     }
 
-    /// The rest of it.
-    pub fn finish(&self, kernels: &dyn Kernels, saved: &MlpSaved, y: &mut Buffer) {
-        self.down.forward(kernels, &saved.activated, y, Store::Add);
+    /// The rest of it. Of a tensor group a rank needs its own columns of `y` alone, and gets all of them.
+    pub fn finish(
+        &self,
+        kernels: &dyn Kernels,
+        saved: &MlpSaved,
+        y: &mut Buffer,
+    ) -> Result<(), PassError> {
+        self.down.add_all(kernels, ["inner widths", "outputs of an FFN"], &saved.activated, y)
     }
 
     /// Sets dx.

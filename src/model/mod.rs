@@ -29,6 +29,7 @@ pub mod mlp;
 pub mod moe;
 mod per_head;
 pub mod prefill;
+pub mod tensor_ranks;
 
 pub mod block;
 pub mod heads;
@@ -45,4 +46,5 @@ pub use parameters::{Parameters, parameters};
 pub use params::{Gradients, Layout, Params};
 pub use part::Part;
 pub use pass::{Capacity, Pass, PassError};
+pub use tensor_ranks::TensorRanks;
 pub use transformer::{PackFor, PackedModel, Transformer};

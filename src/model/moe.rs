@@ -9,6 +9,7 @@ use super::linear::{Linear, Packing};
 use super::mlp::{Mlp, MlpPending, MlpSaved};
 use super::params::{FeedForwardIndex, Gradients, Params};
 use super::pass::{Capacity, Pass, PassError, floats, index_buffer};
+use super::tensor_ranks::TensorRanks;
 use crate::cluster::Doing;
 use crate::config::ModelConfig;
 use crate::config::routing::Balance;
@@ -25,6 +26,8 @@ pub struct Moe {
     experts: usize,
     /// Who has the other experts, if they are not all here.
     ranks: Option<Arc<ExpertRanks>>,
+    /// Who has the same rows, if others do: each sends its share of them to their experts.
+    sharers: Option<Arc<TensorRanks>>,
     router: Linear,
     gate_up: Linear,
     down: Linear,
@@ -115,6 +118,7 @@ impl Moe {
             spec: router_spec(config),
             experts,
             ranks,
+            sharers: packing.ranks.cloned(),
             // DeepSeek-V2 keeps its gate in f32 whatever the other weights are (deepseek_v2.md, section 5).
             router: Linear::pack(
                 &packing.kept(WeightFormat::F32),
@@ -128,7 +132,7 @@ impl Moe {
         })
     }
 
-    /// `y += MoE(u)`. `limit` is what a device may process, with the number of each row's document.
+    /// `y += MoE(u)`. Of the ranks of a tensor group, which have the same rows, each sends its share to the experts. `limit` is what a device may process, with the number of each row's document.
     pub fn forward(
         &self,
         kernels: &dyn Kernels,
@@ -136,16 +140,17 @@ impl Moe {
         y: &mut Buffer,
         limit: Option<(&Capacity, &Buffer)>,
     ) -> Result<MoeSaved, PassError> {
-        let rows = u.rows();
+        let own = self.sharers.as_ref().map_or(0..u.rows(), |sharers| sharers.own(u.rows()));
+        let (own_u, rows) = (u.rows_of(own.clone()), own.len());
         let mut logits = floats(kernels, rows, self.experts)?;
-        self.router.forward(kernels, u, &mut logits, Store::Set);
+        self.router.forward(kernels, &own_u, &mut logits, Store::Set);
         let mut scores = floats(kernels, rows, self.experts)?;
         let mut chosen = index_buffer(kernels, rows, self.spec.top_k)?;
         let mut weights = floats(kernels, rows, self.spec.top_k)?;
         kernels.router(&self.spec, &logits, &mut scores, &mut chosen, &mut weights);
         let (routes, drops) = self.routes(kernels, &scores, &chosen, limit)?;
         let mut x = floats(kernels, routes.slots(), u.cols())?;
-        kernels.gather_rows(u, &routes.token, &mut x);
+        kernels.gather_rows(&own_u, &routes.token, &mut x);
         let slots = match &self.ranks {
             Some(ranks) => ranks.send(kernels, x, &routes)?,
             None => Slots::Here(x),
@@ -169,9 +174,10 @@ impl Moe {
         let mut output = floats(kernels, x.rows(), u.cols())?;
         self.down.forward_experts(kernels, &activated, here, &mut output);
         let output = self.give_back(kernels, output, dispatched.as_ref())?;
-        kernels.combine(&output, &routes, &weights, y);
+        kernels.combine(&output, &routes, &weights, &mut y.rows_of_mut(own));
+        self.join_rows(kernels, y)?;
         if let (Some(mlp), Some(saved)) = (&self.shared, &shared) {
-            mlp.finish(kernels, saved, y);
+            mlp.finish(kernels, saved, y)?;
         }
         Ok(MoeSaved {
             scores,
@@ -186,6 +192,18 @@ impl Moe {
             y: output,
             shared,
         })
+    }
+
+    /// Brings together the rows that ranks of a tensor group have sent to experts: what the shared experts need of them
+    /// first, where there are such.
+    fn join_rows(&self, kernels: &dyn Kernels, y: &mut Buffer) -> Result<(), PassError> {
+        const ROWS: &str = "rows with their experts' outputs";
+        let Some(sharers) = &self.sharers else { return Ok(()) };
+        let joined = match self.shared.is_some() {
+            true => sharers.rows_to_columns(kernels, ROWS, y),
+            false => sharers.gather_rows(kernels, ROWS, y),
+        };
+        Ok(joined?)
     }
 
     fn is_serial(&self) -> bool {

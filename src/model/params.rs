@@ -1,7 +1,7 @@
 //! Named parameters: which tensors a model has, in which order they lie in memory, and their gradients.
 //!
 //! Names are the published ones, so that saving is a gather and a write. A layout is that of a whole model, or of the part
-//! that a rank holds. Tensors that one product reads
+//! that a rank holds, which may be some rows of a tensor. Tensors that one product reads
 //! together (q_a over kv_a, q over k over v, gate over up, all experts of a layer) are neighbours in the slab.
 //!
 //! Invariants:
@@ -10,6 +10,7 @@
 //!   * a gradient slab has the layout's shapes; after a backward pass every trainable tensor was written
 
 use super::part::Part;
+use super::placement;
 use crate::config::{Attention, ModelConfig};
 use anyhow::{Result, ensure};
 use rehearsal_kernels::random::{self, Stream};
@@ -24,8 +25,12 @@ pub struct ParamSpec {
     pub number: usize,
     /// Published name.
     pub name: String,
-    /// Rows (output width); 1 for a norm weight.
+    /// Rows (output width) that are here; 1 for a norm weight.
     pub rows: usize,
+    /// The first of them in the tensor of the whole model.
+    pub first_row: usize,
+    /// Rows of that.
+    pub of_rows: usize,
     /// Columns (input width).
     pub cols: usize,
     /// True for a one-dimensional norm weight: starts at 1 and has no weight decay.
@@ -35,7 +40,12 @@ pub struct ParamSpec {
 impl ParamSpec {
     /// Shape as saved: norm weights have one dimension.
     pub fn shape(&self) -> Vec<usize> {
-        if self.is_norm { vec![self.cols] } else { vec![self.rows, self.cols] }
+        if self.is_norm { vec![self.cols] } else { vec![self.of_rows, self.cols] }
+    }
+
+    /// The elements that are here, of those that are saved.
+    pub fn elements(&self) -> Range<usize> {
+        self.first_row * self.cols..(self.first_row + self.rows) * self.cols
     }
 }
 
@@ -163,8 +173,11 @@ impl Layout {
         let score = value_head.then(|| builder.matrix("score.weight".into(), 1, d));
         let [norm, head] = [norm, head].map(|index| part.head.then_some(index));
         let score = score.filter(|_| part.head);
-        let (specs, has_value_head) = (builder.specs, value_head);
-        Layout { specs, layers, part, embed, norm, head, is_tied, score, has_value_head }
+        let (specs, has_value_head, share) = (builder.specs, value_head, part.share);
+        let mut layout =
+            Layout { specs, layers, part, embed, norm, head, is_tied, score, has_value_head };
+        placement::keep_share(&mut layout, config, share);
+        layout
     }
 
     /// Elements of all tensors.
@@ -209,7 +222,8 @@ impl Builder {
         let (number, index) = (self.count, self.specs.len());
         self.count += 1;
         if self.is_held {
-            self.specs.push(ParamSpec { number, name, rows, cols, is_norm });
+            let (first_row, of_rows) = (0, rows);
+            self.specs.push(ParamSpec { number, name, rows, first_row, of_rows, cols, is_norm });
         }
         index
     }
@@ -329,20 +343,20 @@ impl Params {
     /// Draws initial weights: matrices from N(0, `range`), norm weights 1, a scalar head 0.
     pub fn initialize(&mut self, kernels: &dyn Kernels, seed: u64, range: f64) {
         for (index, spec) in self.layout.specs.iter().enumerate() {
-            let (count, number) = (spec.rows * spec.cols, spec.number as u64);
+            let (elements, number) = (spec.elements(), spec.number as u64);
             let draw = |element: usize| {
                 range * random::normal(seed, Stream::Init, [number, element as u64, 0, 0])
             };
             let values: Vec<f32> = match spec {
-                spec if spec.is_norm => vec![1.0; count],
-                _ if self.layout.score == Some(index) => vec![0.0; count],
-                _ => (0..count).map(|element| draw(element) as f32).collect(),
+                spec if spec.is_norm => vec![1.0; elements.len()],
+                _ if self.layout.score == Some(index) => vec![0.0; elements.len()],
+                _ => elements.map(|element| draw(element) as f32).collect(),
             };
             kernels.upload(&values, &mut self.slab.tensor_mut(index));
         }
     }
 
-    /// Fills every tensor from `read(name)`, which returns the values in row order.
+    /// Fills every tensor from `read(spec)`, which returns the values of its rows that are here, in row order.
     pub fn load(
         &mut self,
         kernels: &dyn Kernels,
@@ -352,9 +366,10 @@ impl Params {
             let values = read(spec)?;
             ensure!(
                 values.len() == spec.rows * spec.cols,
-                "tensor {} has {} elements, the config wants {:?}",
+                "tensor {} has {} elements, the config wants {} of {:?}",
                 spec.name,
                 values.len(),
+                spec.elements().len(),
                 spec.shape()
             );
             kernels.upload(&values, &mut self.slab.tensor_mut(index));

@@ -1,8 +1,8 @@
 //! Part: what of a model a rank holds.
 
-use crate::cluster::layout::{Sampling, Training};
+use crate::cluster::layout::{Sampling, Share, Training};
 use crate::cluster::mesh::cut;
-use crate::config::ModelConfig;
+use crate::config::{Attention, ModelConfig};
 use std::ops::Range;
 
 /// Layers, experts and ends of a model.
@@ -16,6 +16,8 @@ pub struct Part {
     pub pieces: Vec<Range<usize>>,
     /// Routed experts of each MoE layer.
     pub experts: Range<usize>,
+    /// What is here of heads, inner widths and the vocabulary.
+    pub share: Share,
 }
 
 impl Part {
@@ -26,6 +28,7 @@ impl Part {
             head: true,
             pieces: std::iter::once(0..config.num_hidden_layers).collect(),
             experts: 0..config.n_routed_experts,
+            share: Share::ALL,
         }
     }
 
@@ -37,13 +40,28 @@ impl Part {
             head: place.stage == layout.last_stage(),
             pieces: layout.layers(place.stage),
             experts: cut(config.n_routed_experts, mesh.expert(), place.expert),
+            share: Share::ALL,
         }
     }
 
-    /// What a rank holds in sampling, where tensors are not cut: all layers, and its share of their experts.
+    /// What a rank holds in sampling: all layers, its share of their experts and of their heads.
     pub fn in_sampling(config: &ModelConfig, layout: &Sampling, rank: usize) -> Part {
         let experts = cut(config.n_routed_experts, layout.expert, rank % layout.expert);
-        Part { experts, ..Part::whole(config) }
+        Part { experts, share: layout.share(rank), ..Part::whole(config) }
+    }
+
+    /// The model as its attention is here: with the heads of this share alone. Ranks of a tensor group have equally many.
+    pub fn attention(&self, config: &ModelConfig) -> ModelConfig {
+        let here = |heads: usize| {
+            assert!(heads.is_multiple_of(self.share.of), "{heads} heads over {:?}", self.share);
+            heads / self.share.of
+        };
+        let mut part = config.clone();
+        if let Attention::Gqa { kv_heads, head_dim } = config.attention() {
+            (part.num_key_value_heads, part.head_dim) = (Some(here(kv_heads)), Some(head_dim));
+        }
+        part.num_attention_heads = here(config.num_attention_heads);
+        part
     }
 
     /// Whether a layer is here.

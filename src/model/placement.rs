@@ -1,74 +1,99 @@
 //! Where each tensor of a model belongs, as layouts of ranks see it: which layer or expert, and what tensor parallelism
 //! may cut it by.
 //!
-//! Heads are cut where a tensor has rows or columns of its own for each; the inner width of an FFN and the vocabulary by
-//! single rows or columns. The latent of MLA, the rope key that all heads share, norms, routers and routed experts stay
+//! Heads are cut where a tensor has rows of its own for each; the inner width of an FFN, the vocabulary, and the outputs of
+//! what follows heads and inner width by single rows. The latent of MLA, the rope key that all heads share, norms, routers and routed experts stay
 //! whole (deepseek_v2.md 4.5).
 
-use super::params::{AttentionIndex, FeedForwardIndex, Layout, MlpIndex};
-use crate::cluster::layout::{Home, Split, Tensor};
-use crate::config::{Attention, ModelConfig};
+use super::params::{AttentionIndex, FeedForwardIndex, LayerIndex, Layout, MlpIndex, ParamSpec};
+use crate::cluster::layout::{Home, Share, Split, Tensor};
+use crate::config::ModelConfig;
 
 /// The tensors of a whole model's layout, in slab order.
 pub fn tensors(layout: &Layout, config: &ModelConfig) -> Vec<Tensor> {
-    let of = |spec: &super::params::ParamSpec| Tensor {
+    let of = |(spec, split): (&ParamSpec, Split)| Tensor {
         rows: spec.rows,
         cols: spec.cols,
         home: Home::Head,
-        split: Split::Whole,
+        split,
     };
-    let mut tensors: Vec<Tensor> = layout.specs.iter().map(of).collect();
+    let splits = splits(&layout.layers, head_of(layout), config, layout.specs.len());
+    let mut tensors: Vec<Tensor> = layout.specs.iter().zip(splits).map(of).collect();
     let whole = "the layout of a whole model";
-    let [embed, norm, head] = [layout.embed, layout.norm, layout.head].map(|i| i.expect(whole));
+    let [embed, norm] = [layout.embed, layout.norm].map(|index| index.expect(whole));
     tensors[embed].home = if layout.is_tied { Home::Tied } else { Home::Embedding };
-    tensors[head].split = if layout.is_tied { Split::Whole } else { Split::Rows(1) };
     for (number, layer) in layout.layers.iter().enumerate() {
         let first = layer.input_norm;
         let end = layout.layers.get(number + 1).map_or(norm, |next| next.input_norm);
         tensors[first..end].iter_mut().for_each(|tensor| tensor.home = Home::Layer(number));
-        cut_heads(&mut tensors, &layer.attention, config);
-        match &layer.feed_forward {
-            FeedForwardIndex::Dense(mlp) => cut_inner(&mut tensors, mlp),
-            FeedForwardIndex::Moe { gate_up, down, shared, .. } => {
-                let of = config.n_routed_experts;
-                for expert in 0..of {
-                    let home = Home::Expert { layer: number, expert, of };
-                    for index in [
-                        gate_up.start + 2 * expert,
-                        gate_up.start + 2 * expert + 1,
-                        down.start + expert,
-                    ] {
-                        tensors[index].home = home;
-                    }
+        if let FeedForwardIndex::Moe { gate_up, down, .. } = &layer.feed_forward {
+            let of = config.n_routed_experts;
+            for expert in 0..of {
+                let home = Home::Expert { layer: number, expert, of };
+                let first = gate_up.start + 2 * expert;
+                for index in [first, first + 1, down.start + expert] {
+                    tensors[index].home = home;
                 }
-                shared.iter().for_each(|mlp| cut_inner(&mut tensors, mlp));
             }
         }
     }
     tensors
 }
 
-fn cut_heads(tensors: &mut [Tensor], attention: &AttentionIndex, config: &ModelConfig) {
-    match attention {
-        AttentionIndex::Mla(index) => {
-            let query = index.query.map_or(index.down.start, |(_, q_b)| q_b);
-            tensors[query].split = Split::Rows(config.query_width());
-            tensors[index.kv_b].split = Split::Rows(config.qk_nope_head_dim + config.v_head_dim);
-            tensors[index.output].split = Split::Cols(config.v_head_dim);
-        }
-        AttentionIndex::Gqa(index) => {
-            let Attention::Gqa { head_dim, .. } = config.attention() else {
-                unreachable!("the layout has the config's attention")
-            };
-            index.qkv.clone().for_each(|i| tensors[i].split = Split::Rows(head_dim));
-            tensors[index.output].split = Split::Cols(head_dim);
-        }
+/// Leaves of the tensors of a layout the rows that a share has of them.
+pub fn keep_share(layout: &mut Layout, config: &ModelConfig, share: Share) {
+    let splits = splits(&layout.layers, head_of(layout), config, layout.specs.len());
+    for (spec, split) in layout.specs.iter_mut().zip(splits) {
+        let rows = share.rows(split, spec.of_rows);
+        (spec.first_row, spec.rows) = (rows.start, rows.len());
     }
 }
 
-fn cut_inner(tensors: &mut [Tensor], mlp: &MlpIndex) {
-    mlp.gate_up.clone().for_each(|index| tensors[index].split = Split::Rows(1));
-    tensors[mlp.down].split = Split::Cols(1);
+/// The vocabulary head, unless it is the embedding.
+fn head_of(layout: &Layout) -> Option<usize> {
+    layout.head.filter(|_| !layout.is_tied)
+}
+
+/// How each of so many tensors is shared.
+fn splits(
+    layers: &[LayerIndex],
+    head: Option<usize>,
+    config: &ModelConfig,
+    tensors: usize,
+) -> Vec<Split> {
+    let mut splits = vec![Split::Whole; tensors];
+    head.iter().for_each(|head| splits[*head] = Split::Rows(1));
+    for layer in layers {
+        cut_heads(&mut splits, &layer.attention, config);
+        match &layer.feed_forward {
+            FeedForwardIndex::Dense(mlp) => cut_inner(&mut splits, mlp),
+            FeedForwardIndex::Moe { shared, .. } => {
+                shared.iter().for_each(|mlp| cut_inner(&mut splits, mlp));
+            }
+        }
+    }
+    splits
+}
+
+fn cut_heads(splits: &mut [Split], attention: &AttentionIndex, config: &ModelConfig) {
+    let output = match attention {
+        AttentionIndex::Mla(index) => {
+            let query = index.query.map_or(index.down.start, |(_, q_b)| q_b);
+            splits[query] = Split::Rows(config.query_width());
+            splits[index.kv_b] = Split::Rows(config.qk_nope_head_dim + config.v_head_dim);
+            index.output
+        }
+        AttentionIndex::Gqa(index) => {
+            splits[index.qkv.clone()].fill(Split::Rows(config.query_width()));
+            index.output
+        }
+    };
+    splits[output] = Split::Rows(1);
+}
+
+fn cut_inner(splits: &mut [Split], mlp: &MlpIndex) {
+    splits[mlp.gate_up.clone()].fill(Split::Rows(1));
+    splits[mlp.down] = Split::Rows(1);
 }
 
 #[cfg(test)]
@@ -76,7 +101,7 @@ mod tests {
     use super::*;
     use crate::cluster::layout::{Sampling, Slice, Training};
     use crate::cluster::mesh::{Load, Mesh};
-    use crate::config::load_model;
+    use crate::config::{Attention, load_model};
     use std::path::Path;
 
     fn preset(name: &str) -> (ModelConfig, Vec<Tensor>) {

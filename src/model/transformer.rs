@@ -16,6 +16,8 @@ use super::params::{Gradients, Layout, Params};
 use super::part::Part;
 use super::pass::{Pass, PassError, floats, indices};
 use super::prefill::SamplerRows;
+use super::tensor_ranks::TensorRanks;
+use crate::cluster::layout::Share;
 use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::routing::Balance;
@@ -58,6 +60,10 @@ pub struct Transformer {
     pub layout: Arc<Layout>,
     /// Who has the experts that are not here; `None` if they all are.
     pub experts: Option<Arc<ExpertRanks>>,
+    /// Who has the same rows and the other heads; `None` if all heads are here.
+    pub tensor: Option<Arc<TensorRanks>>,
+    /// The model with the heads that are here, which make the cache's entries.
+    pub here: ModelConfig,
     rope: RopeTable,
 }
 
@@ -122,10 +128,25 @@ impl Transformer {
     ) -> Result<Transformer, OutOfMemory> {
         Ok(Transformer {
             config: config.clone(),
+            here: part.attention(config),
             layout: Arc::new(Layout::of_part(config, value_head, part)),
             experts,
+            tensor: None,
             rope: super::rope::table(kernels, config, config.max_position_embeddings)?,
         })
+    }
+
+    /// The same with the ranks that have the rest of what its part shares, if it shares anything.
+    pub fn sharing(mut self, tensor: Option<Arc<TensorRanks>>) -> Transformer {
+        let share = tensor.as_ref().map_or(Share::ALL, |ranks| ranks.share());
+        assert_eq!(share, self.layout.part.share, "the ranks that have the other shares");
+        self.tensor = tensor;
+        self
+    }
+
+    /// Whether this rank goes through its layers without others.
+    pub fn is_alone(&self) -> bool {
+        self.experts.is_none() && self.tensor.is_none()
     }
 
     /// Packs `params` for `role`.
@@ -140,9 +161,11 @@ impl Transformer {
         let PackFor { training, format, .. } = pack;
         assert!(format == WeightFormat::F32 || !training, "only f32 weights are trained");
         let owner = kernels.arena().owner(role, Kind::Packed);
-        let packing = Packing { kernels, owner, version, format, training };
+        let ranks = self.tensor.as_ref();
+        let packing = Packing { kernels, owner, version, format, training, ranks };
         let experts = || self.experts.clone();
-        let block = |index| Block::pack(&packing, params, &self.config, index, pack, experts());
+        let configs = [&self.config, &self.here];
+        let block = |index| Block::pack(&packing, params, configs, index, pack, experts());
         Ok(PackedModel {
             form: pack.form,
             prefill: pack.prefill,
@@ -325,9 +348,10 @@ impl Transformer {
 
     /// Whether any of the ranks that share experts has rows for another pass.
     pub fn go_on(&self, has_rows: bool) -> Result<bool, PassError> {
+        // Nobody reads the intervals of sampling.
+        self.tensor.iter().for_each(|ranks| drop(ranks.timeline.take()));
         match &self.experts {
             Some(ranks) => {
-                // Nobody reads the intervals of sampling.
                 ranks.timeline.take();
                 Ok(ranks.go_on(has_rows)?)
             }
@@ -351,7 +375,7 @@ impl Transformer {
             let layer = &mut LayerCache { rows: layer, layout: cache.layout };
             block.decode(kernels, params, &mut x, &self.rope, &placed, layer)?;
         }
-        Ok(packed.heads().logits(kernels, params, &x, &rows.wanted)?)
+        packed.heads().logits(kernels, params, &x, &rows.wanted)
     }
 
     fn embed(

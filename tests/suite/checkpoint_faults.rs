@@ -24,8 +24,9 @@ use std::process::Command;
 use tempfile::TempDir;
 
 const ONE: Layouts =
-    Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 };
-const FOUR: Layouts = Layouts { sizes: [2, 2, 2], schedule: ZeroBubbleV, sampling_expert: 1 };
+    Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1, tensor: 1 };
+const FOUR: Layouts =
+    Layouts { sizes: [2, 2, 2], schedule: ZeroBubbleV, sampling_expert: 1, tensor: 1 };
 
 fn prepared(engine: &mut HybridEngine) {
     engine.prepare(&PrepareStage { balance: Balance::NONE, ..stage(None) }).unwrap();
@@ -384,7 +385,8 @@ fn commands_read_the_shards_of_many_ranks_as_one_model() {
     let place = TempDir::new().unwrap();
     let shards = place.path().join("shards");
     std::fs::create_dir(&shards).unwrap();
-    let layouts = Layouts { sizes: [2, 2, 2], schedule: ZeroBubbleH1, sampling_expert: 1 };
+    let layouts =
+        Layouts { sizes: [2, 2, 2], schedule: ZeroBubbleH1, sampling_expert: 1, tensor: 1 };
     on_engines_of(&config, layouts, |engine, _| {
         // A stage that starts from another's artefact, on many ranks.
         let policy = ModelSource::Folder(whole.clone());

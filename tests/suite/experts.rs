@@ -136,7 +136,7 @@ fn layer(
     let (kernels, width) = (tiny.kernels, tiny.model.config.hidden_size);
     let owner = kernels.arena().owner("policy", Kind::Packed);
     let format = WeightFormat::default();
-    let packing = Packing { kernels, owner, version: 0, format, training: false };
+    let packing = Packing { kernels, owner, version: 0, format, training: false, ranks: None };
     let index = &tiny.model.layout.layers[1].feed_forward;
     let moe = Moe::pack(&packing, &tiny.params, &tiny.model.config, index, None).unwrap();
     let number = |(i, length): (usize, &usize)| vec![i as u32; *length];
@@ -209,7 +209,8 @@ fn a_gate_fed_with_bf16_computes_its_scores_in_f32() {
     let tiny = Tiny::new(&f32s, &config, false);
     let owner = f32s.arena().owner("policy", Kind::Packed);
     let format = WeightFormat::default();
-    let packing = Packing { kernels: &f32s, owner, version: 0, format, training: false };
+    let packing =
+        Packing { kernels: &f32s, owner, version: 0, format, training: false, ranks: None };
     let index = tiny.model.layout.specs.iter().position(|s| s.name.ends_with("1.mlp.gate.weight"));
     let (index, spec) = (index.unwrap(), router_spec(&config));
     let linear = Linear::pack(&packing, &tiny.params, index..index + 1, 1).unwrap();

@@ -43,6 +43,7 @@ mod processes;
 mod profile;
 mod ranks;
 mod ranks_engine;
+mod ranks_tensor;
 mod requirements;
 mod rollout_formats;
 mod rollouts;

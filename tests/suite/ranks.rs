@@ -66,9 +66,9 @@ pub struct Outcome {
 }
 
 /// A link that counts the bytes it sends.
-struct Counted {
-    inner: Local,
-    sent: Arc<AtomicU64>,
+pub struct Counted {
+    pub inner: Local,
+    pub sent: Arc<AtomicU64>,
 }
 
 impl Link for Counted {

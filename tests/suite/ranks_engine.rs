@@ -26,6 +26,7 @@ pub struct Layouts {
     pub sizes: [usize; 3],
     pub schedule: PipelineSchedule,
     pub sampling_expert: usize,
+    pub tensor: usize,
 }
 
 /// What alignment steps gave on one rank.
@@ -54,10 +55,10 @@ pub fn on_engines_of<T: Send>(
     layouts: Layouts,
     work: impl Fn(&mut HybridEngine, usize) -> T + Sync,
 ) -> Vec<T> {
-    let Layouts { sizes, schedule, sampling_expert } = layouts;
+    let Layouts { sizes, schedule, sampling_expert, tensor } = layouts;
     let load = Load { layers: config.num_hidden_layers, experts: config.n_routed_experts };
     let mesh = Mesh::new(sizes, sizes[0] * sizes[1], load).unwrap();
-    let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert: sampling_expert };
+    let sampling = Sampling { ranks: mesh.ranks(), tensor, expert: sampling_expert };
     let folder = TempDir::new().unwrap();
     let spill: PathBuf = folder.path().into();
     thread::scope(|scope| {
@@ -177,18 +178,25 @@ fn two_steps(layouts: Layouts) -> Vec<Steps> {
 
 #[test]
 fn ranks_sample_and_score_as_one_to_the_bit_and_take_the_same_steps() {
-    let one_rank =
-        Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 };
+    let one_rank = Layouts {
+        sizes: [1, 1, 1],
+        schedule: OneForwardOneBackward,
+        sampling_expert: 1,
+        tensor: 1,
+    };
     let one = two_steps(one_rank).remove(0);
     assert!(one.reports.iter().all(|report| report.gradient_norm > 0.0));
-    for (sizes, schedule, sampling_expert) in [
-        ([2, 1, 1], OneForwardOneBackward, 1),
-        ([2, 1, 2], OneForwardOneBackward, 2),
-        ([2, 2, 2], ZeroBubbleH1, 4),
-        ([1, 3, 1], ZeroBubbleV, 1),
-        ([4, 1, 4], OneForwardOneBackward, 2),
+    for (sizes, schedule, [tensor, sampling_expert]) in [
+        ([2, 1, 1], OneForwardOneBackward, [1, 1]),
+        ([2, 1, 2], OneForwardOneBackward, [1, 2]),
+        ([2, 2, 2], ZeroBubbleH1, [1, 4]),
+        ([1, 3, 1], ZeroBubbleV, [1, 1]),
+        ([4, 1, 4], OneForwardOneBackward, [1, 2]),
+        ([2, 2, 2], ZeroBubbleH1, [2, 4]),
+        ([2, 1, 2], OneForwardOneBackward, [2, 2]),
+        ([1, 2, 1], ZeroBubbleV, [2, 1]),
     ] {
-        let layouts = Layouts { sizes, schedule, sampling_expert };
+        let layouts = Layouts { sizes, schedule, sampling_expert, tensor };
         let many = two_steps(layouts);
         let first = &many[0];
         // The same weights to the bit in the first step: so the same rollouts and scores, whoever sampled them.
@@ -196,13 +204,16 @@ fn ranks_sample_and_score_as_one_to_the_bit_and_take_the_same_steps() {
         assert_eq!(first.scores[..2], one.scores[..2], "{layouts:?}");
         assert!(many[1..].iter().all(|other| other.scores.iter().all(Vec::is_empty)));
         let sampled: Vec<usize> = many.iter().map(|steps| steps.sampled[0]).collect();
-        assert!(sampled.iter().all(|groups| *groups > 0), "everybody samples: {sampled:?}");
+        let hands_out = |rank: usize| rank.is_multiple_of(tensor);
+        let is_due = |(rank, groups): (usize, &usize)| (*groups > 0) == hands_out(rank);
+        assert!(sampled.iter().enumerate().all(is_due), "everybody samples: {sampled:?}");
         for (many, one) in first.reports.iter().zip(&one.reports) {
             assert!((many.loss - one.loss).abs() < 1e-3, "{layouts:?}");
             assert!((many.gradient_norm / one.gradient_norm - 1.0).abs() < 1e-3, "{layouts:?}");
             let gap = many.grpo.as_ref().unwrap().logprob_gap_max;
             assert_eq!(gap, 0.0, "{layouts:?}: the sampler's numbers are the trainer's");
         }
+        // A share of heads is part of what a rank of one stage trains; others' experts and layers are not.
         let switches = sizes[1] > 1 || sizes[2] != sampling_expert;
         for steps in &many {
             for entered in &steps.switches {
@@ -288,7 +299,12 @@ fn sample_all(mut engine: HybridEngine, work: Receiver<(u64, u64)>, made: Sender
 
 #[test]
 fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_would() {
-    let alone = Layouts { sizes: [1, 1, 1], schedule: OneForwardOneBackward, sampling_expert: 1 };
+    let alone = Layouts {
+        sizes: [1, 1, 1],
+        schedule: OneForwardOneBackward,
+        sampling_expert: 1,
+        tensor: 1,
+    };
     let one = on_engines(alone, |engine, _| samples_ahead(engine)).remove(0);
     let folder = TempDir::new().unwrap();
     let spill = |rank: usize| folder.path().join(rank.to_string());
@@ -329,7 +345,8 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
 
 #[test]
 fn a_rank_whose_weights_are_another_version_is_refused_before_its_first_token() {
-    let layouts = Layouts { sizes: [1, 2, 1], schedule: ZeroBubbleH1, sampling_expert: 1 };
+    let layouts =
+        Layouts { sizes: [1, 2, 1], schedule: ZeroBubbleH1, sampling_expert: 1, tensor: 1 };
     let folder = TempDir::new().unwrap();
     let errors = on_engines(layouts, |engine, rank| {
         engine.prepare(&stage(None)).unwrap();

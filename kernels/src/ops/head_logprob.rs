@@ -69,6 +69,24 @@ pub(crate) fn head_logprob(
     Ok(())
 }
 
+/// See [`Kernels::logits_logprob`](crate::Kernels::logits_logprob).
+pub(crate) fn logits_logprob(
+    cx: &Cx,
+    logits: &mut Buffer,
+    targets: &Buffer,
+    temperature: f64,
+    logprob: &mut Buffer,
+) {
+    for column in [targets, &*logprob] {
+        assert_eq!((column.rows(), column.cols()), (logits.rows(), 1), "head: one number per row");
+    }
+    let logprob = logprob.host_mut::<f32>();
+    reduce(cx, logits, 0, &targets.host(), temperature, &|row, logit, _, distribution| {
+        // SAFETY: a row belongs to one piece.
+        unsafe { logprob.shared_row_mut(row)[0] = distribution.logprob(logit) };
+    });
+}
+
 /// See [`Kernels::head_logprob_backward`](crate::Kernels::head_logprob_backward).
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn head_logprob_backward(
@@ -152,16 +170,7 @@ impl Softmax<'_> {
     /// Leaves the unscaled masses of x's logits in `logits`.
     fn reduce(&self, x: &Buffer, first: usize, logits: &mut Buffer, on_row: OnRow<'_>) {
         linear(self.cx, x, self.head, logits, Store::Set);
-        let logits = logits.host_mut::<f32>();
-        split(self.cx, logits.rows, 1, COST * logits.cols, &|range| {
-            for row in range {
-                // SAFETY: a row belongs to one piece.
-                let masses = unsafe { logits.shared_row_mut(row) };
-                let logit = masses[self.targets.row(first + row)[0] as usize];
-                let distribution = Distribution::of(self.cx.isa, masses, self.temperature);
-                on_row(first + row, logit, masses, &distribution);
-            }
-        });
+        reduce(self.cx, logits, first, &self.targets, self.temperature, on_row);
     }
 
     /// Replaces probabilities by c (onehot - p) / T.
@@ -181,6 +190,27 @@ impl Softmax<'_> {
             }
         });
     }
+}
+
+/// Replaces rows of logits, whose first has number `first`, by their unscaled masses.
+fn reduce(
+    cx: &Cx,
+    logits: &mut Buffer,
+    first: usize,
+    targets: &Mat<'_, u32>,
+    temperature: f64,
+    on_row: OnRow<'_>,
+) {
+    let logits = logits.host_mut::<f32>();
+    split(cx, logits.rows, 1, COST * logits.cols, &|range| {
+        for row in range {
+            // SAFETY: a row belongs to one piece.
+            let masses = unsafe { logits.shared_row_mut(row) };
+            let logit = masses[targets.row(first + row)[0] as usize];
+            let distribution = Distribution::of(cx.isa, masses, temperature);
+            on_row(first + row, logit, masses, &distribution);
+        }
+    });
 }
 
 fn check(x: &Buffer, head: &Packed, columns: &[&Buffer], kept: Option<&Buffer>) {

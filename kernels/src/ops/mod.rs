@@ -14,7 +14,7 @@
 //! rows          rows, rms_norm, rope, swiglu
 //! attention     cache_rows (every format), mla_train, mla_decode, mla_prefill
 //! experts       router, balance, dropping, routes
-//! head          head_logprob, sample
+//! head          head_logprob, logits_logprob, sample
 //! optimizer     adamw
 //! ```
 

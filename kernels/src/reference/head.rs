@@ -57,6 +57,14 @@ pub fn head_logprob(
     }
 }
 
+pub fn logits_logprob(logits: &Buffer, targets: &Buffer, temperature: f64, logprob: &mut Buffer) {
+    let (logits, mut logprob) = (logits.host::<f64>(), logprob.host_mut::<f64>());
+    for (r, target) in movement::read::<u32>(targets).into_iter().enumerate() {
+        let z: Vec<f64> = logits.row(r).iter().map(|z| z / divisor(temperature)).collect();
+        logprob.row_mut(r)[0] = z[target as usize] - log_sum_exp(&z);
+    }
+}
+
 /// dz_v = c / T * (1[v is the target] - p_v); dx = dz W; dw += dzᵀ x.
 pub fn head_logprob_backward(
     forward: &Forward<'_>,

@@ -427,6 +427,16 @@ impl Kernels for ReferenceKernels {
         Ok(())
     }
 
+    fn logits_logprob(
+        &self,
+        logits: &mut Buffer,
+        targets: &Buffer,
+        temperature: f64,
+        logprob: &mut Buffer,
+    ) {
+        head::logits_logprob(logits, targets, temperature, logprob);
+    }
+
     fn head_logprob_backward(
         &self,
         x: &Buffer,

@@ -16,9 +16,8 @@ pub mod traffic;
 
 use super::memory::total;
 use crate::cluster::layout::{Sampling, Training};
-use crate::cluster::mesh::{self, Mesh};
+use crate::cluster::mesh::{self, Mesh, MeshError};
 use crate::config::cluster::RolloutLayout;
-use crate::config::nearest::joined;
 use crate::config::{ClusterConfig, HardwareConfig, ModelConfig, RunConfig, StageKind};
 use crate::model::{Layout, flops_per_token, parameters, placement};
 use crate::plan::estimate::sequence;
@@ -121,8 +120,8 @@ pub fn cluster_plan(
 pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<Layouts, PlanError> {
     let load = mesh::Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
     let sizes = [cluster.data, cluster.pipeline, cluster.expert];
-    let mesh = Mesh::new(sizes, cluster.data * cluster.pipeline, load)
-        .map_err(|error| PlanError { path: vec![error.key()], message: error.to_string() })?;
+    let refused = |error: MeshError| PlanError { path: error.path(), message: error.to_string() };
+    let mesh = Mesh::new(sizes, cluster.data * cluster.pipeline, load).map_err(refused)?;
     let pieces = cluster.pipeline * cluster.schedule.chunks();
     if pieces > model.num_hidden_layers {
         let message = format!(
@@ -132,50 +131,11 @@ pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<La
         );
         return Err(PlanError { path: vec!["schedule"], message });
     }
-    let sampling = sampling(&cluster.rollout, mesh.ranks(), model)?;
+    let sampling = Sampling::new(cluster.rollout, mesh.ranks(), model).map_err(refused)?;
     let training =
         Training::new(mesh, model.num_hidden_layers).in_chunks(cluster.schedule.chunks());
     let tensors = placement::tensors(&Layout::new(model, false), model);
     Ok(Layouts::new(training, sampling, tensors))
-}
-
-/// The layout of sampling: both sizes divide the ranks, and the larger one the smaller.
-fn sampling(
-    rollout: &RolloutLayout,
-    ranks: usize,
-    model: &ModelConfig,
-) -> Result<Sampling, PlanError> {
-    let RolloutLayout { tensor, expert } = *rollout;
-    let experts = model.n_routed_experts.max(1);
-    let heads = model.num_attention_heads;
-    let divides = |size: usize, number: usize| size > 0 && number.is_multiple_of(size);
-    let rules = [
-        ("tensor", tensor, "the number of ranks", ranks),
-        ("tensor", tensor, "num_attention_heads", heads),
-        ("expert", expert, "the number of ranks", ranks),
-        ("expert", expert, "n_routed_experts", experts),
-    ];
-    for (key, size, of, number) in rules {
-        if !divides(size, number) {
-            let fits =
-                |size: &usize| rules.iter().all(|(k, _, _, n)| *k != key || divides(*size, *n));
-            let fitting: Vec<String> =
-                (1..=ranks).filter(fits).map(|size| size.to_string()).collect();
-            let message = format!(
-                "cluster.rollout.{key} = {size} does not divide {of} = {number}; use {}",
-                joined(&fitting, "or")
-            );
-            return Err(PlanError { path: vec!["rollout", key], message });
-        }
-    }
-    if !tensor.max(expert).is_multiple_of(tensor.min(expert)) {
-        let message = format!(
-            "cluster.rollout.tensor = {tensor} and cluster.rollout.expert = {expert}: one has to divide the other; use \
-             tensor = 1, or the same for both"
-        );
-        return Err(PlanError { path: vec!["rollout", "tensor"], message });
-    }
-    Ok(Sampling { ranks, tensor, expert })
 }
 
 /// The timeline of a step of the first stage that trains on text, as SVG; `None` for a run without such a stage.

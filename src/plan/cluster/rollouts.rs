@@ -8,7 +8,7 @@ use crate::cluster::layout::Sampling;
 use crate::cluster::mesh::cut;
 use crate::config::HardwareConfig;
 use crate::config::stage::GrpoStage;
-use crate::model::cost::decode_flops;
+use crate::model::cost::{decode_flops, tensor_elements_sent};
 use crate::plan::simulation::Links;
 use std::ops::Range;
 
@@ -91,18 +91,22 @@ impl Sampler<'_> {
         self.sampling.expert.max(self.sampling.tensor)
     }
 
-    /// Seconds of messages in a pass of so many rows: tokens to experts and back, and sums over heads.
-    fn travel(&self, rows: f64) -> f64 {
+    /// Seconds of messages in a pass of so many rows, of which some have their logits wanted: tokens to experts and back,
+    /// and what ranks of a tensor group gather.
+    fn travel(&self, rows: f64, wanted: f64) -> f64 {
         let over = |ranks: usize, bytes: f64, times: usize| {
             let (rate, latency) = self.links.spread(&(0..ranks).collect::<Vec<_>>());
-            if ranks > 1 { times as f64 * (latency + rows * bytes / rate) } else { 0.0 }
+            if ranks > 1 { times as f64 * latency + bytes / rate } else { 0.0 }
         };
         let model = self.load.model;
         let tensor = self.sampling.tensor;
-        let sums = 2.0 * (tensor - 1) as f64 / tensor as f64;
-        let row = model.hidden_size as f64 * self.load.number_bytes();
-        over(self.sampling.expert, self.load.exchange_bytes(), 2 * self.moe_layers())
-            + over(tensor, sums * row, 2 * model.num_hidden_layers)
+        let [layers, logits] = tensor_elements_sent(model, tensor);
+        let gathered = (layers * rows + logits * wanted) * self.load.number_bytes();
+        let (moe, gathers) = (self.moe_layers(), if model.n_shared_experts > 0 { 5 } else { 3 });
+        let gathers = 4 * (model.num_hidden_layers - moe) + gathers * moe + 1;
+        // Of rows that ranks share each sends its own to their experts.
+        let exchanged = rows / tensor as f64 * self.load.exchange_bytes() * (2 * moe) as f64;
+        over(self.sampling.expert, exchanged, 2 * moe) + over(tensor, gathered, gathers)
     }
 
     /// Seconds of a pass of one rank beside the others of its group, which has `group_rows` rows.
@@ -133,7 +137,8 @@ impl Sampler<'_> {
         };
         let [others, experts] = self.weights;
         let read = others + touched * experts + self.cache * pass.seen as f64;
-        products.max(read / hardware.memory_bytes_per_second) + self.travel(pass.rows as f64)
+        products.max(read / hardware.memory_bytes_per_second)
+            + self.travel(pass.rows as f64, pass.rows as f64)
     }
 
     /// FLOPs of a token in the routed experts of a layer.
@@ -151,7 +156,7 @@ impl Sampler<'_> {
         let token: f64 = (0..model.num_hidden_layers).map(layer).sum();
         let all = (prompts * tokens) as f64;
         let head = prompts as f64 * of(Part::Head);
-        (all * token + head) / self.sampling.tensor as f64 + self.travel(all)
+        (all * token + head) / self.sampling.tensor as f64 + self.travel(all, prompts as f64)
     }
 }
 

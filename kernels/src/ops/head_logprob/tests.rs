@@ -154,6 +154,11 @@ fn sampled_logprobs_are_the_trainers_to_the_bit() {
         let tokens: Vec<u32> = drawn.iter().map(|d| d.token).collect();
         case.targets = indices(&cx, 150, 1, &tokens);
         let [logprob, ..] = case.run(&cx, temperature, false);
+        // And those of logits that are there already.
+        let mut there = floats(&cx, 150, VOCABULARY, &read(&logits));
+        let mut again = floats(&cx, 150, 1, &[f32::NAN; 150]);
+        logits_logprob(&cx, &mut there, &case.targets, temperature, &mut again);
+        assert_eq!(read(&again), logprob);
         for (i, d) in drawn.iter().enumerate() {
             assert_eq!(d.logprob, f64::from(logprob[i]), "row {i} at T {temperature}");
         }

@@ -5,7 +5,11 @@ use crate::bench::{Bench, Output, below};
 use rehearsal_kernels::random::{Stream, uniform};
 use rehearsal_kernels::{Product, SampleRow};
 
-pub const PROBLEMS: &[Entry] = &[("head_logprob", 5e-5, head_logprob), ("sample", 1e-5, sample)];
+pub const PROBLEMS: &[Entry] = &[
+    ("head_logprob", 5e-5, head_logprob),
+    ("logits_logprob", 1e-5, logits_logprob),
+    ("sample", 1e-5, sample),
+];
 
 const R: usize = 43;
 const D: usize = 37;
@@ -41,6 +45,13 @@ fn head_logprob(bench: &Bench<'_>) -> Vec<Output> {
     }
     outputs.extend([("logprob", bench.read(&logprob)), ("entropy", bench.read(&entropy))]);
     outputs
+}
+
+fn logits_logprob(bench: &Bench<'_>) -> Vec<Output> {
+    let (mut logits, mut logprob) = (bench.random(1, R, V), bench.unset(R, 1));
+    let targets = bench.indices(R, 1, &below(3, R, V as u64));
+    bench.kernels.logits_logprob(&mut logits, &targets, 0.8, &mut logprob);
+    vec![("logprob", bench.read(&logprob))]
 }
 
 /// Every way to sample, with numbers that do not fall where an f32 sum may round across a token.

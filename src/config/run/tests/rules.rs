@@ -146,6 +146,14 @@ fn rollouts_in_few_bits_keep_their_rules() {
         "stage.align.importance_limit = 0.5 must be at least 1, the weight of a token on which sampler and trainer agree; \
          2 is usual",
     );
+    let blocks = ["engine.exact=false", "stage.align.rollout_dtype=fp8-block"];
+    assert!(load(RUN, MODEL, &blocks).is_ok());
+    let cut = [&blocks[..], &["cluster.rollout.tensor=2"]].concat();
+    let fault = load(RUN, MODEL, &cut).unwrap_err().to_string();
+    assert!(
+        fault.contains("cluster.rollout.tensor = 2 cuts weights") && fault.contains("stage.align"),
+        "{fault}"
+    );
     let limit = |set: &[&str]| match &load(RUN, MODEL, set).unwrap().stages[4].kind {
         StageKind::Grpo(stage) => stage.importance_weights(),
         _ => panic!("stage 5 is GRPO"),

@@ -93,6 +93,10 @@ pub fn together(name: &str, parts: Vec<Yield>) -> Result<Yield, Failure> {
     for (rank, part) in parts {
         whole = match (whole, part) {
             (Yield::Nothing, Yield::Nothing) => Yield::Nothing,
+            (Yield::Phase(whole), Yield::Phase(part)) if whole.sampled_as != part.sampled_as => {
+                let shown = |report: &PhaseReport| format!("weights as {:?}", report.sampled_as);
+                return Err(apart(rank, &shown(&part), &shown(&whole)));
+            }
             (Yield::Phase(whole), Yield::Phase(part)) => Yield::Phase(phases(whole, part)),
             (Yield::Generated(whole), Yield::Generated(part)) => {
                 let span = [whole.span[0].min(part.span[0]), whole.span[1].max(part.span[1])];

@@ -18,6 +18,7 @@ use crate::engine::{Machine, Profile};
 use anyhow::Result;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// A run to be made.
 #[derive(Clone, Debug)]
@@ -74,7 +75,8 @@ pub fn start(request: RunRequest) -> Result<()> {
     let setup = EngineSetup { model: config.model.clone(), engine, seed: config.seed, spill, team };
     let (setup, sampler) = match config.cluster.samplers > 0 && mail.is_none() {
         true => {
-            let [trainer, sampler] = beside(setup);
+            let seconds = config.cluster.deadline_seconds.max(1);
+            let [trainer, sampler] = beside(setup, Duration::from_secs(seconds));
             (trainer, Some(sampler))
         }
         false => (setup, None),
@@ -116,7 +118,7 @@ pub fn start(request: RunRequest) -> Result<()> {
 }
 
 /// A trainer and a sampler in one process, each with half of the memory and with cores of its own where there are two.
-fn beside(setup: EngineSetup) -> [EngineSetup; 2] {
+fn beside(setup: EngineSetup, deadline: Duration) -> [EngineSetup; 2] {
     let threads = match setup.engine.threads {
         0 => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
         threads => threads,
@@ -126,10 +128,11 @@ fn beside(setup: EngineSetup) -> [EngineSetup; 2] {
     [(); 2].map(|()| {
         let ((link, threads), name) = places.next().expect("there are two");
         let one = Sampling { ranks: 1, tensor: 1, expert: 1 };
-        let team =
-            Team { link: Arc::new(link), samplers: 1, samplers_layout: one, ..setup.team.clone() };
-        let budget = setup.engine.budget.map(|bytes| Bytes(bytes.0 / 2));
-        let engine = EngineConfig { threads, budget, ..setup.engine.clone() };
+        let team = Team { samplers: 1, samplers_layout: one, deadline, ..setup.team.clone() };
+        let team = Team { link: Arc::new(link), ..team };
+        let half = |bytes: Option<Bytes>| bytes.map(|bytes| Bytes(bytes.0 / 2));
+        let (budget, host_budget) = (half(setup.engine.budget), half(setup.engine.host_budget));
+        let engine = EngineConfig { threads, budget, host_budget, ..setup.engine.clone() };
         EngineSetup { engine, team, spill: setup.spill.join(name), ..setup.clone() }
     })
 }

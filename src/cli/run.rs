@@ -127,7 +127,7 @@ fn lead(args: &RunArgs, loaded: Loaded, ranks: Option<(&Launched, &Ranks)>) -> R
     if is_finished(&out, &loaded, wish)? {
         return say_finished(&out);
     }
-    let mut room = require_resources(&out, &loaded, wish)?;
+    let mut room = require_resources(&out, &loaded, wish, ranks.is_none())?;
     if let Some((_, ranks)) = ranks {
         room.arenas = ranks.memory;
     }
@@ -234,14 +234,16 @@ struct Room {
 }
 
 /// Refuses a run that its budget or the machine cannot hold, whose data is wrong, or that the disk cannot hold.
-fn require_resources(out: &Path, loaded: &Loaded, wish: Wish) -> Result<Room> {
+fn require_resources(out: &Path, loaded: &Loaded, wish: Wish, is_alone: bool) -> Result<Room> {
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = warned(configured.unwrap_or_else(cores));
     let free = free_memory();
     let products = measured_products(threads);
     let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads, products)?;
     let plan = plan.on_machine(free);
-    if let Some(refusal) = plan.over_budget().or_else(|| plan.over_memory()) {
+    // What one of several ranks holds is a part of that, and its arena refuses what is too much.
+    let refusal = plan.over_budget().or_else(|| plan.over_memory());
+    if let Some(refusal) = refusal.filter(|_| is_alone) {
         return Err(Fault::resources(refusal));
     }
     // What a run that goes on has written is part of what it takes.

@@ -283,6 +283,8 @@ impl HybridEngine {
 
     /// Trainers give the policy of this version to the ranks that only sample. All of both take part, between their jobs.
     pub fn hand_over(&mut self, version: u64) -> Result<Switched> {
+        // A scored policy lends its weights to the scoring.
+        self.unload_scored()?;
         let Some(way) = &self.to_samplers else {
             bail!("no rank of this run only samples (cluster.samplers)")
         };

@@ -322,6 +322,11 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
         let ask = |engine: &mut HybridEngine, step: u64, version: u64| {
             orders.iter().for_each(|order| order.send((step, version)).unwrap());
             if step > 0 {
+                // An eval of the policy lends its weights to the scoring.
+                engine.enter_phase(Phase::Score).unwrap();
+                let (sequences, first) = (vec![vec![3, 4, 5, 6]], vec![1]);
+                let job = ScoreJob { role: Role::Policy, sequences, temperature: 1.0, first };
+                engine.score(&job).unwrap();
                 let switched = engine.hand_over(version).unwrap();
                 assert_eq!(switched.moved_bytes, switched.least_bytes);
                 assert_eq!(switched.sent_bytes, switched.moved_bytes, "it alone has them");

@@ -131,7 +131,14 @@ pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<La
         );
         return Err(PlanError { path: vec!["schedule"], message });
     }
-    let sampling = Sampling::new(cluster.rollout, mesh.ranks(), model).map_err(refused)?;
+    let sampling = match cluster.samplers {
+        0 => Sampling::new(cluster.rollout, mesh.ranks(), model).map_err(refused)?,
+        // The layout of `rollout` is that of who only samples; who trains scores with its experts where they are.
+        samplers => {
+            Sampling::new(cluster.rollout, samplers, model).map_err(refused)?;
+            Sampling { ranks: mesh.ranks(), tensor: 1, expert: mesh.expert() }
+        }
+    };
     let training =
         Training::new(mesh, model.num_hidden_layers).in_chunks(cluster.schedule.chunks());
     let tensors = placement::tensors(&Layout::new(model, false), model);

@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Barrier, Mutex};
 use std::thread;
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// Layouts of training and of sampling.
@@ -333,7 +334,8 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
             }
         };
         let take = |_: &mut HybridEngine| {
-            let mut all = [groups.recv().unwrap(), groups.recv().unwrap()].concat();
+            let next = || groups.recv_timeout(Duration::from_secs(60)).unwrap();
+            let mut all = [next(), next()].concat();
             all.sort_by_key(|group: &TokenGroup| group.slot);
             all
         };

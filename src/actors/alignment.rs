@@ -27,7 +27,7 @@ use crate::engine::phase::StepReport;
 use crate::engine::phase::{Phase, PhaseReport};
 use crate::engine::timeline::Timeline;
 use crate::engine::utilisation::{
-    Chores, padding_share, rollout_bandwidth, tail_factor, useful_share,
+    Chores, Switched, padding_share, rollout_bandwidth, tail_factor, useful_share,
 };
 use crate::rl::rollout::JudgedGroup;
 use serde_json::json;
@@ -287,6 +287,16 @@ impl Aligned {
         })
     }
 
+    /// What changes of the layout of ranks moved, beside the least that any would; absent where nothing moved.
+    fn switch(&self) -> Option<serde_json::Value> {
+        let mut sum = Chores::default();
+        self.chores.iter().for_each(|chores| sum.switched(chores.switched));
+        let Switched { moved_bytes, least_bytes, seconds, .. } = sum.switched;
+        (moved_bytes > 0).then(
+            || json!({"moved_bytes": moved_bytes, "least_bytes": least_bytes, "seconds": seconds}),
+        )
+    }
+
     fn intervals_by_name(&self, generate: [f64; 2], judge: [f64; 2]) -> serde_json::Value {
         let [score, train] = self.spans;
         let mut named =
@@ -336,6 +346,7 @@ impl Aligned {
             .with("exposed_seconds", self.exposed())
             .with("offload_exposed_share", moves.map(Timeline::exposed_share))
             .with("offload", moves.map(offload))
+            .with("switch", self.switch())
             .with("policy_version", self.report.policy_version)
             .with("sampled_version", self.sampled_version)
             .with("intervals", self.intervals_by_name(generate, judge))

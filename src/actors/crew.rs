@@ -109,11 +109,8 @@ pub fn together(name: &str, parts: Vec<Yield>) -> Result<Yield, Failure> {
             (Yield::Stepped(whole), Yield::Stepped(part)) => {
                 Yield::Stepped(steps(whole, &part, rank)?)
             }
-            (Yield::Switched(mut whole), Yield::Switched(part)) => {
-                whole.sent_bytes += part.sent_bytes;
-                whole.received_bytes += part.received_bytes;
-                whole.seconds = whole.seconds.max(part.seconds);
-                Yield::Switched(whole)
+            (Yield::Switched(whole), Yield::Switched(part)) => {
+                Yield::Switched(switches(whole, part))
             }
             (Yield::Saved(whole), Yield::Saved(part)) if whole == part => Yield::Saved(whole),
             (Yield::Saved(whole), Yield::Saved(part)) => {
@@ -143,7 +140,16 @@ fn phases(mut whole: PhaseReport, part: PhaseReport) -> PhaseReport {
         whole.pack_seconds = whole.pack_seconds.max(part.pack_seconds);
         whole.offload_seconds = whole.offload_seconds.max(part.offload_seconds);
         whole.reference_seconds = whole.reference_seconds.max(part.reference_seconds);
+        whole.switched = switches(whole.switched, part.switched);
     }
+    whole
+}
+
+/// All ranks know what the plan moves and had to move; each adds what went through it.
+fn switches(mut whole: Switched, part: Switched) -> Switched {
+    whole.sent_bytes += part.sent_bytes;
+    whole.received_bytes += part.received_bytes;
+    whole.seconds = whole.seconds.max(part.seconds);
     whole
 }
 

@@ -101,7 +101,7 @@ pub fn check_failed(output: &Output, out: &Path, texts: &[&str]) {
 #[test]
 fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
     let folder = TempDir::new().unwrap();
-    let layouts: [(usize, &[&str]); 4] = [
+    let layouts: [(usize, &[&str]); 5] = [
         (2, &["cluster.data=2"]),
         (2, &["cluster.pipeline=2"]),
         (
@@ -114,12 +114,23 @@ fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
             ],
         ),
         (8, &["cluster.data=8", "cluster.expert=4"]),
+        // One that trains, and two that sample and share the experts.
+        (3, &["cluster.samplers=2", "cluster.rollout.expert=2"]),
     ];
     for (at, (ranks, settings)) in layouts.into_iter().enumerate() {
         let out = folder.path().join(format!("run-{at}"));
         done(over(ranks, &out, settings));
         check_is_the_run_of_one(&out);
         check_nothing_is_left(&out);
+        // Where layouts of training and sampling differ, each alignment step tells what the switch moved: no byte too much.
+        let differ = settings.contains(&"cluster.pipeline=2") || ranks == 8 || ranks == 3;
+        for step in steps(&out).iter().filter(|step| step["kind"] == "grpo") {
+            // Samplers load the stage's first version for themselves.
+            let is_loaded = ranks == 3 && step["step"] == 1;
+            let switch = &step["switch"];
+            assert_eq!(switch.is_object(), differ && !is_loaded, "{settings:?}: {switch}");
+            assert_eq!(switch["moved_bytes"], switch["least_bytes"]);
+        }
         assert!(out.join("export/config.json").exists());
     }
 }

@@ -148,13 +148,7 @@ impl Sending<'_> {
         places: &[Range<usize>],
         to: &mut Buffer,
     ) -> Result<(), Broken> {
-        for (place, bytes) in self.frames()?.into_iter().enumerate() {
-            let mut to = to.rows_of_mut(places[place].clone());
-            match bytes {
-                Some(bytes) => kernels.upload_bytes(&bytes, &mut to),
-                None => kernels.copy(&own.rows_of(from[place].clone()), &mut to),
-            }
-        }
+        lay(kernels, &self.frames()?, 0, own, from, places, to);
         Ok(())
     }
 
@@ -187,7 +181,7 @@ impl Slots<'_> {
         };
         let group = &sending.ranks.group;
         let (own, experts) = (group.own(), cut(counts.len(), slots.len(), group.own()));
-        let mut parts = sending.frames()?;
+        let parts = sending.frames()?;
         let header = experts.len() * 4;
         // The local number of each row's expert, and the range of each rank's rows.
         let (mut chosen, mut received) = (Vec::new(), Vec::new());
@@ -207,16 +201,29 @@ impl Slots<'_> {
             received.push(first..chosen.len());
         }
         let mut gathered = floats(kernels, chosen.len(), rows.cols())?;
-        for (place, part) in parts.iter_mut().enumerate() {
-            let mut to = gathered.rows_of_mut(received[place].clone());
-            match part.take() {
-                Some(bytes) => kernels.upload_bytes(&bytes[header..], &mut to),
-                None => kernels.copy(&rows.rows_of(slots[place].clone()), &mut to),
-            }
-        }
+        lay(kernels, &parts, header, &rows, &slots, &received, &mut gathered);
         let routes = kernels.routes(&indices(kernels, &chosen)?, experts.len())?;
         let x = by_expert(kernels, &gathered, &routes)?;
         Ok((x, Some(Dispatched { sent: slots, received, routes })))
+    }
+}
+
+/// Lays each rank's rows, which begin behind `header` bytes, at its place in `to`; this rank's own are rows of `own`.
+fn lay(
+    kernels: &dyn Kernels,
+    parts: &[Option<Vec<u8>>],
+    header: usize,
+    own: &Buffer,
+    from: &[Range<usize>],
+    places: &[Range<usize>],
+    to: &mut Buffer,
+) {
+    for (place, part) in parts.iter().enumerate() {
+        let mut to = to.rows_of_mut(places[place].clone());
+        match part {
+            Some(bytes) => kernels.upload_bytes(&bytes[header..], &mut to),
+            None => kernels.copy(&own.rows_of(from[place].clone()), &mut to),
+        }
     }
 }
 

@@ -24,6 +24,21 @@ impl Kind {
         if self == Kind::ZeroBubbleV { 2 } else { 1 }
     }
 
+    /// The uppermost place of a stack of so many stages.
+    pub fn last_place(self, stages: usize) -> usize {
+        stages * self.chunks() - 1
+    }
+
+    /// Place in the stack of a stage's piece, the lowest 0.
+    pub fn place(self, stages: usize, stage: usize, chunk: usize) -> usize {
+        if chunk == 0 { stage } else { self.last_place(stages) - stage }
+    }
+
+    /// The stage of a place in the stack, and which of its pieces it is.
+    pub fn owner(self, stages: usize, place: usize) -> (usize, usize) {
+        if place < stages { (place, 0) } else { (self.last_place(stages) - place, 1) }
+    }
+
     /// Micro-batches that it needs to keep its promise.
     pub fn least_micro_batches(self, stages: usize) -> usize {
         match self {
@@ -125,17 +140,17 @@ impl Schedule {
 
     /// Place in the stack of a stage's piece, the lowest 0.
     pub fn place(&self, stage: usize, chunk: usize) -> usize {
-        if chunk == 0 { stage } else { self.last() - stage }
+        self.kind.place(self.stages.len(), stage, chunk)
     }
 
     /// The stage of a place in the stack, and which of its pieces it is.
     pub fn owner(&self, place: usize) -> (usize, usize) {
-        if place < self.stages.len() { (place, 0) } else { (self.last() - place, 1) }
+        self.kind.owner(self.stages.len(), place)
     }
 
     /// The uppermost place of the stack.
     pub fn last(&self) -> usize {
-        self.stages.len() * self.kind.chunks() - 1
+        self.kind.last_place(self.stages.len())
     }
 
     /// The entry that `entry` of a stage waits for, and whose: what comes from a neighbour, or from the stage itself.

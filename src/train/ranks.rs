@@ -83,18 +83,15 @@ pub fn experts_of(team: &Team, timeline: &Arc<Timeline>) -> Option<Arc<ExpertRan
 fn pipes(team: &Team) -> Vec<PiecePipes> {
     let (mesh, stages) = (team.mesh, team.mesh.pipeline());
     let own = mesh.place(team.rank());
-    let chunks = team.schedule().chunks();
-    let last = stages * chunks - 1;
-    let rank_of = |place: usize| {
-        let stage = if place < stages { place } else { last - place };
-        stage * mesh.data() + own.data
-    };
+    let schedule = team.schedule();
+    let last = schedule.last_place(stages);
+    let rank_of = |place: usize| schedule.owner(stages, place).0 * mesh.data() + own.data;
     let pipe = |other: usize, lane: Lane| {
         let is_other = other != team.rank();
         is_other.then(|| Pipe::new(team.link.clone(), other, lane, team.deadline))
     };
     let of_piece = |chunk: usize| {
-        let place = if chunk == 0 { own.stage } else { last - own.stage };
+        let place = schedule.place(stages, own.stage, chunk);
         let mut pipes = PiecePipes::default();
         if place > 0 {
             pipes.from_below = pipe(rank_of(place - 1), Lane::Up(place as u32));
@@ -106,5 +103,5 @@ fn pipes(team: &Team) -> Vec<PiecePipes> {
         }
         pipes
     };
-    (0..chunks).map(of_piece).collect()
+    (0..schedule.chunks()).map(of_piece).collect()
 }

@@ -255,12 +255,11 @@ fn all_routings(
         all.iter().map(|bytes| decode(bytes).expect("ranks run the same program")).collect();
     let (mesh, schedule) = (ranks.team.mesh, ranks.schedule());
     let batches = all.first().map_or(0, Vec::len) * mesh.data();
-    let last = mesh.pipeline() * schedule.chunks() - 1;
+    let last = schedule.last_place(mesh.pipeline());
     let of_batch = |batch: usize| {
         let (data, number) = (batch % mesh.data(), batch / mesh.data());
         let of_place = |place: usize| {
-            let is_first = place < mesh.pipeline();
-            let (stage, chunk) = if is_first { (place, 0) } else { (last - place, 1) };
+            let (stage, chunk) = schedule.owner(mesh.pipeline(), place);
             std::mem::take(&mut all[stage * mesh.data() + data][number][chunk])
         };
         (0..=last).flat_map(of_place).collect::<Vec<Routing>>()

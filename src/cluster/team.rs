@@ -1,5 +1,6 @@
 //! Team: the ranks of a run, as one of them sees them, and how they train together.
 
+use super::collective::Group;
 use super::layout::{Sampling, Training};
 use super::link::Link;
 use super::local::Local;
@@ -70,6 +71,11 @@ impl Team {
     /// The number of this rank among its peers.
     pub fn place(&self) -> usize {
         self.rank() - self.peers().start
+    }
+
+    /// Some of the ranks, this one among them, whose calls together may take as long as any.
+    pub fn group(&self, ranks: Vec<usize>) -> Group {
+        Group::new(self.link.clone(), ranks, self.deadline)
     }
 
     /// Groups of its peers that have sequences of their own in sampling and scoring.

@@ -133,9 +133,8 @@ impl HybridEngine {
             Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),
             None => Arc::new(plain),
         };
-        let (link, ranks) = (setup.team.link.clone(), setup.team.peers().collect());
         Ok(HybridEngine {
-            world: Group::new(link, ranks, setup.team.deadline),
+            world: setup.team.group(setup.team.peers().collect()),
             kernels,
             setup,
             phase: Phase::Idle,

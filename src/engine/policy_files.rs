@@ -202,7 +202,7 @@ fn write_weights(
 
 /// Who writes each tensor of a whole model.
 fn writers(config: &ModelConfig, value_head: bool, team: &Team) -> Vec<usize> {
-    let tensors = placement::tensors(&Layout::new(config, value_head), config);
+    let tensors = placement::of_model(config, value_head);
     let layout = team.layout(config.num_hidden_layers);
     let ranks = team.mesh.ranks();
     let holders = |tensor| (0..ranks).filter(|rank| layout.holds(*rank, tensor)).collect();

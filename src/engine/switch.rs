@@ -60,7 +60,7 @@ pub(super) fn sampled(
     let Sampling { tensor, expert, .. } = team.sampling;
     let group = |size: usize| {
         let first = team.rank() - team.place() % size;
-        Group::new(team.link.clone(), (first..first + size).collect(), team.deadline)
+        team.group((first..first + size).collect())
     };
     let experts = (expert > 1).then(|| {
         let (group, timeline) = (group(expert), timeline.clone());
@@ -87,7 +87,7 @@ impl Switch {
         }
         let value_head = training.has_value_head;
         let model = sampled(kernels, team, config, value_head, timeline)?;
-        let tensors = placement::tensors(&Layout::new(config, value_head), config);
+        let tensors = placement::of_model(config, value_head);
         let layout = team.layout(config.num_hidden_layers);
         let ranks = 0..mesh.ranks();
         let held = ranks.clone().map(|rank| layout.weights(rank, &tensors)).collect();
@@ -100,7 +100,7 @@ impl Switch {
 impl Way {
     /// From trainers to the ranks that only sample; `own` is what this rank holds of the policy.
     pub fn to_samplers(team: &Team, config: &ModelConfig, own: &Layout) -> Way {
-        let tensors = placement::tensors(&Layout::new(config, own.has_value_head), config);
+        let tensors = placement::of_model(config, own.has_value_head);
         let (layout, trainers) = (team.layout(config.num_hidden_layers), team.mesh.ranks());
         let ranks = 0..trainers + team.samplers;
         let held = |rank: usize| match rank < trainers {
@@ -143,7 +143,7 @@ impl Way {
             wanted: lying(to),
             to: ranks.clone().map(pipe).collect(),
             from: ranks.clone().map(pipe).collect(),
-            everybody: Group::new(team.link.clone(), ranks.collect(), team.deadline),
+            everybody: team.group(ranks.collect()),
         }
     }
 
@@ -358,7 +358,7 @@ mod tests {
             assert_eq!(blake3::hash(&to), blake3::hash(&from), "{}", spec.name);
         }
         // And back, into memory that knows nothing of what it held.
-        let tensors = placement::tensors(&whole.layout, config);
+        let tensors = placement::of_model(config, false);
         let ranks = 0..team.mesh.ranks();
         let training = team.layout(config.num_hidden_layers);
         let from: Vec<_> = ranks.clone().map(|r| team.sampling.weights(r, &tensors)).collect();

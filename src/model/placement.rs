@@ -9,8 +9,9 @@ use super::params::{AttentionIndex, FeedForwardIndex, LayerIndex, Layout, MlpInd
 use crate::cluster::layout::{Home, Share, Split, Tensor};
 use crate::config::ModelConfig;
 
-/// The tensors of a whole model's layout, in slab order.
-pub fn tensors(layout: &Layout, config: &ModelConfig) -> Vec<Tensor> {
+/// The tensors of a whole model, in slab order.
+pub fn of_model(config: &ModelConfig, value_head: bool) -> Vec<Tensor> {
+    let layout = &Layout::new(config, value_head);
     let of = |(spec, split): (&ParamSpec, Split)| Tensor {
         rows: spec.rows,
         cols: spec.cols,
@@ -107,7 +108,7 @@ mod tests {
     fn preset(name: &str) -> (ModelConfig, Vec<Tensor>) {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
         let config = load_model(&folder.join("configs/model").join(name)).unwrap();
-        let tensors = tensors(&Layout::new(&config, false), &config);
+        let tensors = of_model(&config, false);
         (config, tensors)
     }
 

@@ -35,9 +35,8 @@ pub(super) struct PiecePipes {
 impl Ranks {
     /// For a rank that holds `part` of a model. All ranks of a team make theirs at the same time.
     pub fn new(team: &Team, config: &ModelConfig, part: &Layout, timeline: Arc<Timeline>) -> Ranks {
-        let all = (0..team.mesh.ranks()).collect();
         Ranks {
-            world: Group::new(team.link.clone(), all, team.deadline),
+            world: team.group((0..team.mesh.ranks()).collect()),
             zero: Zero::new(team, config, part),
             pipes: pipes(team),
             team: team.clone(),
@@ -75,7 +74,7 @@ pub fn part_of(team: &Team, config: &ModelConfig) -> Part {
 pub fn experts_of(team: &Team, timeline: &Arc<Timeline>) -> Option<Arc<ExpertRanks>> {
     let ranks = team.mesh.expert_group(team.rank());
     (ranks.len() > 1).then(|| {
-        let group = Group::new(team.link.clone(), ranks, team.deadline);
+        let group = team.group(ranks);
         Arc::new(ExpertRanks { group, timeline: timeline.clone(), is_serial: team.is_serial })
     })
 }

@@ -36,15 +36,14 @@ struct SharedRanks {
 impl Zero {
     /// For a rank that holds `part` of a model.
     pub fn new(team: &Team, config: &ModelConfig, part: &Layout) -> Zero {
-        let whole = Layout::new(config, part.has_value_head);
-        let tensors = placement::tensors(&whole, config);
+        let tensors = placement::of_model(config, part.has_value_head);
         let layout = team.layout(config.num_hidden_layers);
         let mut index_of = vec![0; tensors.len()];
         part.specs.iter().enumerate().for_each(|(index, spec)| index_of[spec.number] = index);
         let here = |run: Run| Run { tensor: index_of[run.tensor], elements: run.elements };
         let (mut shared, mut own) = (Vec::new(), Vec::new());
         for Shared { ranks, parts } in layout.sharing(team.rank(), &tensors) {
-            let group = Group::new(team.link.clone(), ranks, team.deadline);
+            let group = team.group(ranks);
             let parts: Vec<Vec<Run>> =
                 parts.into_iter().map(|runs| runs.into_iter().map(here).collect()).collect();
             own.extend(parts[group.own()].iter().cloned());

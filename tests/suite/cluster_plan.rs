@@ -5,7 +5,7 @@ use super::tiny::documents;
 use rehearsal::cluster::layout::{Sampling, Training};
 use rehearsal::cluster::mesh::{self, Mesh};
 use rehearsal::config::cluster::PipelineSchedule;
-use rehearsal::model::{Layout, placement};
+use rehearsal::model::placement;
 use rehearsal::plan::cluster::batch::Batch;
 use rehearsal::plan::cluster::bytes::Layouts;
 use rehearsal::plan::cluster::load::Load;
@@ -290,7 +290,7 @@ fn layouts_and_assumptions_that_cannot_be_are_refused_with_those_that_can() {
         ("cluster.hardware.compute_dtype=fp9", "did you mean"),
         ("cluster.hardware.peak_flop=1", "did you mean `peak_flops`?"),
         ("cluster.hardware={device=\"X\"}", "has no key `devices_per_node`"),
-        ("cluster.pipeline=40 cluster.schedule=zb-v", "80 pieces of the model's 60 layers"),
+        ("cluster.pipeline=40 cluster.schedule=zb-v", "two pieces of the stack, and the model has 60 layers"),
     ] {
         let extra: Vec<&str> = set.split(' ').flat_map(|set| ["--set", set]).collect();
         let (ok, text) = check(V2, &extra);
@@ -326,7 +326,7 @@ fn the_bytes_that_ranks_of_a_real_training_send_are_those_of_the_plan() {
         let mesh = Mesh::new([data, pipeline, expert], data * pipeline, sizes).unwrap();
         let training = Training::new(mesh, model.num_hidden_layers).in_chunks(schedule.chunks());
         let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert: 1 };
-        let tensors = placement::tensors(&Layout::new(&model, false), &model);
+        let tensors = placement::of_model(&model, false);
         let layouts = Layouts::new(training, sampling, tensors);
         let batch = Batch {
             micro_batches: 1,

@@ -15,11 +15,12 @@ pub mod switch;
 pub mod traffic;
 
 use super::memory::total;
+use crate::cluster::Team;
 use crate::cluster::layout::{Sampling, Training};
 use crate::cluster::mesh::{self, Mesh, MeshError};
 use crate::config::cluster::RolloutLayout;
 use crate::config::{ClusterConfig, HardwareConfig, ModelConfig, RunConfig, StageKind};
-use crate::model::{Layout, flops_per_token, parameters, placement};
+use crate::model::{flops_per_token, parameters, placement};
 use crate::plan::estimate::sequence;
 use crate::train::pipeline::{Kind, Schedule};
 use alignment::{Alignment, AlignmentPlan};
@@ -122,15 +123,7 @@ pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<La
     let sizes = [cluster.data, cluster.pipeline, cluster.expert];
     let refused = |error: MeshError| PlanError { path: error.path(), message: error.to_string() };
     let mesh = Mesh::new(sizes, cluster.data * cluster.pipeline, load).map_err(refused)?;
-    let pieces = cluster.pipeline * cluster.schedule.chunks();
-    if pieces > model.num_hidden_layers {
-        let message = format!(
-            "cluster.schedule makes {pieces} pieces of the model's {} layers for cluster.pipeline = {}; take fewer stages, or \
-             a schedule with one piece for each",
-            model.num_hidden_layers, cluster.pipeline
-        );
-        return Err(PlanError { path: vec!["schedule"], message });
-    }
+    Team::require_pieces(mesh, cluster.schedule, model.num_hidden_layers).map_err(refused)?;
     let sampling = match cluster.samplers {
         0 => Sampling::new(cluster.rollout, mesh.ranks(), model).map_err(refused)?,
         // The layout of `rollout` is that of who only samples; who trains scores with its experts where they are.
@@ -141,7 +134,7 @@ pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<La
     };
     let training =
         Training::new(mesh, model.num_hidden_layers).in_chunks(cluster.schedule.chunks());
-    let tensors = placement::tensors(&Layout::new(model, false), model);
+    let tensors = placement::of_model(model, false);
     Ok(Layouts::new(training, sampling, tensors))
 }
 

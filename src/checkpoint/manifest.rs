@@ -9,11 +9,13 @@
 
 use super::disk::{disk_fault, is_plain_name, read_limited};
 use super::shards::spread;
+use crate::cluster::{Work, made};
 use crate::config::Fault;
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 
 /// Name of the manifest in its folder.
@@ -209,9 +211,19 @@ impl FileRecord {
         let mut hasher = blake3::Hasher::new();
         let file = File::open(path).map_err(|e| disk_fault("open", path, e))?;
         let before = hasher.count();
-        hasher.update_reader(file).map_err(|e| disk_fault("read", path, e))?;
+        hasher.update_reader(Counted(file)).map_err(|e| disk_fault("read", path, e))?;
         let bytes = hasher.count() - before;
         Ok(FileRecord { bytes, blake3: hasher.finalize().to_hex().to_string() })
+    }
+}
+
+/// A file whose reading is counted.
+struct Counted(File);
+
+impl Read for Counted {
+    fn read(&mut self, to: &mut [u8]) -> std::io::Result<usize> {
+        made(Work::Hash);
+        self.0.read(to)
     }
 }
 

@@ -7,6 +7,7 @@
 
 use super::shards::index_name;
 use super::tensors::TensorFolder;
+use crate::cluster::{Work, made};
 use crate::config::Fault;
 use anyhow::Result;
 use std::collections::HashMap;
@@ -79,6 +80,7 @@ impl Pieces {
                 let to = end.min(from + AT_ONCE);
                 let inside = from - elements.start..to - elements.start;
                 take(from - wanted.start, &self.tensors.read_f32_range(name, inside)?);
+                made(Work::Read);
             }
         }
         Ok(())

@@ -8,6 +8,7 @@ use super::disk::disk_fault;
 use super::manifest::FileRecord;
 use super::shards::SAVE_KEY;
 use super::stored::StoredType;
+use crate::cluster::{Work, made};
 use crate::config::failpoint::failpoint;
 use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
@@ -106,6 +107,7 @@ fn write_data(
             stored.encode(piece, &mut bytes)?;
             out.write_all(&bytes).map_err(fault)?;
         }
+        made(Work::Write);
         failpoint(point);
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Collectives: what ranks of a group do together with numbers, each call with a name and a deadline.
+//! Collectives: what ranks of a group do together with numbers, each call with a name, and a deadline for ranks that stand still.
 //!
 //! Sums have one order: each rank adds the parts that it is responsible for in order of the ranks, and hands the sum to
 //! all others. So a sum has the same bits on all ranks and for any link, and each number is sent twice at most, which is as
@@ -13,7 +13,7 @@ use super::mesh::cut;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Ranks that work together, as one of them sees it.
 pub struct Group {
@@ -50,7 +50,7 @@ macro_rules! number {
 number!(u8, f32, f64, u32, u64);
 
 impl Group {
-    /// The group of `ranks`, this link's among them; no call takes longer than `deadline`.
+    /// The group of `ranks`, this link's among them; no call waits longer than `deadline` for a rank that makes no progress.
     pub fn new(link: Arc<dyn Link>, ranks: Vec<usize>, deadline: Duration) -> Group {
         let own = ranks.iter().position(|rank| *rank == link.rank()).expect("a group of its own");
         Group { link, ranks, own, calls: AtomicU64::new(0), deadline }
@@ -191,7 +191,7 @@ impl Group {
     fn turn(&self, name: &str, operation: Operation, elements: usize, width: usize) -> Turn<'_> {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
         let call = Call { name: name.to_string(), operation, number, elements, width };
-        Turn { group: self, call, since: Instant::now() }
+        Turn { group: self, call }
     }
 }
 
@@ -201,10 +201,8 @@ pub struct Sent<'a> {
 }
 
 impl Sent<'_> {
-    /// The other ranks' bytes, in order of the ranks; `None` in this rank's own place. Waits until they are here, for as
-    /// long as a call may take from now on.
-    pub fn take(mut self) -> Result<Vec<Option<Vec<u8>>>, Broken> {
-        self.turn.since = Instant::now();
+    /// The other ranks' bytes, in order of the ranks; `None` in this rank's own place. Waits until they are here.
+    pub fn take(self) -> Result<Vec<Option<Vec<u8>>>, Broken> {
         let bytes = |frame: Option<Frame>| frame.map(|frame| frame.bytes);
         Ok(self.turn.receive_from_all()?.into_iter().map(bytes).collect())
     }
@@ -214,7 +212,6 @@ impl Sent<'_> {
 struct Turn<'a> {
     group: &'a Group,
     call: Call,
-    since: Instant,
 }
 
 impl Turn<'_> {
@@ -226,8 +223,7 @@ impl Turn<'_> {
 
     fn receive(&self, from: usize) -> Result<Frame, Broken> {
         let (link, other) = (&self.group.link, self.group.ranks[from]);
-        let until = self.since + self.group.deadline;
-        let frame = link.receive(other, Lane::Groups, &self.call, self.since, until);
+        let frame = link.receive(other, Lane::Groups, &self.call, self.group.deadline);
         let frame = frame.inspect_err(|why| link.stop(why))?;
         if frame.call == self.call {
             return Ok(frame);
@@ -286,6 +282,7 @@ mod tests {
     use super::super::local::Local;
     use super::*;
     use std::thread;
+    use std::time::Instant;
 
     /// Runs `work` on each of so many ranks, each with the group of all.
     fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&Group) -> T + Sync) -> Vec<T> {

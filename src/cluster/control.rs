@@ -1,6 +1,6 @@
 //! Control: what ranks say to each other beside their numbers, over TCP: that they are alive, why all stop, and letters.
 //!
-//! A star: rank 0 has a connection with every other rank, and passes on why one stops. Every frame is sealed (`wire`). A rank that
+//! A star: rank 0 has a connection with every other rank, and passes on why one stops, and how far each is. Every frame is sealed (`wire`). A rank that
 //! dies is known by its connection, which closes; one that hangs by its silence, for it has a thread that speaks whatever else
 //! it does. Letters are for whoever listens; what is in them is no concern of this file.
 //!
@@ -10,7 +10,9 @@
 //!   * letters on their way are bounded in number and size; who sends more is refused
 
 use super::link::Broken;
+use super::progress::{Board, Seen};
 use super::stop::Stop;
+use super::wait::standing;
 use super::wire::{LONGEST, Seal, WireError, decode, encode, read_frame};
 use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
@@ -35,8 +37,8 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// What ranks say to each other.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Word {
-    /// Still there.
-    Beat,
+    /// Still there, and so far, by rank: this one, and at rank 0 all that told it.
+    Beat(Vec<(usize, Seen)>),
     /// All stop, for this reason.
     Stop(Broken),
     /// Goes, as agreed.
@@ -80,6 +82,7 @@ pub struct Control {
 struct Shared {
     rank: usize,
     stop: Arc<Stop>,
+    board: Arc<Board>,
     deadline: Duration,
     peers: Vec<Peer>,
     listener: Mutex<Heard>,
@@ -113,6 +116,7 @@ impl Control {
         rank: usize,
         connections: Vec<Connection>,
         deadline: Duration,
+        board: Arc<Board>,
         stop: Arc<Stop>,
     ) -> std::io::Result<Arc<Control>> {
         let (mut peers, mut ends) = (Vec::new(), Vec::new());
@@ -126,11 +130,12 @@ impl Control {
             peers.push(Peer { rank, name, out, stream, heard, has_left });
         }
         let listener = Mutex::new(Heard::Early(Vec::new()));
-        let shared = Arc::new(Shared { rank, stop, deadline, peers, listener });
+        let shared = Arc::new(Shared { rank, stop, board, deadline, peers, listener });
         let beat = (deadline / 8).min(BEAT);
         for (at, (stream, close, outgoing, open)) in ends.into_iter().enumerate() {
             let (reader, from) = (Arc::clone(&shared), stream.try_clone()?);
-            spawn("control-out", move || speak(stream, close, &outgoing, beat))?;
+            let told = Told::new(&shared, at);
+            spawn("control-out", move || speak(stream, close, &outgoing, beat, told))?;
             spawn("control-in", move || reader.read_all(at, from, open))?;
         }
         let watcher = Arc::downgrade(&shared);
@@ -276,7 +281,13 @@ impl Shared {
     fn act(&self, peer: &Peer, carried: &[u8]) -> Result<(), String> {
         match carried.split_first() {
             Some((&WORD, word)) => match decode(word).map_err(|error| error.to_string())? {
-                Word::Beat => {}
+                Word::Beat(all) => {
+                    // Rank 0 knows of all, the others of themselves.
+                    let is_known = |rank| peer.rank == 0 || rank == peer.rank;
+                    all.into_iter()
+                        .filter(|(rank, _)| *rank != self.rank && is_known(*rank))
+                        .for_each(|(rank, seen)| self.board.note(rank, seen));
+                }
                 Word::Stop(why) => drop(self.stop.set(&why)),
                 Word::Leave => peer.has_left.store(true, Ordering::SeqCst),
             },
@@ -329,22 +340,69 @@ impl Shared {
                     missing: peer.rank,
                     call: format!("its control link with {}", peer.name),
                     seconds: self.deadline.as_secs(),
+                    last: standing(&self.board, peer.rank),
                 });
             }
         }
     }
 }
 
-/// Writes what is to be said to a peer, and a sign of life where nothing is.
-fn speak(mut stream: TcpStream, mut close: Seal, outgoing: &Receiver<Outgoing>, beat: Duration) {
+/// What a peer is told of how far ranks are, and what it was told last.
+struct Told {
+    board: Arc<Board>,
+    ranks: Vec<usize>,
+    last: Vec<Seen>,
+}
+
+impl Told {
+    fn new(shared: &Shared, to: usize) -> Told {
+        let (own, other) = (shared.rank, shared.peers[to].rank);
+        let ranks: Vec<usize> = match own {
+            0 => (0..shared.board.ranks()).filter(|rank| *rank != other).collect(),
+            own => vec![own],
+        };
+        Told { board: Arc::clone(&shared.board), last: vec![Seen::default(); ranks.len()], ranks }
+    }
+
+    /// What changed since.
+    fn news(&mut self) -> Word {
+        let mut news = Vec::new();
+        for (rank, last) in self.ranks.iter().zip(&mut self.last) {
+            let seen = self.board.seen(*rank);
+            if seen != *last {
+                news.push((*rank, seen.clone()));
+                *last = seen;
+            }
+        }
+        Word::Beat(news)
+    }
+}
+
+/// Writes what is to be said to a peer, and every so often a sign of life.
+fn speak(
+    mut stream: TcpStream,
+    mut close: Seal,
+    outgoing: &Receiver<Outgoing>,
+    beat: Duration,
+    mut told: Told,
+) {
+    let mut next = Instant::now() + beat;
     loop {
-        let carried = match outgoing.recv_timeout(beat) {
+        let left = next.saturating_duration_since(Instant::now());
+        let waited = match left.is_zero() {
+            true => Err(RecvTimeoutError::Timeout),
+            false => outgoing.recv_timeout(left),
+        };
+        let carried = match waited {
             Ok(Outgoing::Carried(carried)) => carried,
             Ok(Outgoing::Flush(done)) => {
                 let _ = done.try_send(());
                 continue;
             }
-            Err(RecvTimeoutError::Timeout) => [&[WORD], &encode(&Word::Beat)[..]].concat(),
+            Err(RecvTimeoutError::Timeout) => {
+                next = Instant::now() + beat;
+                [&[WORD], &encode(&told.news())[..]].concat()
+            }
             Err(RecvTimeoutError::Disconnected) => return,
         };
         if stream.write_all(&close.close(&carried)).is_err() {

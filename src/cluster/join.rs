@@ -94,7 +94,8 @@ pub fn join(
             (terms, vec![connection])
         }
     };
-    let control = Control::new(rank, connections, silence, stop);
+    let board = Arc::clone(link.board());
+    let control = Control::new(rank, connections, silence, board, stop);
     let control = control.map_err(|error| joining.failed(format!("control links: {error}")))?;
     Ok(Joined { control, names: terms.names, memory: terms.memory })
 }
@@ -246,7 +247,8 @@ impl Joining<'_> {
 
     fn receive<T: for<'a> Deserialize<'a>>(&self, from: usize, name: &str) -> Result<T, Broken> {
         let call = self.call(name);
-        let frame = self.link.receive(from, Lane::Groups, &call, self.since, self.until)?;
+        let frame = self.link.take(from, Lane::Groups, &call, self.until)?;
+        let frame = frame.ok_or_else(|| self.late(from, call.to_string()))?;
         let unread = |error| self.failed(format!("rank {from} joins with {error}"));
         decode(&frame.bytes).map_err(unread)
     }
@@ -257,7 +259,7 @@ impl Joining<'_> {
 
     fn late(&self, missing: usize, call: String) -> Broken {
         let (rank, seconds) = (self.link.rank(), (self.until - self.since).as_secs());
-        Broken::Late { rank, missing, call, seconds }
+        Broken::Late { rank, missing, call, seconds, last: String::new() }
     }
 }
 

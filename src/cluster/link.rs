@@ -6,10 +6,13 @@
 //!
 //! Invariants:
 //!   * frames of one rank to another arrive once, and in order within a lane
-//!   * no wait is longer than its deadline, and every end of a wait says whom it was for
+//!   * no wait outlasts its deadline without progress of whom it is for, and every end of one says who that was (`wait`)
 
+use super::progress::Board;
+use super::wait;
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// What frames of one rank to another keep their order in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -80,16 +83,20 @@ pub struct Frame {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Broken {
     /// Ranks did not come in time.
-    #[error("rank {rank} waited {seconds} s in {call} for rank {missing}, which did not come")]
+    #[error(
+        "rank {rank} waited {seconds} s in {call} for rank {missing}, which did not come{last}"
+    )]
     Late {
         /// Who waited.
         rank: usize,
         /// For whom.
         missing: usize,
-        /// In which call.
+        /// In which call, and who is between the two.
         call: String,
-        /// How long.
+        /// How long without any progress.
         seconds: u64,
+        /// What the missing one was last at, as the end of a sentence; empty where that is not known.
+        last: String,
     },
     /// Ranks are at different calls.
     #[error("rank {rank} is at {call}, rank {other} at {theirs}")]
@@ -133,16 +140,29 @@ pub trait Link: Send + Sync {
     /// Sends a frame; does not wait for the other to take it.
     fn send(&self, to: usize, frame: Frame) -> Result<(), Broken>;
 
-    /// The next frame of a rank in a lane, for a call that began at `since` and must end at `until`.
+    /// The next frame of a rank in a lane, if it has come by then; `call` is what it is wanted for.
+    fn take(
+        &self,
+        from: usize,
+        lane: Lane,
+        call: &Call,
+        until: Instant,
+    ) -> Result<Option<Frame>, Broken>;
+
+    /// How far the ranks are.
+    fn board(&self) -> &Arc<Board>;
+
+    /// Tells all ranks why this one stops; their waits end with the same words.
+    fn stop(&self, why: &Broken);
+
+    /// The next frame of a rank in a lane. Waits for it for as long as that rank makes progress, and then `deadline`.
     fn receive(
         &self,
         from: usize,
         lane: Lane,
         call: &Call,
-        since: Instant,
-        until: Instant,
-    ) -> Result<Frame, Broken>;
-
-    /// Tells all ranks why this one stops; their waits end with the same words.
-    fn stop(&self, why: &Broken);
+        deadline: Duration,
+    ) -> Result<Frame, Broken> {
+        wait::receive(self, from, lane, call, deadline)
+    }
 }

@@ -4,6 +4,7 @@
 //! several ranks do.
 
 use super::link::{Broken, Call, Frame, Lane, Link};
+use super::progress::Board;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -20,12 +21,13 @@ pub struct Local {
     /// Of each rank, frames that came while another lane's were waited for.
     early: Vec<Mutex<VecDeque<Frame>>>,
     stopped: Arc<Mutex<Option<Broken>>>,
+    board: Arc<Board>,
 }
 
 impl Local {
     /// Links of so many ranks.
     pub fn new(ranks: usize) -> Vec<Local> {
-        let stopped = Arc::new(Mutex::new(None));
+        let (stopped, board) = (Arc::new(Mutex::new(None)), Board::new(ranks));
         // A channel for each ordered pair.
         let mut senders: Vec<Vec<Sender<Frame>>> = (0..ranks).map(|_| Vec::new()).collect();
         let mut receivers = Vec::new();
@@ -37,7 +39,7 @@ impl Local {
         let ends = senders.into_iter().zip(receivers).enumerate();
         let rank = |(rank, (to, from))| {
             let early = (0..ranks).map(|_| Mutex::default()).collect();
-            Local { rank, to, from, early, stopped: stopped.clone() }
+            Local { rank, to, from, early, stopped: stopped.clone(), board: board.clone() }
         };
         ends.map(rank).collect()
     }
@@ -67,20 +69,19 @@ impl Link for Local {
         })
     }
 
-    fn receive(
+    fn take(
         &self,
         from: usize,
         lane: Lane,
         call: &Call,
-        since: Instant,
         until: Instant,
-    ) -> Result<Frame, Broken> {
+    ) -> Result<Option<Frame>, Broken> {
         if let Some(frame) = self.early(from, lane) {
-            return Ok(frame);
+            return Ok(Some(frame));
         }
         loop {
             match self.from[from].recv_deadline(until.min(Instant::now() + LOOK)) {
-                Ok(frame) if frame.lane == lane => return Ok(frame),
+                Ok(frame) if frame.lane == lane => return Ok(Some(frame)),
                 Ok(frame) => {
                     let early = &self.early[from];
                     early.lock().unwrap_or_else(|e| e.into_inner()).push_back(frame);
@@ -95,14 +96,13 @@ impl Link for Local {
                 return Err(why);
             }
             if Instant::now() >= until {
-                return Err(Broken::Late {
-                    rank: self.rank,
-                    missing: from,
-                    call: call.to_string(),
-                    seconds: (until - since).as_secs(),
-                });
+                return Ok(None);
             }
         }
+    }
+
+    fn board(&self) -> &Arc<Board> {
+        &self.board
     }
 
     fn stop(&self, why: &Broken) {

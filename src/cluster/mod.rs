@@ -18,9 +18,11 @@ pub mod mpi;
 #[cfg(feature = "mpi")]
 mod mpi_calls;
 pub mod pipe;
+pub mod progress;
 pub mod stop;
 pub mod team;
 pub mod timeline;
+mod wait;
 pub mod wire;
 
 // What a change of layout sends.
@@ -36,6 +38,7 @@ pub use link::{Broken, Link};
 pub use local::Local;
 pub use mesh::{Mesh, MeshError};
 pub use pipe::Pipe;
+pub use progress::{Board, Work, made, work_for};
 pub use reshard::{Moved, Plan};
 pub use stop::Stop;
 pub use team::Team;

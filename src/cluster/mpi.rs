@@ -12,6 +12,7 @@
 
 use super::link::{Broken, Call, Frame, Lane, Link};
 use super::mpi_calls::{Transfer, World};
+use super::progress::Board;
 use super::stop::Stop;
 use super::wire::{decode, encode};
 use std::collections::VecDeque;
@@ -56,6 +57,7 @@ struct Shared {
     /// By sender.
     inboxes: Vec<Inbox>,
     waiting: AtomicUsize,
+    board: Arc<Board>,
 }
 
 #[derive(Default)]
@@ -149,14 +151,13 @@ impl Link for Mpi {
         Ok(())
     }
 
-    fn receive(
+    fn take(
         &self,
         from: usize,
         lane: Lane,
-        call: &Call,
-        since: Instant,
+        _: &Call,
         until: Instant,
-    ) -> Result<Frame, Broken> {
+    ) -> Result<Option<Frame>, Broken> {
         let shared = &self.shared;
         let inbox = &shared.inboxes[from];
         let take = |frames: &mut VecDeque<Frame>| {
@@ -164,25 +165,28 @@ impl Link for Mpi {
             frames.remove(place)
         };
         if let Some(frame) = take(&mut lock(&inbox.frames)) {
-            return Ok(frame);
+            return Ok(Some(frame));
         }
         let _waiting = Waiting::new(shared);
         let mut frames = lock(&inbox.frames);
         loop {
             if let Some(frame) = take(&mut frames) {
-                return Ok(frame);
+                return Ok(Some(frame));
             }
             if let Some(why) = shared.stop.why() {
                 return Err(why);
             }
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let (seconds, call) = ((until - since).as_secs(), call.to_string());
-                return Err(Broken::Late { rank: shared.rank, missing: from, call, seconds });
+                return Ok(None);
             }
             let waited = inbox.arrived.wait_timeout(frames, left);
             frames = waited.unwrap_or_else(|e| e.into_inner()).0;
         }
+    }
+
+    fn board(&self) -> &Arc<Board> {
+        &self.shared.board
     }
 
     fn stop(&self, why: &Broken) {
@@ -351,7 +355,11 @@ impl Driver {
     fn settle(&mut self, moved: Result<bool, String>) {
         match moved {
             Ok(false) => {}
-            Ok(true) => self.last_event = Instant::now(),
+            Ok(true) => {
+                self.last_event = Instant::now();
+                // A long frame that comes in pieces is progress, too.
+                self.shared.board.moved(self.shared.rank);
+            }
             Err(text) => drop(self.error.get_or_insert((Instant::now(), text))),
         }
         if let Some((since, text)) = &self.error
@@ -425,6 +433,7 @@ fn begin(ready: &SyncSender<Started>, stop: Arc<Stop>) -> Option<(World, Arc<Sha
         changed: Condvar::new(),
         inboxes: (0..world.ranks()).map(|_| Inbox::default()).collect(),
         waiting: AtomicUsize::new(0),
+        board: Board::new(world.ranks()),
     });
     // If nobody takes it the deadline has passed.
     ready.send(Ok((Arc::clone(&shared), World::library()))).ok()?;

@@ -6,7 +6,7 @@
 use super::link::{Broken, Call, Frame, Lane, Link, Operation};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// One end of a pipe.
 pub struct Pipe {
@@ -32,8 +32,8 @@ impl Pipe {
 
     /// Takes as many numbers.
     pub fn receive(&self, name: &str, elements: usize, width: usize) -> Result<Vec<u8>, Broken> {
-        let (call, since) = (self.call(name, elements, width), Instant::now());
-        let frame = self.link.receive(self.other, self.lane, &call, since, since + self.deadline);
+        let call = self.call(name, elements, width);
+        let frame = self.link.receive(self.other, self.lane, &call, self.deadline);
         let frame = frame.inspect_err(|why| self.link.stop(why))?;
         if frame.call == call && frame.bytes.len() == elements * width {
             return Ok(frame.bytes);

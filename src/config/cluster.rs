@@ -22,7 +22,8 @@ pub struct ClusterConfig {
     pub samplers: usize,
     /// Order in which a stage runs the passes of its micro-batches.
     pub schedule: PipelineSchedule,
-    /// Seconds after which a rank that others wait for is named and the run stops.
+    /// Seconds without progress (not one layer, tensor, piece of a file or frame) after which a rank that others wait for is
+    /// named and the run stops; so also a process that is silent for as long. Work that goes on takes as long as it takes.
     pub deadline_seconds: u64,
     /// The layout of sampling.
     pub rollout: RolloutLayout,

@@ -1,9 +1,12 @@
-//! Named points at which a test kills the process, to show that nothing is lost or done twice.
+//! Named points at which a test kills, slows or stops what passes them, to show that nothing is lost or done twice.
 //!
 //! `REHEARSAL_FAIL_AT=name` or `name:n` kills at the n-th passage of the point (the first by
 //! default) with SIGKILL, which no code of ours can soften. `REHEARSAL_FAIL_WITNESS=FILE` gets the
 //! name just before: a test whose witness is empty has tested nothing. Without the variable a
 //! passage costs one atomic read.
+//!
+//! `REHEARSAL_FAIL_HOW` says what else is to happen there: `delay:MS` sleeps so many milliseconds at this and every later
+//! passage, `hang` never goes on, `panic` panics once.
 //!
 //! It stands on the lowest floor because every floor has places where a crash hurts.
 
@@ -11,28 +14,58 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-/// Kills the process here if the environment says so.
+/// Kills the process here if the environment says so, or does what else it says.
 pub fn failpoint(name: &str) {
     static PLAN: OnceLock<Option<Plan>> = OnceLock::new();
     let plan = PLAN.get_or_init(|| {
         let spec = std::env::var("REHEARSAL_FAIL_AT").ok().filter(|s| !s.is_empty())?;
         let witness = std::env::var_os("REHEARSAL_FAIL_WITNESS").map(PathBuf::from);
-        Some(Plan::parse(&spec, witness))
+        let how = std::env::var("REHEARSAL_FAIL_HOW").unwrap_or_default();
+        Some(Plan { how: How::parse(&how), ..Plan::parse(&spec, witness) })
     });
-    if let Some(plan) = plan
-        && plan.is_due(name)
-    {
-        plan.kill();
+    if let Some(plan) = plan {
+        match plan.how {
+            How::Delay(long) if plan.is_delayed(name) => std::thread::sleep(long),
+            How::Delay(_) => {}
+            _ if plan.is_due(name) => plan.fire(),
+            _ => {}
+        }
     }
 }
 
 #[derive(Debug)]
 struct Plan {
     name: String,
+    how: How,
     /// Passages that are still survived, plus one; 0 when the point has fired.
     left: AtomicU64,
     witness: Option<PathBuf>,
+}
+
+/// What happens at the point.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    Kill,
+    Delay(Duration),
+    Hang,
+    Panic,
+}
+
+impl How {
+    fn parse(text: &str) -> How {
+        let delay = text.strip_prefix("delay:").and_then(|millis| millis.parse().ok());
+        match (text, delay) {
+            ("" | "kill", _) => How::Kill,
+            ("hang", _) => How::Hang,
+            ("panic", _) => How::Panic,
+            (_, Some(millis)) => How::Delay(Duration::from_millis(millis)),
+            _ => panic!(
+                "REHEARSAL_FAIL_HOW = {text:?}: expected kill, delay:MILLISECONDS, hang or panic"
+            ),
+        }
+    }
 }
 
 impl Plan {
@@ -44,7 +77,8 @@ impl Plan {
         let passage = passage.unwrap_or_else(|| {
             panic!("REHEARSAL_FAIL_AT = {spec:?}: expected NAME or NAME:N with N at least 1")
         });
-        Plan { name: name.to_string(), left: AtomicU64::new(passage), witness }
+        let (name, how) = (name.to_string(), How::Kill);
+        Plan { name, how, left: AtomicU64::new(passage), witness }
     }
 
     fn is_due(&self, name: &str) -> bool {
@@ -53,7 +87,26 @@ impl Plan {
                 == Ok(1)
     }
 
-    fn kill(&self) -> ! {
+    /// Whether the passage that is named, or a later one, is delayed. The first of them is witnessed.
+    fn is_delayed(&self, name: &str) -> bool {
+        if self.is_due(name) {
+            self.testify();
+        }
+        name == self.name && self.left.load(Ordering::Relaxed) == 0
+    }
+
+    fn fire(&self) {
+        self.testify();
+        match self.how {
+            How::Kill | How::Delay(_) => self.kill(),
+            How::Panic => panic!("panic at the failpoint {}", self.name),
+            How::Hang => loop {
+                std::thread::park();
+            },
+        }
+    }
+
+    fn testify(&self) {
         if let Some(path) = &self.witness {
             let mut file = std::fs::OpenOptions::new()
                 .create(true)
@@ -64,6 +117,9 @@ impl Plan {
             // The kill below must not overtake the witness.
             file.sync_all().expect("the witness file can be written");
         }
+    }
+
+    fn kill(&self) -> ! {
         let me = rustix::process::getpid();
         rustix::process::kill_process(me, rustix::process::Signal::KILL)
             .expect("a process may kill itself");
@@ -83,6 +139,23 @@ mod tests {
         let plan = Plan::parse("checkpoint-write:3", None);
         let fired: Vec<bool> = (0..5).map(|_| plan.is_due("checkpoint-write")).collect();
         assert_eq!(fired, [false, false, true, false, false]);
+    }
+
+    #[test]
+    fn a_delay_begins_at_the_passage_that_is_named_and_lasts() {
+        let plan = Plan::parse("layer-forward:3", None);
+        assert!(!plan.is_delayed("layer-backward"));
+        let delayed: Vec<bool> = (0..5).map(|_| plan.is_delayed("layer-forward")).collect();
+        assert_eq!(delayed, [false, false, true, true, true]);
+        assert!(!plan.is_delayed("layer-backward"));
+        assert_eq!(How::parse("delay:70"), How::Delay(Duration::from_millis(70)));
+        assert_eq!(["", "hang", "panic"].map(How::parse), [How::Kill, How::Hang, How::Panic]);
+    }
+
+    #[test]
+    #[should_panic(expected = "expected kill, delay:MILLISECONDS, hang or panic")]
+    fn an_unknown_way_to_fail_is_refused_too() {
+        How::parse("delay:soon");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::scoring::ROWS_AT_ONCE;
 use super::switch::{Switch, Way, sampled};
 use super::transfers::Transfers;
 use super::utilisation::Chores;
-use crate::cluster::{Group, Team, Timeline};
+use crate::cluster::{Group, Team, Timeline, work_for};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
@@ -119,6 +119,8 @@ impl HybridEngine {
 
     /// The same; what it does is counted if a profile is given.
     pub fn profiled(setup: EngineSetup, profile: Option<Arc<Profile>>) -> Result<HybridEngine> {
+        // An engine is made on the thread that will own it.
+        work_for(setup.team.link.board(), setup.team.rank());
         std::fs::create_dir_all(&setup.spill)
             .with_context(|| format!("failed to create {}", setup.spill.display()))?;
         let arena = Arena::new(setup.engine.budget.map(|b| b.0));

@@ -10,6 +10,7 @@
 
 use super::offload_plan::Tier;
 use super::transfers::{HostRoom, Job, Transfers};
+use crate::cluster::{Work, made};
 use crate::config::fault::Fault;
 use anyhow::Result;
 use rehearsal_kernels::{Arena, Below, DType, Owner, Slab, SlabCopy, SlabReader};
@@ -70,7 +71,9 @@ impl Moving {
         Moving { is_read, called_off: Arc::default() }
     }
 
+    /// Asked between pieces of it.
     fn goes_on(&self) -> bool {
+        made(Work::Park);
         !self.called_off.load(Ordering::Relaxed)
     }
 }

@@ -10,6 +10,7 @@
 use super::offload::Slot;
 use super::offload_plan::{Bandwidth, Tier};
 use super::timeline::Recorder;
+use crate::cluster::progress::beside;
 use rehearsal_kernels::{Arena, Kind};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -90,7 +91,7 @@ impl Transfers {
             let this = self.clone();
             let spawned = std::thread::Builder::new().name("transfers".to_string());
             // A system that starts no thread has the device move everything itself.
-            let Ok(spawned) = spawned.spawn(move || this.work()) else { return };
+            let Ok(spawned) = spawned.spawn(beside(move || this.work())) else { return };
             *thread = Some(spawned);
         }
         lock(&self.queue).jobs.push_back(job);

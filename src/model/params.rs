@@ -11,6 +11,7 @@
 
 use super::part::Part;
 use super::placement;
+use crate::cluster::{Work, made};
 use crate::config::{Attention, ModelConfig};
 use anyhow::{Result, ensure};
 use rehearsal_kernels::random::{self, Stream};
@@ -353,6 +354,7 @@ impl Params {
                 _ => elements.map(|element| draw(element) as f32).collect(),
             };
             kernels.upload(&values, &mut self.slab.tensor_mut(index));
+            made(Work::Read);
         }
     }
 
@@ -373,6 +375,7 @@ impl Params {
                 spec.shape()
             );
             kernels.upload(&values, &mut self.slab.tensor_mut(index));
+            made(Work::Read);
         }
         Ok(())
     }

@@ -18,6 +18,7 @@ use super::pass::{Pass, PassError, floats, indices};
 use super::prefill::SamplerRows;
 use super::tensor_ranks::TensorRanks;
 use crate::cluster::layout::Share;
+use crate::cluster::{Work, made};
 use crate::config::ModelConfig;
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::routing::Balance;
@@ -165,7 +166,11 @@ impl Transformer {
         let packing = Packing { kernels, owner, version, format, training, ranks };
         let experts = || self.experts.clone();
         let configs = [&self.config, &self.here];
-        let block = |index| Block::pack(&packing, params, configs, index, pack, experts());
+        let block = |index| {
+            let block = Block::pack(&packing, params, configs, index, pack, experts())?;
+            made(Work::Pack);
+            Ok(block)
+        };
         Ok(PackedModel {
             form: pack.form,
             prefill: pack.prefill,
@@ -207,6 +212,7 @@ impl Transformer {
         let mut x = self.embed(pass.kernels, params, &pass.documents.tokens)?;
         for block in &packed.blocks {
             x = block.forward(pass, params, x)?.0;
+            made(Work::Forward);
         }
         Ok(x)
     }
@@ -230,6 +236,7 @@ impl Transformer {
         for (place, block) in packed.blocks[places].iter().enumerate() {
             let input = if place < pass.recompute { Some(pass.copy(&x)?) } else { None };
             let (y, saved) = block.forward(pass, params, x)?;
+            made(Work::Forward);
             blocks.push(input.map_or_else(|| Kept::All(saved), Kept::Input));
             x = y;
         }
@@ -256,6 +263,7 @@ impl Transformer {
             let (below, pending) = block.backward_input(pass, params, &saved, dx)?;
             block.backward_weight(pass, &saved, &pending, gradients);
             routings.extend(block.routing(pass.kernels, &saved, &pending));
+            made(Work::Backward);
             dx = below;
         }
         routings.reverse();
@@ -284,6 +292,7 @@ impl Transformer {
             let saved = Transformer::again(pass, params, block, kept)?;
             let (below, pending) = block.backward_input(pass, params, &saved, dx)?;
             blocks.push((saved, pending));
+            made(Work::Backward);
             dx = below;
         }
         match self.tokens_enter(piece) {
@@ -306,6 +315,7 @@ impl Transformer {
         for (block, (saved, pending)) in blocks.zip(pending.blocks) {
             block.backward_weight(pass, &saved, &pending, gradients);
             routings.extend(block.routing(pass.kernels, &saved, &pending));
+            made(Work::Backward);
         }
         routings.reverse();
         if let Some(dx) = pending.embedded {
@@ -343,7 +353,11 @@ impl Transformer {
     /// Takes part in a forward pass of the ranks that share this one's experts, without a row of its own.
     pub fn stand_by(&self, kernels: &dyn Kernels, packed: &PackedModel) -> Result<(), PassError> {
         let width = self.config.hidden_size;
-        packed.blocks.iter().try_for_each(|block| block.stand_by(kernels, width))
+        packed.blocks.iter().try_for_each(|block| {
+            block.stand_by(kernels, width)?;
+            made(Work::Forward);
+            Ok(())
+        })
     }
 
     /// Whether any of the ranks that share experts has rows for another pass.
@@ -374,6 +388,7 @@ impl Transformer {
         for (block, layer) in packed.blocks.iter().zip(&mut cache.layers) {
             let layer = &mut LayerCache { rows: layer, layout: cache.layout };
             block.decode(kernels, params, &mut x, &self.rope, &placed, layer)?;
+            made(Work::Sample);
         }
         packed.heads().logits(kernels, params, &x, &rows.wanted)
     }

@@ -4,6 +4,7 @@
 //! another: those that this rank answers for.
 
 use crate::cluster::layout::Run;
+use crate::cluster::{Work, made};
 use crate::config::stage::OptimizerConfig;
 use crate::model::{Gradients, Params};
 use rehearsal_kernels::{AdamW, Arena, Kernels, Kind, OutOfMemory, Slab};
@@ -66,6 +67,7 @@ impl Optimizer {
                 &mut self.first.tensor_mut(place),
                 &mut self.second.tensor_mut(place),
             );
+            made(Work::Update);
         }
     }
 
@@ -83,6 +85,7 @@ impl Optimizer {
         for (place, Run { tensor, elements }) in runs.iter().enumerate() {
             let weights = params.slab.run(*tensor, elements.clone());
             kernels.copy(&weights, &mut before.weights.tensor_mut(place));
+            made(Work::Update);
         }
         kernels.copy(&self.first.whole(), &mut before.first.whole_mut());
         kernels.copy(&self.second.whole(), &mut before.second.whole_mut());
@@ -101,6 +104,7 @@ impl Optimizer {
         for (place, Run { tensor, elements }) in runs.iter().enumerate() {
             let mut weights = params.slab.run_mut(*tensor, elements.clone());
             kernels.copy(&before.weights.tensor(place), &mut weights);
+            made(Work::Update);
         }
         kernels.copy(&before.first.whole(), &mut self.first.whole_mut());
         kernels.copy(&before.second.whole(), &mut self.second.whole_mut());

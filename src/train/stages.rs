@@ -11,7 +11,7 @@ use super::objective::{Micro, Tally};
 use super::pipeline::{Entry, Kind, Pass as Step, Schedule};
 use super::step::{StepSettings, Trainee};
 use super::{Items, Ranks};
-use crate::cluster::{Broken, Doing, Pipe};
+use crate::cluster::{Broken, Doing, Pipe, Work, made};
 use crate::config::failpoint::failpoint;
 use crate::model::moe::Routing;
 use crate::model::pass::{floats, indices};
@@ -239,6 +239,7 @@ impl Stages<'_, '_> {
                 gradients: self.trainee.gradients,
             };
             self.items.evaluate(flight.range.clone(), &mut micro, &mut self.summed.tally)?;
+            made(Work::Backward);
         }
         Ok(d_hidden)
     }

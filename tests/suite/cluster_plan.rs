@@ -290,7 +290,10 @@ fn layouts_and_assumptions_that_cannot_be_are_refused_with_those_that_can() {
         ("cluster.hardware.compute_dtype=fp9", "did you mean"),
         ("cluster.hardware.peak_flop=1", "did you mean `peak_flops`?"),
         ("cluster.hardware={device=\"X\"}", "has no key `devices_per_node`"),
-        ("cluster.pipeline=40 cluster.schedule=zb-v", "two pieces of the stack, and the model has 60 layers"),
+        (
+            "cluster.pipeline=40 cluster.schedule=zb-v",
+            "two pieces of the stack, and the model has 60 layers",
+        ),
     ] {
         let extra: Vec<&str> = set.split(' ').flat_map(|set| ["--set", set]).collect();
         let (ok, text) = check(V2, &extra);

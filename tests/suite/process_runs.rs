@@ -49,7 +49,13 @@ fn over_two(out: &Path, settings: &[&str], second: Vec<String>) -> Command {
 
 /// Two ranks, the second of which kills itself before a job.
 fn over_two_with_death(out: &Path, settings: &[&str], job: &str) -> Command {
-    let mut second = vec!["env".to_string(), format!("REHEARSAL_FAIL_AT={job}")];
+    over_two_with_fault(out, settings, job, "kill")
+}
+
+/// Two ranks, the second of which does something else at a failpoint.
+fn over_two_with_fault(out: &Path, settings: &[&str], point: &str, how: &str) -> Command {
+    let mut second = vec!["env".to_string(), format!("REHEARSAL_FAIL_AT={point}")];
+    second.push(format!("REHEARSAL_FAIL_HOW={how}"));
     second.push(format!("REHEARSAL_FAIL_WITNESS={}", out.with_extension("witness").display()));
     second.extend(rank(&program(), out, settings, &[]));
     over_two(out, settings, second)
@@ -223,6 +229,50 @@ fn a_process_that_hangs_is_named_within_the_deadline_and_ended() {
     let seconds = began.elapsed().as_secs_f64();
     check_failed(&output, &out, &["rank 0 of 2 ends: rank 0 waited 2 s in", "for rank 1"]);
     assert!(seconds < 15.0, "after {seconds} s");
+}
+
+/// Few steps, and a deadline of two seconds.
+const SHORT: [&str; 4] = [
+    "cluster.data=2",
+    "stage.base.steps=6",
+    "checkpoint.every_steps=3",
+    "cluster.deadline_seconds=2",
+];
+
+#[test]
+fn a_process_that_works_for_longer_than_the_deadline_ends_no_run() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    // From its first layer on, each of them takes a part of the deadline, and a step several deadlines.
+    let mut slow = over_two_with_fault(&out, &SHORT, "layer-backward:1", "delay:700");
+    let (began, mut child) = (Instant::now(), slow.spawn().unwrap());
+    let until = began + 3 * PATIENCE;
+    while steps(&out).len() < 2 {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended");
+        assert!(Instant::now() < until, "no step was made");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let seconds = steps(&out)[1]["seconds"].as_f64().unwrap();
+    assert!(seconds > 2.0, "a step takes longer than the deadline: {seconds} s");
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    child.wait().unwrap();
+    check_nothing_is_left(&out);
+}
+
+#[test]
+fn a_process_that_is_stuck_is_named_with_what_it_did_last() {
+    let folder = TempDir::new().unwrap();
+    for (point, last) in [
+        ("layer-backward:3", "the last that it did was a layer's"),
+        ("tensor-written:5", "the last that it did was to write a tensor"),
+    ] {
+        let out = folder.path().join(point.replace(':', "-"));
+        let began = Instant::now();
+        let output = over_two_with_fault(&out, &SHORT, point, "hang").output().unwrap();
+        let late = "rank 0 of 2 ends: rank 0 waited 2 s in";
+        check_failed(&output, &out, &[late, "for rank 1, which did not come", last]);
+        assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
+    }
 }
 
 #[test]

@@ -6,7 +6,9 @@
 
 use crate::mpirun::{CHECK, check_command, ranks_check, text};
 use rehearsal::cluster::link::{Call, Frame, Lane, Operation};
-use rehearsal::cluster::{Broken, Group, Ident, Joined, Link, Mpi, Stop, join};
+use rehearsal::cluster::{
+    Broken, Group, Ident, Joined, Link, Mpi, Stop, Work, join, made, work_for,
+};
 use rustix::process::{Signal, getpid, kill_process};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -61,6 +63,8 @@ fn as_a_rank() {
         "lanes" => lanes(Rank::start(None)),
         "overlap" => overlap(Rank::start(None)),
         "late" => late(Rank::start(None)),
+        "slow" => slow(Rank::start(None)),
+        "stuck" => stuck(Rank::start(None)),
         "apart" => apart(Rank::start(None)),
         "killed" => lost(Rank::start(None), Signal::KILL),
         "stopped" => lost(Rank::start(None), Signal::STOP),
@@ -123,11 +127,11 @@ fn lanes(rank: Rank) {
             rank.mpi.send(to, frame).unwrap();
         }
     }
-    let (from, now) = ((own + ranks - 1) % ranks, Instant::now());
+    let from = (own + ranks - 1) % ranks;
     for (at, lane) in lanes.into_iter().enumerate().rev() {
         for number in 0..6 {
             let wanted = frame(lane, number, Vec::new()).call;
-            let got = rank.mpi.receive(from, lane, &wanted, now, now + DEADLINE).unwrap();
+            let got = rank.mpi.receive(from, lane, &wanted, DEADLINE).unwrap();
             assert_eq!((got.lane, got.call.number), (lane, number));
             assert!(got.bytes == vec![number as u8; bytes(at, number)], "{lane:?} {number}");
         }
@@ -146,7 +150,7 @@ fn overlap(rank: Rank) {
             std::hint::black_box(value(1, 2));
         }
     } else {
-        rank.mpi.receive(0, Lane::Up(0), &call, began, began + DEADLINE).unwrap();
+        rank.mpi.receive(0, Lane::Up(0), &call, DEADLINE).unwrap();
         let seconds = began.elapsed().as_secs_f64();
         assert!(seconds < 1.2, "it came after {seconds} s, when the sender was through");
     }
@@ -176,6 +180,68 @@ fn late(rank: Rank) {
     println!("rank {} passed late", rank.rank());
     // mpirun ends all others when the first one goes without leave.
     while began.elapsed() < Duration::from_millis(2500) {
+        std::thread::yield_now();
+    }
+    std::process::exit(0);
+}
+
+/// A silence of two seconds is borne. A rank that works for five, piece by piece, is waited for: in a call with it, and by
+/// one that waits for another that waits for it. Rank 0 tells them of each other.
+fn slow(rank: Rank) {
+    let joined = rank.join();
+    let group = rank.group(Duration::from_secs(2));
+    group.barrier("begin").unwrap();
+    work_for(rank.mpi.board(), rank.rank());
+    let (last, began) = (rank.mpi.ranks() - 1, Instant::now());
+    if rank.rank() == last {
+        for _ in 0..10 {
+            std::thread::sleep(Duration::from_millis(500));
+            made(Work::Backward);
+        }
+    }
+    let seconds = Duration::from_secs(2);
+    let pair = |ranks: [usize; 2]| Group::new(rank.mpi.clone(), ranks.to_vec(), seconds);
+    if rank.rank() > 0 {
+        pair([1, last]).barrier("gradients").unwrap();
+    }
+    if rank.rank() < 2 {
+        pair([0, 1]).barrier("tokens").unwrap();
+    }
+    group.barrier("end").unwrap();
+    assert!(began.elapsed() > Duration::from_secs(5), "{:?}", began.elapsed());
+    joined.control.leave();
+    rank.passed("slow");
+}
+
+/// A rank that does nothing any more, though its process speaks, is named on all others: also on one that waits for another.
+fn stuck(rank: Rank) {
+    let joined = rank.join();
+    let deadline = Duration::from_secs(2);
+    rank.group(DEADLINE).barrier("begin").unwrap();
+    let (last, began) = (rank.mpi.ranks() - 1, Instant::now());
+    let pair = |ranks: [usize; 2], deadline| Group::new(rank.mpi.clone(), ranks.to_vec(), deadline);
+    let why = match rank.rank() {
+        // Rank 0 alone would give up, and cannot see more of the last rank than what is told.
+        0 => pair([0, 1], deadline).barrier("tokens").unwrap_err(),
+        1 => pair([1, last], DEADLINE).barrier("gradients").unwrap_err(),
+        _ => {
+            rank.mpi.board().made(last, Work::Pack);
+            while began.elapsed() < Duration::from_secs(5) {
+                std::thread::yield_now();
+            }
+            rank.stop.why().expect("it was named, and hears of it")
+        }
+    };
+    let seconds = began.elapsed().as_secs_f64();
+    assert!(rank.rank() == last || seconds < 4.0, "after {seconds} s: {why}");
+    assert!(matches!(why, Broken::Late { rank: 0, missing, .. } if missing == last), "{why}");
+    let text = why.to_string();
+    for part in ["tokens for rank 1, which waits in", "gradients for rank 2", "to pack a layer's"] {
+        assert!(text.contains(part), "{text}");
+    }
+    println!("rank {} passed after {seconds:.2} s: {why}", rank.rank());
+    joined.control.flush();
+    while began.elapsed() < Duration::from_secs(6) {
         std::thread::yield_now();
     }
     std::process::exit(0);
@@ -215,8 +281,7 @@ fn lost(rank: Rank, signal: Signal) {
     } else {
         // Not before all others have left the barrier, where they would hear of it.
         for other in 0..last {
-            let until = began + DEADLINE;
-            rank.mpi.receive(other, ready.lane, &ready.call, began, until).unwrap();
+            rank.mpi.receive(other, ready.lane, &ready.call, DEADLINE).unwrap();
         }
         kill_process(getpid(), signal).unwrap();
         // The signal may come to another thread first; this one must not go on.
@@ -304,6 +369,16 @@ fn a_frame_arrives_while_its_sender_computes() {
 #[test]
 fn a_process_that_does_not_come_is_named_at_the_deadline() {
     check_passed(3, &text(&ranks_check(3, "late")));
+}
+
+#[test]
+fn a_process_that_works_for_longer_than_the_deadline_is_waited_for() {
+    check_passes(3, "slow");
+}
+
+#[test]
+fn a_process_that_is_stuck_is_named_by_one_that_waits_for_who_waits_for_it() {
+    check_passed(3, &text(&ranks_check(3, "stuck")));
 }
 
 #[test]

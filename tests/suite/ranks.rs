@@ -8,7 +8,7 @@ use rehearsal::cluster::layout::Sampling;
 use rehearsal::cluster::link::{Call, Frame, Lane};
 use rehearsal::cluster::mesh::Load;
 use rehearsal::cluster::timeline::{Span, overlap};
-use rehearsal::cluster::{Broken, Doing, Link, Local, Mesh, Team, Timeline};
+use rehearsal::cluster::{Board, Broken, Doing, Link, Local, Mesh, Team, Timeline};
 use rehearsal::config::ModelConfig;
 use rehearsal::config::cluster::PipelineSchedule::{self, *};
 use rehearsal::config::engine::AttentionForm;
@@ -65,6 +65,8 @@ pub struct Outcome {
     pub sent: u64,
 }
 
+type Taken = Result<Option<Frame>, Broken>;
+
 /// A link that counts the bytes it sends.
 pub struct Counted {
     pub inner: Local,
@@ -81,15 +83,12 @@ impl Link for Counted {
         self.inner.send(to, frame)
     }
 
-    fn receive(
-        &self,
-        from: usize,
-        lane: Lane,
-        call: &Call,
-        since: Instant,
-        until: Instant,
-    ) -> Result<Frame, Broken> {
-        self.inner.receive(from, lane, call, since, until)
+    fn take(&self, from: usize, lane: Lane, call: &Call, by: Instant) -> Taken {
+        self.inner.take(from, lane, call, by)
+    }
+
+    fn board(&self) -> &Arc<Board> {
+        self.inner.board()
     }
 
     fn stop(&self, why: &Broken) {

@@ -1,7 +1,8 @@
 //! Joining and control links, with threads as ranks and TCP on the loopback between them.
 
 use super::*;
-use crate::cluster::{Letter, Local};
+use crate::cluster::progress::Seen;
+use crate::cluster::{Board, Letter, Local, Work};
 use std::sync::mpsc::Receiver;
 use std::thread;
 
@@ -112,6 +113,14 @@ fn a_rank_that_goes_without_leave_is_named_on_all_others_and_one_with_leave_is_n
     assert_eq!(ranks[0].control.stop().why(), None);
 }
 
+/// A sign of life that tells so many pieces of work of ranks.
+fn beat(ranks: &[(usize, u64)]) -> Vec<u8> {
+    let seen = |count| Seen { count, last: Work::Forward, waits: None };
+    let told: Vec<(usize, Seen)> =
+        ranks.iter().map(|(rank, count)| (*rank, seen(*count))).collect();
+    [&[0][..], &encode(&BTreeMap::from([("Beat", told)]))].concat()
+}
+
 #[test]
 fn silence_is_named_at_its_deadline_and_a_beat_is_none() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
@@ -122,20 +131,24 @@ fn silence_is_named_at_its_deadline_and_a_beat_is_none() {
     let (close, open) = (Seal::new(secret, 0, 1), Seal::new(secret, 1, 0));
     let connection = Connection { rank: 1, name: "process 7 on there".into(), stream, close, open };
     let deadline = Duration::from_secs(1);
-    let control = Control::new(0, vec![connection], deadline, Arc::clone(&stop)).unwrap();
+    let board = Board::new(3);
+    let control = Control::new(0, vec![connection], deadline, board.clone(), stop.clone()).unwrap();
     let began = Instant::now();
     // It speaks for some time, and then no more.
     let mut seal = Seal::new(secret, 1, 0);
-    let beat = [&[0][..], &encode("Beat")].concat();
-    for _ in 0..8 {
+    for count in 0..8 {
         thread::sleep(Duration::from_millis(200));
-        silent.write_all(&seal.close(&beat)).unwrap();
+        silent.write_all(&seal.close(&beat(&[(1, count), (2, 9), (7, 9)]))).unwrap();
     }
+    thread::sleep(Duration::from_millis(100));
     assert_eq!(stop.why(), None, "it was heard");
+    assert_eq!([0, 1, 2].map(|rank| board.count(rank)), [0, 7, 0], "it tells of itself alone");
     let joined = Joined { control, names: Vec::new(), memory: None };
     let why = why(&joined);
     assert!(matches!(why, Broken::Late { missing: 1, seconds: 1, .. }), "{why}");
-    assert!(why.to_string().contains("process 7 on there"), "{why}");
+    for part in ["process 7 on there", "; the last that it did was a layer's forward pass"] {
+        assert!(why.to_string().contains(part), "{why}");
+    }
     assert!(
         began.elapsed() > Duration::from_millis(2500) && began.elapsed() < Duration::from_secs(5)
     );
@@ -149,14 +162,14 @@ fn refused(frames: impl FnOnce(Secret) -> Vec<Vec<u8>>) -> String {
     let (secret, stop) = (Secret { key: [1; 32], epoch: 2 }, Arc::new(Stop::default()));
     let (close, open) = (Seal::new(secret, 0, 1), Seal::new(secret, 1, 0));
     let connection = Connection { rank: 1, name: "process 7 on there".into(), stream, close, open };
-    let control = Control::new(0, vec![connection], PATIENCE, stop).unwrap();
+    let control = Control::new(0, vec![connection], PATIENCE, Board::new(2), stop).unwrap();
     frames(secret).iter().for_each(|frame| other.write_all(frame).unwrap());
     why(&Joined { control, names: Vec::new(), memory: None }).to_string()
 }
 
 #[test]
 fn a_frame_without_the_secret_of_another_run_or_replayed_is_refused_by_name() {
-    let beat = [&[0][..], &encode("Beat")].concat();
+    let beat = beat(&[]);
     let text = refused(|secret| {
         let wrong = Secret { key: [9; 32], ..secret };
         vec![Seal::new(wrong, 1, 0).close(&beat)]

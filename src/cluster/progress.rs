@@ -1,0 +1,262 @@
+//! Progress: that a rank goes on, as those see it who wait for it.
+//!
+//! A rank counts what it does piece by piece: a layer, a tensor read, a frame taken. Whoever waits for it (`wait`) is patient
+//! for as long as the count moves. Threads of one process see each other's counts; processes tell theirs over the control
+//! links. The thread that does a rank's work says so once ([`work_for`]), and what it does is counted wherever it is done
+//! ([`made`]), which costs an addition. Each kind of work is a failpoint, too.
+//!
+//! Invariant: a count moves by work that ends, never by waiting.
+
+use crate::config::failpoint::failpoint;
+use serde::{Deserialize, Serialize};
+use std::cell::RefCell;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// A piece of work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Work {
+    /// None so far.
+    #[default]
+    Nothing,
+    /// A frame of another rank was taken.
+    Take,
+    /// A layer's forward pass, of training or scoring.
+    Forward,
+    /// A layer's backward pass, or a part of it.
+    Backward,
+    /// A layer's pass of sampling.
+    Sample,
+    /// A layer's weights were packed.
+    Pack,
+    /// Some of a tensor was updated.
+    Update,
+    /// A tensor was drawn, loaded or read.
+    Read,
+    /// A tensor was written.
+    Write,
+    /// Some of a file was hashed.
+    Hash,
+    /// Weights or moments went to the device or away from it.
+    Park,
+}
+
+/// All kinds, by their number.
+const KINDS: [Work; 11] = [
+    Work::Nothing,
+    Work::Take,
+    Work::Forward,
+    Work::Backward,
+    Work::Sample,
+    Work::Pack,
+    Work::Update,
+    Work::Read,
+    Work::Write,
+    Work::Hash,
+    Work::Park,
+];
+
+impl Work {
+    /// The failpoint.
+    pub fn point(self) -> &'static str {
+        match self {
+            Work::Nothing => "nothing-done",
+            Work::Take => "frame-taken",
+            Work::Forward => "layer-forward",
+            Work::Backward => "layer-backward",
+            Work::Sample => "layer-sampled",
+            Work::Pack => "layer-packed",
+            Work::Update => "tensor-updated",
+            Work::Read => "tensor-read",
+            Work::Write => "tensor-written",
+            Work::Hash => "piece-hashed",
+            Work::Park => "slab-moved",
+        }
+    }
+}
+
+impl std::fmt::Display for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Work::Nothing => "nothing",
+            Work::Take => "to take a frame",
+            Work::Forward => "a layer's forward pass",
+            Work::Backward => "a layer's backward pass",
+            Work::Sample => "a layer's pass of sampling",
+            Work::Pack => "to pack a layer's weights",
+            Work::Update => "to update a tensor",
+            Work::Read => "to read a tensor",
+            Work::Write => "to write a tensor",
+            Work::Hash => "to hash a file",
+            Work::Park => "to move weights to or from the device",
+        })
+    }
+}
+
+/// A rank that is waited for, and in which call.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Waited {
+    /// Which.
+    pub rank: usize,
+    /// The call.
+    pub call: String,
+}
+
+/// How far a rank is, as it tells others.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seen {
+    /// Pieces of work so far.
+    pub count: u64,
+    /// The last of them.
+    pub last: Work,
+    /// For whom it waits, if it has waited for a while.
+    pub waits: Option<Waited>,
+}
+
+/// How far all ranks are.
+pub struct Board {
+    ranks: Box<[Progress]>,
+}
+
+#[derive(Default)]
+struct Progress {
+    count: AtomicU64,
+    last: AtomicU8,
+    waits: Mutex<Option<Waited>>,
+}
+
+impl Board {
+    /// So many ranks that have done nothing.
+    pub fn new(ranks: usize) -> Arc<Board> {
+        Arc::new(Board { ranks: (0..ranks).map(|_| Progress::default()).collect() })
+    }
+
+    /// How many ranks there are.
+    pub fn ranks(&self) -> usize {
+        self.ranks.len()
+    }
+
+    /// Counts a piece of work.
+    pub fn made(&self, rank: usize, work: Work) {
+        let own = &self.ranks[rank];
+        own.last.store(work as u8, Ordering::Relaxed);
+        own.count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Counts a transfer that ended beside whatever the rank does.
+    pub fn moved(&self, rank: usize) {
+        self.ranks[rank].count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Pieces of work so far.
+    pub fn count(&self, rank: usize) -> u64 {
+        self.ranks[rank].count.load(Ordering::Relaxed)
+    }
+
+    /// The last of them.
+    pub fn last(&self, rank: usize) -> Work {
+        KINDS[usize::from(self.ranks[rank].last.load(Ordering::Relaxed))]
+    }
+
+    /// For whom a rank waits, if it has waited for a while.
+    pub fn waits(&self, rank: usize) -> Option<Waited> {
+        self.ranks[rank].waits().clone()
+    }
+
+    /// Tells the others for whom a rank waits, until the guard is dropped.
+    pub fn wait_for(&self, rank: usize, other: usize, call: String) -> impl Drop + '_ {
+        struct Guard<'a>(&'a Progress);
+        impl Drop for Guard<'_> {
+            fn drop(&mut self) {
+                self.0.waits().take();
+            }
+        }
+        self.ranks[rank].waits().replace(Waited { rank: other, call });
+        Guard(&self.ranks[rank])
+    }
+
+    /// How far a rank is.
+    pub fn seen(&self, rank: usize) -> Seen {
+        Seen { count: self.count(rank), last: self.last(rank), waits: self.waits(rank) }
+    }
+
+    /// Notes what a rank of another process told of itself; of a rank that is not there, nothing.
+    pub fn note(&self, rank: usize, seen: Seen) {
+        let Some(other) = self.ranks.get(rank) else { return };
+        other.last.store(seen.last as u8, Ordering::Relaxed);
+        other.count.store(seen.count, Ordering::Relaxed);
+        *other.waits() = seen.waits.filter(|waited| waited.rank < self.ranks.len());
+    }
+}
+
+impl Progress {
+    fn waits(&self) -> MutexGuard<'_, Option<Waited>> {
+        self.waits.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+thread_local! {
+    static OWN: RefCell<Option<(Arc<Board>, usize)>> = const { RefCell::new(None) };
+}
+
+/// What this thread does from now on is work of `rank`.
+pub fn work_for(board: &Arc<Board>, rank: usize) {
+    OWN.with(|own| own.replace(Some((Arc::clone(board), rank))));
+}
+
+/// Work for a thread of its own, which is work of the same rank as this one's.
+pub fn beside<T>(work: impl FnOnce() -> T) -> impl FnOnce() -> T {
+    let own = OWN.with(|own| own.borrow().clone());
+    move || {
+        OWN.with(|here| here.replace(own));
+        work()
+    }
+}
+
+/// Counts a piece of work of the rank that this thread works for, if it works for one.
+pub fn made(work: Work) {
+    // Before it is counted: what is stuck here has not moved.
+    failpoint(work.point());
+    OWN.with(|own| {
+        if let Some((board, rank)) = &*own.borrow() {
+            board.made(*rank, work);
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_kind_of_work_is_at_its_number_and_has_a_point_of_its_own() {
+        let points: std::collections::BTreeSet<_> = KINDS.iter().map(|kind| kind.point()).collect();
+        assert_eq!(points.len(), KINDS.len());
+        for (number, kind) in KINDS.into_iter().enumerate() {
+            assert_eq!(kind as usize, number);
+        }
+    }
+
+    #[test]
+    fn what_a_thread_does_is_counted_for_its_rank_and_told_as_it_is() {
+        let (board, elsewhere) = (Board::new(3), Board::new(3));
+        made(Work::Read);
+        work_for(&board, 1);
+        made(Work::Forward);
+        made(Work::Hash);
+        std::thread::spawn(beside(|| made(Work::Hash))).join().unwrap();
+        assert_eq!([0, 1, 2].map(|rank| board.count(rank)), [0, 3, 0]);
+        let waiting = board.wait_for(1, 2, "a call".to_string());
+        elsewhere.note(1, board.seen(1));
+        assert_eq!(elsewhere.seen(1), board.seen(1));
+        assert_eq!(elsewhere.last(1), Work::Hash);
+        assert_eq!(elsewhere.waits(1).map(|waited| waited.rank), Some(2));
+        drop(waiting);
+        assert_eq!(board.waits(1), None);
+        // What nobody should have told harms nobody.
+        elsewhere.note(3, Seen::default());
+        let waits = Some(Waited { rank: 9, call: String::new() });
+        elsewhere.note(0, Seen { waits, ..Seen::default() });
+        assert_eq!(elsewhere.waits(0), None);
+    }
+}

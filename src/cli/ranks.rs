@@ -9,7 +9,8 @@ use super::machine::{free_memory, share_for_arenas};
 use crate::actors::{Processes, dismiss};
 use crate::cluster::layout::Sampling;
 use crate::cluster::{Broken, Control, Mesh, Team};
-use crate::config::{Fault, Loaded};
+use crate::config::stage::StageKind;
+use crate::config::{Dtype, Fault, Loaded, Stage};
 use anyhow::Result;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -23,6 +24,8 @@ pub struct Ranks {
     pub memory: Option<u64>,
     /// Every rank's process and host.
     names: Vec<String>,
+    /// What was agreed on because a rank cannot do what was asked for.
+    note: Option<String>,
     #[cfg(feature = "mpi")]
     mpi: Arc<crate::cluster::Mpi>,
 }
@@ -69,6 +72,17 @@ fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
         let path: Vec<&str> = std::iter::once("cluster").chain(error.path()).collect();
         loaded.fault(&path, error.to_string())
     })?)
+}
+
+/// What a person is told where rollouts are to be sampled from integers and some ranks have no instructions for them.
+fn without_integers(loaded: &Loaded, lack: &[usize], names: &[String]) -> Option<String> {
+    let wants = |stage: &Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.rollout_dtype == Dtype::Int8);
+    let rank = lack.first().filter(|_| loaded.config.stages.iter().any(wants))?;
+    let (name, others) = (&names[*rank], lack.len() - 1);
+    let others = if others > 0 { format!(" (nor have {others} more)") } else { String::new() };
+    Some(format!(
+        "rank {rank}, {name}, has no instructions for products of integers{others}: all ranks sample from f32 weights"
+    ))
 }
 
 /// Threads of a rank that is told no number: its share of the cores, unless it was bound to its own.
@@ -123,6 +137,7 @@ mod over_mpi {
     use super::*;
     use crate::cluster::{Ident, Joined, Link, Mpi, Stop, join};
     use anyhow::Context;
+    use rehearsal_kernels::{Arena, CpuKernels, Kernels};
     use std::time::Duration;
 
     impl Ranks {
@@ -140,6 +155,7 @@ mod over_mpi {
                 binary: blake3::hash(&binary).to_hex().to_string(),
                 config: same_everywhere(loaded, out),
                 memory: free_memory().map(|free| share_for_arenas(free) / launched.local as u64),
+                lacks_integers: !CpuKernels::new(1, Arena::new(None)).multiplies_integers(),
             };
             let stop = Arc::new(Stop::default());
             let mpi = Mpi::start(deadline, Arc::clone(&stop)).map_err(anyhow::Error::msg)?;
@@ -156,7 +172,8 @@ mod over_mpi {
                 )));
             }
             let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
-            let Joined { control, names, memory } = joined;
+            let Joined { control, names, memory, lack_integers } = joined;
+            let note = without_integers(loaded, &lack_integers, &names);
             let sampling = match cluster.samplers {
                 0 => sampling(loaded, mesh.ranks())?,
                 _ if mpi.rank() < mesh.ranks() => trainers,
@@ -170,9 +187,10 @@ mod over_mpi {
                 samplers: cluster.samplers,
                 samplers_layout,
                 deadline,
+                has_integers: lack_integers.is_empty(),
                 ..Team::alone()
             };
-            Ok(Ranks { processes: Processes { team, control }, memory, names, mpi })
+            Ok(Ranks { processes: Processes { team, control }, memory, names, note, mpi })
         }
 
         /// What a person is told of them.
@@ -187,7 +205,9 @@ mod over_mpi {
                 false => "without fault tolerance: if one dies, the launcher may end the others",
             };
             let (count, library) = (self.names.len(), self.mpi.library());
-            format!("{count} processes on {} over {library}, {tolerance}", hosts.join(", "))
+            let hosts = hosts.join(", ");
+            let note = self.note.iter().map(|note| format!("\n{note}")).collect::<String>();
+            format!("{count} processes on {hosts} over {library}, {tolerance}{note}")
         }
 
         pub(super) fn leave(self) {
@@ -204,12 +224,13 @@ impl Ranks {
         launched.require_mpi()?;
         drop((sampling(loaded, mesh.ranks())?, same_everywhere(loaded, out)));
         drop((free_memory().map(share_for_arenas), Team::alone()));
+        drop(without_integers(loaded, &[], &[]));
         unreachable!("a build without MPI requires it in vain")
     }
 
     /// What a person is told of them.
     pub fn described(&self) -> String {
-        format!("{} processes", self.names.len())
+        format!("{} processes{}", self.names.len(), self.note.as_deref().unwrap_or_default())
     }
 
     fn leave(self) {}
@@ -245,6 +266,18 @@ mod tests {
             assert_eq!(differ.count(), 1, "{set}");
         }
         assert_ne!(plain, same_everywhere(&loaded(&[]), "runs/b"));
+    }
+
+    #[test]
+    fn who_cannot_sample_from_integers_is_told_where_that_is_asked_for() {
+        let names: Vec<String> = (7..10).map(|pid| format!("process {pid} on there")).collect();
+        let told = |set: &[&str], lack: &[usize]| without_integers(&loaded(set), lack, &names);
+        let integers = ["stage.align.rollout_dtype=int8", "engine.exact=false"];
+        assert_eq!([told(&[], &[1]), told(&integers, &[])], [None, None]);
+        let text = told(&integers, &[1]).unwrap();
+        assert!(text.starts_with("rank 1, process 8 on there, has no instructions"), "{text}");
+        assert!(text.ends_with("all ranks sample from f32 weights"), "{text}");
+        assert!(told(&integers, &[0, 2]).unwrap().contains("integers (nor have 1 more): all"));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use crate::budget::is_alone;
 use crate::checkpoints::{OfRank, on_ranks, save};
 use crate::engine::{batch, stage};
 use crate::ranks::{layout, model};
-use crate::ranks_engine::{Layouts, on_engines, on_engines_of, trainer_or_sampler};
+use crate::ranks_engine::{Layouts, SHARED_EXPERTS, on_engines, on_engines_of, trainer_or_sampler};
 use crate::runs::{copy, done, finished, rehearsal};
 use rehearsal::checkpoint::shards::{shard_name, write_index};
 use rehearsal::checkpoint::{
@@ -130,7 +130,7 @@ fn ranks_that_only_sample_take_their_part_of_what_trainers_saved() {
             let (sampled, other) = (&sampled, spill.path());
             let spill = other.join(rank.to_string());
             scope.spawn(move || {
-                let mut engine = trainer_or_sampler(rank, link, spill);
+                let mut engine = trainer_or_sampler(rank, link, spill, SHARED_EXPERTS);
                 let groups = sampled(&mut engine);
                 // They have another part of the policy than who trains, and nothing to save.
                 assert_eq!(engine.save(other, true).is_err(), rank > 0);

@@ -272,9 +272,16 @@ fn samples_ahead(engine: &mut HybridEngine) -> (Vec<Vec<TokenGroup>>, Vec<StepRe
     updates(engine, ask, take)
 }
 
-/// A trainer, or one of two ranks that share the experts and only sample.
-pub fn trainer_or_sampler(rank: usize, link: Local, spill: PathBuf) -> HybridEngine {
-    let samplers_layout = Sampling { ranks: 2, tensor: 1, expert: 2 };
+/// Two ranks that only sample and share the experts.
+pub const SHARED_EXPERTS: Sampling = Sampling { ranks: 2, tensor: 1, expert: 2 };
+
+/// A trainer, or one of two ranks that only sample.
+pub fn trainer_or_sampler(
+    rank: usize,
+    link: Local,
+    spill: PathBuf,
+    samplers_layout: Sampling,
+) -> HybridEngine {
     let sampling = if rank > 0 { samplers_layout } else { Team::alone().sampling };
     let whole = team(link, Mesh::ONE, OneForwardOneBackward);
     let team = Team { sampling, samplers: 2, samplers_layout, ..whole };
@@ -300,6 +307,17 @@ fn sample_all(mut engine: HybridEngine, work: Receiver<(u64, u64)>, made: Sender
 
 #[test]
 fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_would() {
+    check_samplers(SHARED_EXPERTS);
+}
+
+#[test]
+fn samplers_that_share_heads_sample_what_one_rank_would() {
+    // With experts whole on each, and with experts shared as well.
+    check_samplers(Sampling { ranks: 2, tensor: 2, expert: 1 });
+    check_samplers(Sampling { ranks: 2, tensor: 2, expert: 2 });
+}
+
+fn check_samplers(layout: Sampling) {
     let alone = Layouts {
         sizes: [1, 1, 1],
         schedule: OneForwardOneBackward,
@@ -316,7 +334,9 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
         let sampler = |(place, link)| {
             let (orders, work) = channel();
             let (made, spill) = (made.clone(), spill(1 + place));
-            scope.spawn(move || sample_all(trainer_or_sampler(1 + place, link, spill), work, made));
+            scope.spawn(move || {
+                sample_all(trainer_or_sampler(1 + place, link, spill, layout), work, made)
+            });
             orders
         };
         let orders: Vec<_> = links.enumerate().map(sampler).collect();
@@ -339,7 +359,7 @@ fn who_only_samples_gets_each_version_and_samples_beside_training_what_one_rank_
             all.sort_by_key(|group: &TokenGroup| group.slot);
             all
         };
-        updates(&mut trainer_or_sampler(0, first, spill(0)), ask, take)
+        updates(&mut trainer_or_sampler(0, first, spill(0), layout), ask, take)
     });
     assert_eq!(many.0, one.0, "the same rollouts to the bit");
     let figures = |reports: &[StepReport]| -> Vec<[u64; 2]> {

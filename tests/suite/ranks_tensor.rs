@@ -9,7 +9,7 @@ use rehearsal::cluster::mesh::Load;
 use rehearsal::cluster::{Local, Mesh, Team};
 use rehearsal::config::cluster::{PipelineSchedule, RolloutLayout};
 use rehearsal::config::engine::{AttentionForm, Prefill};
-use rehearsal::config::{Attention, Dtype, EngineConfig, ModelConfig, load_model};
+use rehearsal::config::{Attention, Bytes, Dtype, EngineConfig, ModelConfig, load_model};
 use rehearsal::data::example::{Batch, Pair};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
@@ -29,7 +29,18 @@ fn latent() -> ModelConfig {
 /// The engine of each rank of so many, all of one stage, that sample as `rollout` says.
 fn on_engines<T: Send>(
     config: &ModelConfig,
+    layout: (usize, RolloutLayout),
+    sent: &Arc<AtomicU64>,
+    work: impl Fn(&mut HybridEngine, usize) -> T + Sync,
+) -> Vec<T> {
+    on_engines_within(config, layout, &|_| None, sent, work)
+}
+
+/// The same, each rank within a budget of its own.
+fn on_engines_within<T: Send>(
+    config: &ModelConfig,
     (ranks, rollout): (usize, RolloutLayout),
+    budget: &(dyn Fn(usize) -> Option<u64> + Sync),
     sent: &Arc<AtomicU64>,
     work: impl Fn(&mut HybridEngine, usize) -> T + Sync,
 ) -> Vec<T> {
@@ -43,7 +54,9 @@ fn on_engines<T: Send>(
             let schedule = PipelineSchedule::OneForwardOneBackward;
             let team = Team { sampling, ..team(link, mesh, schedule) };
             let (work, spill) = (&work, folder.path().join(rank.to_string()));
+            let budget = budget(rank).map(Bytes);
             let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
+            let engine = EngineConfig { budget, ..engine };
             let setup = EngineSetup { model: config.clone(), engine, seed: 1, spill, team };
             scope.spawn(move || work(&mut HybridEngine::new(setup).unwrap(), rank))
         };
@@ -198,6 +211,44 @@ fn the_latent_is_whole_on_every_rank_and_keys_of_groups_are_cut() {
         // The arena rounds what is as small as this.
         assert_eq!(sum.round() as i32, copies, "{sum}");
     }
+}
+
+/// Groups that a rank sampled, and what it took; with the bytes that it held before and at most.
+struct Sampled {
+    groups: Vec<TokenGroup>,
+    report: GenerateReport,
+    held: u64,
+    most: u64,
+}
+
+#[test]
+fn ranks_that_share_heads_agree_on_the_pages_of_the_one_that_has_least() {
+    // So that the cache is most of what is held.
+    let config = ModelConfig { kv_lora_rank: 64, ..latent() };
+    let job = GenerateJob { max_new_tokens: 24, stop_tokens: vec![], ..job(0) };
+    let (layout, sent) = ((2, RolloutLayout { tensor: 2, expert: 1 }), Arc::default());
+    let sampled = |budget: &(dyn Fn(usize) -> Option<u64> + Sync)| {
+        on_engines_within(&config, layout, budget, &sent, |engine, _| {
+            engine.prepare(&stage(None)).unwrap();
+            engine.enter_phase(Phase::Generate).unwrap();
+            let held = engine.holdings().held.values().sum();
+            let mut groups = Vec::new();
+            let report = engine.generate(&job, &mut |group| groups.push(group)).unwrap();
+            groups.sort_by_key(|group: &TokenGroup| group.slot);
+            Sampled { groups, report, held, most: engine.holdings().high_water }
+        })
+    };
+    let roomy = sampled(&|_| None);
+    let Sampled { held, most, .. } = roomy[0];
+    let pages = |sampled: &[Sampled]| sampled[0].report.pages_high_water;
+    println!("{} pages, {held} bytes before, {most} at most", pages(&roomy));
+    // The second rank has less room: with pages by its own budget each, they would admit other sequences.
+    let left = [0.8, 0.6].map(|share| held + ((most - held) as f64 * share) as u64);
+    let tight = sampled(&|rank| Some(left[rank]));
+    println!("{} pages within the budgets", pages(&tight));
+    assert!(pages(&tight) < pages(&roomy), "sequences wait for pages");
+    assert_eq!(tight[0].groups, roomy[0].groups);
+    assert_eq!(pages(&tight), tight[1].report.pages_high_water);
 }
 
 /// Bytes that all ranks send each other for a row, in steady decoding: of two jobs, the longer less the shorter.

@@ -1,8 +1,8 @@
 //! The program: parse, dispatch, and turn an error into text and exit code.
 
 use clap::Parser;
-use rehearsal::cli::Cli;
 use rehearsal::cli::failure::{exit_code, is_closed_output};
+use rehearsal::cli::{Cli, Launched};
 use rehearsal::console::text::visible;
 use rehearsal_kernels::heap::CountingAllocator;
 use std::io::Write;
@@ -26,7 +26,12 @@ fn main() -> ExitCode {
         Err(error) => {
             // Nobody may be there to read it any more; and files and models have a say in the text.
             let _ = writeln!(std::io::stderr(), "error: {}", visible(&format!("{error:#}")));
-            ExitCode::from(exit_code(&error))
+            let code = exit_code(&error);
+            // A launcher that was asked to stop waits for nobody.
+            if let Some(launched) = Launched::from_environment().filter(|_| code < 128) {
+                launched.linger();
+            }
+            ExitCode::from(code)
         }
     }
 }

@@ -98,6 +98,7 @@ pub(super) fn setup(request: BenchRequest, device: DeviceMaker) -> Setup {
         bench: Some(bench),
         stop: Arc::default(),
         mail: None,
+        processes: None,
     }
 }
 

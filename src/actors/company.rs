@@ -5,7 +5,7 @@
 //! supervisor on the main thread, so that a busy arbiter cannot hide a death.
 
 use super::checkpointer::{Checkpointer, CheckpointerPorts};
-use super::director::{Director, StopSignal};
+use super::director::{Director, Site, StopSignal};
 use super::director_ports::{DirectorPorts, SamplerPorts, TrainerPorts};
 use super::fine_tuner::{FineTuner, FineTunerPorts};
 use super::mail::Mail;
@@ -62,6 +62,8 @@ pub struct Setup {
     pub stop: StopSignal,
     /// The mail with the other processes of the run, if there are any.
     pub mail: Option<Arc<Mail>>,
+    /// What a person is told of those.
+    pub processes: Option<String>,
 }
 
 impl Setup {
@@ -120,7 +122,7 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     drop(links);
     // An actor or a device that is stuck would be waited for in vain; the process's end takes it
     // along.
-    let is_broken = setup.mail.as_ref().is_some_and(|mail| mail.is_broken());
+    let is_broken = setup.mail.as_ref().is_some_and(|mail| mail.why().is_some());
     let longest = if is_broken { SHORT_FAREWELL } else { FAREWELL.min(setup.limits.deadline) };
     let (ended, end) = std::sync::mpsc::channel();
     std::thread::spawn(move || ended.send(arbiter.join()));
@@ -322,10 +324,10 @@ impl Seats {
     fn lead(&self, hiring: &Hiring, setup: &Setup) -> Box<dyn Staff> {
         let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
         let (ports, stop) = (self.director_ports(), Arc::clone(&setup.stop));
-        let machine = setup.machine.clone();
+        let site = Site { machine: setup.machine.clone(), processes: setup.processes.clone() };
         hiring.member(&self.director, move |post| {
             let (config, stop) = (Arc::clone(&config), Arc::clone(&stop));
-            Director::new(post, config, folders.clone(), ports.clone(), machine.clone(), stop)
+            Director::new(post, config, folders.clone(), ports.clone(), site.clone(), stop)
         })
     }
 

@@ -54,13 +54,21 @@ pub struct Director {
 /// A signal that asked the run to stop; 0 for none.
 pub type StopSignal = Arc<AtomicI32>;
 
+/// Where a run is made.
+#[derive(Clone, Debug, Default)]
+pub struct Site {
+    /// What the machine does in a second.
+    pub machine: Machine,
+    /// Which processes make it, over what; `None` for one by itself.
+    pub processes: Option<String>,
+}
+
 /// What the Director works with: shared by its loop, the alignment step and the evals.
 pub struct Direction {
     pub(super) config: Arc<RunConfig>,
     pub(super) folders: Folders,
     pub(super) ports: DirectorPorts,
-    /// What it does in a second.
-    pub(super) machine: Machine,
+    site: Site,
     stop: StopSignal,
     /// Where the phase is shown.
     desk: Arc<Desk>,
@@ -86,14 +94,14 @@ impl Director {
         config: Arc<RunConfig>,
         folders: Folders,
         ports: DirectorPorts,
-        machine: Machine,
+        site: Site,
         stop: StopSignal,
     ) -> Director {
         let direction = Direction {
             config,
             folders,
             ports,
-            machine,
+            site,
             stop,
             desk: Arc::clone(post.desk()),
             hazard: post.hazard().clone(),
@@ -193,7 +201,8 @@ impl Direction {
         let event = Event::new("run")
             .with("resumed", resumed)
             .with("seed", self.config.seed)
-            .with("machine", &self.machine)
+            .with("machine", &self.site.machine)
+            .with("processes", &self.site.processes)
             .with("stages", stages);
         self.record(event).await?;
         let data = self.ask(&self.ports.prepare_data, PrepareData {}).await?;
@@ -356,7 +365,7 @@ impl Direction {
         if let StageKind::Grpo(settings) = &stage.kind {
             let aligned = self.align(at, settings, None).await?;
             self.require_exact(stage, at.step + 1, &aligned).await?;
-            let event = aligned.event(stage, at.step + 1, &self.machine);
+            let event = aligned.event(stage, at.step + 1, &self.site.machine);
             let groups = aligned.scored.groups;
             let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };
             self.ask(&self.ports.record_rollouts, rollouts).await?;
@@ -372,7 +381,7 @@ impl Direction {
             self.ask(trainer, TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
         let seconds = began.elapsed().as_secs_f64();
         let event = step_event(stage, at.step + 1, &report, seconds, &entered)
-            .with("useful_share", useful_share(report.useful_flops, seconds, &self.machine))
+            .with("useful_share", useful_share(report.useful_flops, seconds, &self.site.machine))
             .with("phase_seconds", serde_json::json!({"train": report.seconds}));
         Ok((report, event))
     }

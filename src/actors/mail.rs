@@ -172,12 +172,12 @@ impl Mail {
         self.lock().ended.clone()
     }
 
-    /// Whether the ranks stop.
-    pub fn is_broken(&self) -> bool {
-        self.broken.borrow().is_some()
+    /// Why the ranks stop, if they do.
+    pub fn why(&self) -> Option<Broken> {
+        self.broken.borrow().clone()
     }
 
-    /// Why the ranks stop, once they do.
+    /// The same, once they do.
     pub async fn broken(&self) -> Broken {
         let mut broken = self.broken.clone();
         let why = broken.wait_for(Option::is_some).await.ok().and_then(|why| why.clone());

@@ -9,7 +9,7 @@
 //! 4. An actor that is stopped by name is not replaced: whoever asks it is told. Nobody asks the
 //!    Director, so that the run ends with it.
 //! 5. Where the processes of a run stop, each of them ends, with the same words; rank 0 leads the others,
-//!    and hears of their signals.
+//!    and hears of their signals. Its leader has a moment to say how it ended.
 //!
 //! Knows no work. Invariants:
 //!   * a run has exactly one outcome, the first
@@ -21,6 +21,7 @@ use super::port::{Desk, Port, Seat};
 use super::post::{Death, Injection, Post};
 use super::roll_call::RollCall;
 use super::staff::Staff;
+use crate::cluster::Broken;
 use crate::console::Event;
 use actix::fut::wrap_future;
 use actix::{Actor, AsyncContext, Context, Handler, ResponseActFuture};
@@ -35,6 +36,9 @@ use tokio::sync::mpsc;
 
 /// How often every actor is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How long the leader of rank 0 has to write down that the ranks stop: what the devices do is of no use any more.
+const LAST_LINE: Duration = Duration::from_millis(300);
 
 /// What the supervisor is made with.
 pub struct Charge {
@@ -205,6 +209,9 @@ impl Inner {
         actix::spawn(async move {
             if let Some(mail) = &self.mail {
                 let why = mail.broken().await;
+                if mail.rank() == 0 {
+                    tokio::time::sleep(LAST_LINE).await;
+                }
                 self.end(Outcome::Failed(Failure::from(why)));
             }
         });
@@ -324,6 +331,8 @@ impl Inner {
         if let Some(mail) = self.mail.as_ref().filter(|mail| mail.rank() > 0) {
             // Rank 0 decides; where it cannot be told, the processes stop anyway.
             let _ = mail.send(0, 0, &Parcel::Signal { number });
+        } else if self.why_all_stop().is_some() {
+            // The launcher ends who is left.
         } else if self.stop.swap(number, Ordering::SeqCst) == 0 {
             // After a hang-up nobody may be there to read it.
             let _ = writeln!(
@@ -335,7 +344,17 @@ impl Inner {
         }
     }
 
+    /// Why the ranks stop, if they do.
+    fn why_all_stop(&self) -> Option<Broken> {
+        self.mail.as_ref().and_then(|mail| mail.why())
+    }
+
     fn end(&self, outcome: Outcome) {
+        let outcome = match (outcome, self.why_all_stop()) {
+            // A leader whose work came to nothing for that reason may have it in other words.
+            (Outcome::Failed(_), Some(why)) => Outcome::Failed(Failure::from(why)),
+            (outcome, _) => outcome,
+        };
         if !self.ended.replace(true) {
             // The channel has room for the one outcome that is sent.
             let _ = self.ending.try_send(outcome);

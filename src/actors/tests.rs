@@ -206,6 +206,7 @@ impl Place {
             injection: Arc::new(Injection::parse(disturbance.inject).unwrap()),
             bench: None,
             stop: Arc::clone(&disturbance.stop),
+            processes: mail.as_ref().map(|_| "three threads".to_string()),
             mail,
         };
         let outcome = run(setup, visit).unwrap();

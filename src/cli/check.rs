@@ -23,10 +23,12 @@ use std::sync::Arc;
     allow_negative_numbers = true,
     long_about = "Check a run's TOML or a model's config.json without training anything: unknown keys (with the nearest \
                   known one), wrong types, rules across tables, and every data file line by line. Then tell what it \
-                  will cost: parameters, tensors, memory by phase, tokens, disk and time. A fault ends with exit code \
-                  2 and its place as file:line:column.",
+                  will cost: parameters, tensors, memory by phase, tokens, disk and time. Of a run whose [cluster] has \
+                  several ranks it tells what each of them holds and sends, without starting any. A fault ends with \
+                  exit code 2 and its place as file:line:column.",
     after_help = "Example:\n  rehearsal check configs/quickstart.toml\n  \
                   rehearsal check configs/quickstart.toml --set stage.solve.steps=100 --plan-only\n  \
+                  rehearsal check configs/smoke.toml --set cluster.data=2 --set cluster.pipeline=2\n  \
                   rehearsal check configs/model/deepseek-v2.json --against configs/model/deepseek-67b.json"
 )]
 pub struct CheckArgs {

@@ -4,15 +4,29 @@
 //! is one of several, and a process that was started by itself starts no library.
 
 use crate::config::Fault;
-use anyhow::Result;
+use anyhow::{Error, Result};
+use std::time::Duration;
 
-/// Who starts processes, and the variables of how many there are, of this one's rank, and of how many are on this host.
+/// Who starts processes, and the variables of how many there are, of this one's rank, and of how many are on this host. The
+/// first that tells all three counts: mpirun and mpiexec start theirs through srun where Slurm is there, and srun sets what PMI
+/// wants (`--mpi=pmi2`), but not how many are on the host.
 const LAUNCHERS: [(&str, [&str; 3]); 3] = [
     ("mpirun", ["OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"]),
     ("mpiexec", ["PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"]),
     // SLURM_NTASKS also stands where a batch script starts one process by itself; this one does not.
     ("srun", ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"]),
 ];
+
+/// Number of the host among those of the step, under srun.
+const HOST_OF_STEP: &str = "SLURM_NODEID";
+
+/// How long another rank than 0 keeps a mistake to itself that it finds before it has joined. Rank 0, which has the same TOML,
+/// has said it by then, and the launcher has ended the others; who is still there found a mistake of its own.
+const FIRST_WORD: Duration = Duration::from_secs(1);
+
+/// How long a rank that has said why it ends stays, so that the launcher, which ends all others when the first one goes, passes on
+/// what everybody said: rank 0, whose exit code it is to be, and any other one.
+const LAST_WORD: [Duration; 2] = [Duration::from_millis(200), Duration::from_secs(1)];
 
 /// A process that was started with others.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,17 +48,35 @@ impl Launched {
     }
 
     fn read(variable: &dyn Fn(&str) -> Option<String>) -> Option<Launched> {
-        // srun writes "4" or, of several hosts, "4(x2),3".
-        let number = |name: &str| {
-            let text = variable(name)?;
-            let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
-            text[..end].parse::<usize>().ok()
-        };
-        LAUNCHERS.iter().find_map(|(by, [processes, rank, local])| {
+        let number = |name: &str| variable(name)?.parse::<usize>().ok();
+        let host = number(HOST_OF_STEP).unwrap_or(0);
+        let told = LAUNCHERS.iter().filter_map(|(by, [processes, rank, local])| {
             let (processes, rank) = (number(processes)?, number(rank)?);
-            let local = number(local).unwrap_or(1).clamp(1, processes);
-            (processes > 1).then_some(Launched { by, rank, processes, local })
-        })
+            let local = variable(local).and_then(|text| text.parse().ok().or(on_host(&text, host)));
+            Some((Launched { by, rank, processes, local: local.unwrap_or(1) }, local.is_some()))
+        });
+        // Who does not tell how many are on the host is believed where nobody does.
+        let told: Vec<(Launched, bool)> = told.collect();
+        let first = told.iter().find(|(_, is_whole)| *is_whole).or(told.first());
+        let (launched, _) = first.filter(|(launched, _)| launched.processes > 1)?;
+        let local = launched.local.clamp(1, launched.processes);
+        Some(Launched { local, ..launched.clone() })
+    }
+
+    /// What this rank says of a mistake that it finds before it has joined the others: rank 0 as it is, any other one
+    /// a moment later, with its name.
+    pub fn words(&self, mistake: Error) -> Error {
+        if self.rank == 0 {
+            return mistake;
+        }
+        std::thread::sleep(FIRST_WORD);
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        mistake.context(format!("rank {} of {} on {host}", self.rank, self.processes))
+    }
+
+    /// Stays a moment after its last words.
+    pub fn linger(&self) {
+        std::thread::sleep(LAST_WORD[usize::from(self.rank > 0)]);
     }
 
     /// Refuses several processes where the build knows no MPI.
@@ -58,6 +90,20 @@ impl Launched {
             ))),
         }
     }
+}
+
+/// How many processes are on a host, of a list such as "4" or, of several hosts, "4(x2),3".
+fn on_host(list: &str, host: usize) -> Option<usize> {
+    let mut first = 0;
+    for part in list.split(',') {
+        let (count, times) = part.split_once("(x").unwrap_or((part, "1)"));
+        let times = times.strip_suffix(')')?.parse::<usize>().ok()?;
+        first += times;
+        if host < first {
+            return count.parse().ok();
+        }
+    }
+    None
 }
 
 #[cfg(test)]
@@ -80,12 +126,68 @@ mod tests {
         assert_eq!(read(&open), Some(expected));
         let hydra = read(&[("PMI_SIZE", "2"), ("PMI_RANK", "0")]).unwrap();
         assert_eq!((hydra.by, hydra.rank, hydra.processes, hydra.local), ("mpiexec", 0, 2, 1));
-        let slurm = [
-            ("SLURM_STEP_NUM_TASKS", "16"),
-            ("SLURM_PROCID", "9"),
-            ("SLURM_STEP_TASKS_PER_NODE", "8(x2)"),
-        ];
-        assert_eq!(read(&slurm), Some(Launched { by: "srun", rank: 9, processes: 16, local: 8 }));
+        assert_eq!(read(&SLURM), Some(Launched { by: "srun", rank: 9, processes: 11, local: 3 }));
+    }
+
+    /// What a task of `srun -N 3 -n 11` has on its last host, as the manual of srun tells of its output environment.
+    const SLURM: [(&str, &str); 10] = [
+        ("SLURM_JOB_ID", "200505"),
+        ("SLURM_JOB_NUM_NODES", "3"),
+        ("SLURM_NTASKS", "11"),
+        ("SLURM_NODEID", "2"),
+        ("SLURM_LOCALID", "1"),
+        ("SLURM_PROCID", "9"),
+        ("SLURM_STEP_ID", "0"),
+        ("SLURM_STEP_NUM_NODES", "3"),
+        ("SLURM_STEP_NUM_TASKS", "11"),
+        ("SLURM_STEP_TASKS_PER_NODE", "4(x2),3"),
+    ];
+
+    #[test]
+    fn whatever_speaks_for_a_task_of_srun_it_is_srun_s_and_under_slurm_mpirun_s_are_its_own() {
+        let with = |others: &[(&'static str, &'static str)]| {
+            let all: Vec<(&str, &str)> = SLURM.iter().chain(others).copied().collect();
+            read(&all).unwrap()
+        };
+        // `--mpi=pmi2` and `--mpi=pmix`.
+        let pmi2 = with(&[("PMI_SIZE", "11"), ("PMI_RANK", "9"), ("PMI_FD", "7")]);
+        assert_eq!((pmi2.by, pmi2.rank, pmi2.processes, pmi2.local), ("srun", 9, 11, 3));
+        let pmix = with(&[("PMIX_RANK", "9"), ("PMIX_NAMESPACE", "slurm.pmix.200505.0")]);
+        assert_eq!((pmix.by, pmix.rank, pmix.processes, pmix.local), ("srun", 9, 11, 3));
+        // Daemons of mpirun and mpiexec are a step of their own, of a task for each host.
+        let open = with(&[
+            ("OMPI_COMM_WORLD_SIZE", "44"),
+            ("OMPI_COMM_WORLD_RANK", "40"),
+            ("OMPI_COMM_WORLD_LOCAL_SIZE", "4"),
+        ]);
+        assert_eq!((open.by, open.rank, open.processes, open.local), ("mpirun", 40, 44, 4));
+        let hydra = with(&[("PMI_SIZE", "22"), ("PMI_RANK", "20"), ("MPI_LOCALNRANKS", "2")]);
+        assert_eq!((hydra.by, hydra.rank, hydra.processes, hydra.local), ("mpiexec", 20, 22, 2));
+        // A step of one, as `srun --pty bash` and an interactive `salloc` make it.
+        assert_eq!(read(&[("SLURM_STEP_NUM_TASKS", "1"), ("SLURM_PROCID", "0")]), None);
+    }
+
+    #[test]
+    fn a_list_of_hosts_tells_how_many_are_on_each() {
+        let hosts =
+            |list: &str| -> Vec<Option<usize>> { (0..4).map(|h| on_host(list, h)).collect() };
+        assert_eq!(hosts("4(x2),3"), [Some(4), Some(4), Some(3), None]);
+        assert_eq!(hosts("1,2(x3)"), [Some(1), Some(2), Some(2), Some(2)]);
+        assert_eq!(hosts("6")[..2], [Some(6), None]);
+        assert_eq!(hosts("x")[0], None);
+    }
+
+    #[test]
+    fn a_mistake_is_said_by_rank_0_and_by_whoever_it_is_of() {
+        let words = |rank| {
+            let launched = Launched { by: "mpirun", rank, processes: 4, local: 2 };
+            format!("{:#}", launched.words(Fault::user("a.toml: no such file")))
+        };
+        assert_eq!(words(0), "a.toml: no such file");
+        let other = words(3);
+        let (first, last) = other.split_once(": ").unwrap();
+        assert!(first.starts_with("rank 3 of 4 on "), "{other}");
+        assert_eq!(last, "a.toml: no such file");
     }
 
     #[test]

@@ -37,3 +37,4 @@ mod profile;
 mod stopwatch;
 
 pub use command::Cli;
+pub use launch::Launched;

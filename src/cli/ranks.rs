@@ -9,9 +9,8 @@ use super::machine::{free_memory, share_for_arenas};
 use crate::actors::{Processes, dismiss};
 use crate::cluster::layout::Sampling;
 use crate::cluster::{Broken, Control, Mesh, Team};
-use crate::config::stage::StageKind;
-use crate::config::{Dtype, Fault, Loaded, Stage};
-use anyhow::Result;
+use crate::config::{Fault, Loaded};
+use anyhow::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,8 +23,6 @@ pub struct Ranks {
     pub memory: Option<u64>,
     /// Every rank's process and host.
     names: Vec<String>,
-    /// What was agreed on because a rank cannot do what was asked for.
-    note: Option<String>,
     #[cfg(feature = "mpi")]
     mpi: Arc<crate::cluster::Mpi>,
 }
@@ -52,14 +49,27 @@ impl Ranks {
                 let (why, code) = (format!("{error:#}"), super::failure::exit_code(&error));
                 self.control().stop().set(&Broken::Failed { rank, why, code });
                 self.control().flush();
+                let told = self.control().stop().why();
                 // Every rank says the same words; which of them says it is worth knowing.
-                Err(error.context(format!("rank {rank} of {} ends", self.names.len())))
+                let ends = format!("rank {rank} of {} ends", self.names.len());
+                Err(echoed(rank, told).unwrap_or(error).context(ends))
             }
             other => other,
         };
         self.leave();
         made
     }
+}
+
+/// The few words of a rank that ends because another failed: that one and rank 0 tell why, at length, and a screen has few lines.
+fn echoed(rank: usize, told: Option<Broken>) -> Option<Error> {
+    let Some(Broken::Failed { rank: failed, code, .. }) = told else { return None };
+    let words = format!("rank {failed} failed");
+    (rank != 0 && rank != failed).then(|| match code {
+        2 => Fault::user(words),
+        4 => Fault::resources(words),
+        _ => Error::msg(words),
+    })
 }
 
 /// The layout of sampling over so many ranks.
@@ -72,17 +82,6 @@ fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
         let path: Vec<&str> = std::iter::once("cluster").chain(error.path()).collect();
         loaded.fault(&path, error.to_string())
     })?)
-}
-
-/// What a person is told where rollouts are to be sampled from integers and some ranks have no instructions for them.
-fn without_integers(loaded: &Loaded, lack: &[usize], names: &[String]) -> Option<String> {
-    let wants = |stage: &Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.rollout_dtype == Dtype::Int8);
-    let rank = lack.first().filter(|_| loaded.config.stages.iter().any(wants))?;
-    let (name, others) = (&names[*rank], lack.len() - 1);
-    let others = if others > 0 { format!(" (nor have {others} more)") } else { String::new() };
-    Some(format!(
-        "rank {rank}, {name}, has no instructions for products of integers{others}: all ranks sample from f32 weights"
-    ))
 }
 
 /// Threads of a rank that is told no number: its share of the cores, unless it was bound to its own.
@@ -137,8 +136,22 @@ mod over_mpi {
     use super::*;
     use crate::cluster::{Ident, Joined, Link, Mpi, Stop, join};
     use anyhow::Context;
-    use rehearsal_kernels::{Arena, CpuKernels, Kernels};
     use std::time::Duration;
+
+    /// What a person is told of the processes of these names.
+    fn described(names: &[String], library: &str) -> String {
+        let hosts: std::collections::BTreeSet<&str> =
+            names.iter().filter_map(|name| name.rsplit(' ').next()).collect();
+        let hosts: Vec<&str> = hosts.into_iter().collect();
+        // mpirun of Open MPI sets it where it was told `--with-ft ulfm`.
+        let is_tolerant = std::env::var("OMPI_MCA_mpi_ft_enable").is_ok_and(|on| on == "1");
+        let tolerance = match is_tolerant {
+            true => "with fault tolerance (ULFM): if one dies, the others stop by themselves",
+            false => "without fault tolerance: if one dies, the launcher may end the others",
+        };
+        let (count, hosts) = (names.len(), hosts.join(", "));
+        format!("{count} processes on {hosts} over {library}, {tolerance}")
+    }
 
     impl Ranks {
         /// Joins the other processes, which must have the same binary and the same config.
@@ -155,7 +168,6 @@ mod over_mpi {
                 binary: blake3::hash(&binary).to_hex().to_string(),
                 config: same_everywhere(loaded, out),
                 memory: free_memory().map(|free| share_for_arenas(free) / launched.local as u64),
-                lacks_integers: !CpuKernels::new(1, Arena::new(None)).multiplies_integers(),
             };
             let stop = Arc::new(Stop::default());
             let mpi = Mpi::start(deadline, Arc::clone(&stop)).map_err(anyhow::Error::msg)?;
@@ -172,8 +184,7 @@ mod over_mpi {
                 )));
             }
             let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
-            let Joined { control, names, memory, lack_integers } = joined;
-            let note = without_integers(loaded, &lack_integers, &names);
+            let Joined { control, names, memory } = joined;
             let sampling = match cluster.samplers {
                 0 => sampling(loaded, mesh.ranks())?,
                 _ if mpi.rank() < mesh.ranks() => trainers,
@@ -187,27 +198,11 @@ mod over_mpi {
                 samplers: cluster.samplers,
                 samplers_layout,
                 deadline,
-                has_integers: lack_integers.is_empty(),
                 ..Team::alone()
             };
-            Ok(Ranks { processes: Processes { team, control }, memory, names, note, mpi })
-        }
-
-        /// What a person is told of them.
-        pub fn described(&self) -> String {
-            let hosts: std::collections::BTreeSet<&str> =
-                self.names.iter().filter_map(|name| name.rsplit(' ').next()).collect();
-            let hosts: Vec<&str> = hosts.into_iter().collect();
-            // mpirun of Open MPI sets it where it was told `--with-ft ulfm`.
-            let is_tolerant = std::env::var("OMPI_MCA_mpi_ft_enable").is_ok_and(|on| on == "1");
-            let tolerance = match is_tolerant {
-                true => "with fault tolerance (ULFM): if one dies, the others stop by themselves",
-                false => "without fault tolerance: if one dies, the launcher may end the others",
-            };
-            let (count, library) = (self.names.len(), self.mpi.library());
-            let hosts = hosts.join(", ");
-            let note = self.note.iter().map(|note| format!("\n{note}")).collect::<String>();
-            format!("{count} processes on {hosts} over {library}, {tolerance}{note}")
+            let described = described(&names, mpi.library());
+            let processes = Processes { team, control, described };
+            Ok(Ranks { processes, memory, names, mpi })
         }
 
         pub(super) fn leave(self) {
@@ -224,13 +219,7 @@ impl Ranks {
         launched.require_mpi()?;
         drop((sampling(loaded, mesh.ranks())?, same_everywhere(loaded, out)));
         drop((free_memory().map(share_for_arenas), Team::alone()));
-        drop(without_integers(loaded, &[], &[]));
         unreachable!("a build without MPI requires it in vain")
-    }
-
-    /// What a person is told of them.
-    pub fn described(&self) -> String {
-        format!("{} processes{}", self.names.len(), self.note.as_deref().unwrap_or_default())
     }
 
     fn leave(self) {}
@@ -246,6 +235,18 @@ mod tests {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
         let set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
         RunConfig::load(&path, &set).unwrap()
+    }
+
+    #[test]
+    fn a_rank_repeats_at_length_who_is_gone_and_in_few_words_who_failed() {
+        let failed = Broken::Failed { rank: 2, why: "no room left".to_string(), code: 4 };
+        let said = |rank| echoed(rank, Some(failed.clone()));
+        assert!(said(0).is_none() && said(2).is_none(), "they tell why");
+        let other = said(1).unwrap();
+        assert_eq!(other.to_string(), "rank 2 failed");
+        assert_eq!(super::super::failure::exit_code(&other), 4);
+        let gone = Broken::Gone { rank: 0, gone: 2, call: "its control link".to_string() };
+        assert!(echoed(1, Some(gone)).is_none() && echoed(1, None).is_none());
     }
 
     #[test]
@@ -266,18 +267,6 @@ mod tests {
             assert_eq!(differ.count(), 1, "{set}");
         }
         assert_ne!(plain, same_everywhere(&loaded(&[]), "runs/b"));
-    }
-
-    #[test]
-    fn who_cannot_sample_from_integers_is_told_where_that_is_asked_for() {
-        let names: Vec<String> = (7..10).map(|pid| format!("process {pid} on there")).collect();
-        let told = |set: &[&str], lack: &[usize]| without_integers(&loaded(set), lack, &names);
-        let integers = ["stage.align.rollout_dtype=int8", "engine.exact=false"];
-        assert_eq!([told(&[], &[1]), told(&integers, &[])], [None, None]);
-        let text = told(&integers, &[1]).unwrap();
-        assert!(text.starts_with("rank 1, process 8 on there, has no instructions"), "{text}");
-        assert!(text.ends_with("all ranks sample from f32 weights"), "{text}");
-        assert!(told(&integers, &[0, 2]).unwrap().contains("integers (nor have 1 more): all"));
     }
 
     #[test]

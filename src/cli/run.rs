@@ -36,10 +36,13 @@ use std::sync::Arc;
     allow_negative_numbers = true,
     long_about = "Make a run: train, align and export a model through the stages of a TOML. The run folder holds the \
                   resolved config, journal.jsonl, checkpoints, rollouts, plots and export/. The same command goes on \
-                  with an unfinished run; Ctrl-C finishes the step and commits first, a second Ctrl-C stops at once.",
+                  with an unfinished run; Ctrl-C finishes the step and commits first, a second Ctrl-C stops at once. Of a \
+                  build with the feature `mpi`, mpirun or srun make the run over as many processes as [cluster] has ranks: \
+                  data times pipeline, and samplers.",
     after_help = "Example:\n  rehearsal run configs/quickstart.toml\n  \
                   rehearsal run configs/quickstart.toml --set stage.solve.steps=100 --out runs/longer --seed 2\n  \
-                  rehearsal run configs/quickstart.toml --resume"
+                  rehearsal run configs/quickstart.toml --resume\n  \
+                  mpirun -n 2 rehearsal run configs/smoke.toml --out runs/two --set cluster.data=2"
 )]
 pub struct RunArgs {
     /// The run's TOML; paths in it start at its folder
@@ -97,12 +100,18 @@ impl From<Console> for ConsoleMode {
 
 /// Runs, or does this process's part of a run of several.
 pub fn run(args: RunArgs) -> Result<()> {
-    let launched = Launched::from_environment();
-    launched.as_ref().map_or(Ok(()), Launched::require_mpi)?;
-    let mut loaded = load(&args)?;
-    let processes = launched.as_ref().map_or(1, |launched| launched.processes);
-    let mesh = require_mesh(&loaded, processes)?;
-    let Some(launched) = launched else { return lead(&args, loaded, None) };
+    let Some(launched) = Launched::from_environment() else {
+        let loaded = load(&args)?;
+        require_mesh(&loaded, 1)?;
+        return lead(&args, loaded, None);
+    };
+    let readied = || {
+        launched.require_mpi()?;
+        let loaded = load(&args)?;
+        let mesh = require_mesh(&loaded, launched.processes)?;
+        Ok((loaded, mesh))
+    };
+    let (mut loaded, mesh) = readied().map_err(|mistake| launched.words(mistake))?;
     if loaded.config.engine.threads == 0 {
         loaded.config.engine.threads = threads(&launched);
     }
@@ -277,9 +286,6 @@ fn drive(
     if console != ConsoleMode::Off {
         if let Some(aside) = &folder.moved {
             say(&format!("the old run was moved to {}", aside.display()))?;
-        }
-        if let Some(ranks) = ranks {
-            say(&ranks.described())?;
         }
         if folder.resumed {
             say(&format!("going on with the run in {}", folder.path.display()))?;

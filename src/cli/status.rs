@@ -11,7 +11,8 @@ use std::path::PathBuf;
 #[command(
     allow_negative_numbers = true,
     long_about = "Show how a run stands: stage and step, phase, memory by owner, curves, and of every actor its \
-                  state, mailbox, last message and restarts. Reads files only, so it may be asked at any time.",
+                  state, mailbox, last message and restarts; of a run of several processes also each rank's worker. Reads \
+                  files only, so it may be asked at any time.",
     after_help = "Example:\n  rehearsal status runs/quickstart\n  rehearsal status runs/quickstart --json"
 )]
 pub struct StatusArgs {

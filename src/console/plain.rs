@@ -78,6 +78,8 @@ impl Plain {
                 let seed =
                     event.whole("seed").map_or(String::new(), |seed| format!(", seed {seed}"));
                 self.line(&format!("run {} {verb}{seed}", self.run_dir.display()));
+                let processes = event.text("processes").map(|text| wrapped(text, WIDTH));
+                processes.iter().flatten().for_each(|line| self.line(line));
             }
             "stage-start" => self.stage_heading(&stage, event),
             "step" => {
@@ -294,6 +296,15 @@ impl Plain {
         if !self.gone {
             self.gone =
                 self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()).is_err();
+        }
+    }
+}
+
+impl Drop for Plain {
+    fn drop(&mut self) {
+        // What is said after a run that ended without a word stands on a line of its own.
+        if self.bar {
+            self.send("\n");
         }
     }
 }

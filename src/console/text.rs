@@ -43,11 +43,15 @@ pub(super) fn fitted(text: &str, width: usize) -> String {
 pub(super) fn wrapped(text: &str, width: usize) -> Vec<String> {
     let mut lines = Vec::new();
     for line in text.split('\n') {
-        let line = printable(line).into_bytes();
-        if line.is_empty() {
-            lines.push(String::new());
+        // Of ASCII alone, so that bytes are characters.
+        let line = printable(line);
+        let mut rest = line.as_str();
+        while rest.len() > width {
+            let cut = rest[..=width].rfind(' ').filter(|cut| *cut > 0).unwrap_or(width);
+            lines.push(rest[..cut].to_string());
+            rest = rest[cut..].strip_prefix(' ').unwrap_or(&rest[cut..]);
         }
-        lines.extend(line.chunks(width).map(|piece| piece.iter().map(|b| *b as char).collect()));
+        lines.push(rest.to_string());
     }
     lines
 }

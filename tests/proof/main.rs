@@ -1,5 +1,5 @@
 //! Proof: what the suite tries in thousands, in millions. Behind the feature `proof`, outside CI:
-//! `cargo test --release --features proof --test proof -- --nocapture --test-threads 1`.
+//! `cargo test --release --features proof,mpi --test proof -- --nocapture --test-threads 1`.
 
 #[path = "../exact/mod.rs"]
 mod exact;
@@ -18,6 +18,17 @@ mod ranks;
 #[path = "../suite/tiny.rs"]
 mod tiny;
 
+#[cfg(feature = "mpi")]
+#[allow(dead_code, reason = "the suite's")]
+#[path = "../suite/mpirun.rs"]
+mod mpirun;
+#[cfg(feature = "mpi")]
+#[allow(dead_code, reason = "the suite's")]
+#[path = "../suite/process_runs.rs"]
+mod process_runs;
+
+#[cfg(feature = "mpi")]
+mod deaths;
 mod exact_steps;
 mod hostile_files;
 mod layout_pairs;

@@ -23,6 +23,8 @@ mod end_to_end;
 mod engine;
 mod exactness;
 mod experts;
+#[cfg(feature = "mpi")]
+mod fault_tolerance;
 mod faults;
 mod formats;
 mod gguf;

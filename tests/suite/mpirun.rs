@@ -3,6 +3,7 @@
 //! Knows no check. What mpirun wants to be told on a machine with few cores and a privileged user is told here, not asked of
 //! people.
 
+use std::path::Path;
 use std::process::{Command, Output};
 
 /// Names the check that a rank is to make.
@@ -10,7 +11,12 @@ pub const CHECK: &str = "REHEARSAL_RANK_CHECK";
 
 /// mpirun for so many ranks, without the program.
 pub fn mpirun(ranks: usize, options: &[&str]) -> Command {
-    let mut command = Command::new("mpirun");
+    mpirun_at(Path::new("mpirun"), ranks, options)
+}
+
+/// The same of another MPI library than the one that is found first.
+pub fn mpirun_at(launcher: &Path, ranks: usize, options: &[&str]) -> Command {
+    let mut command = Command::new(launcher);
     // No test takes nearly as long; one that hangs is to end with all its processes.
     command.args(options).args(["--timeout", "120", "--oversubscribe", "-n", &ranks.to_string()]);
     for allowed in ["OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] {
@@ -22,7 +28,11 @@ pub fn mpirun(ranks: usize, options: &[&str]) -> Command {
 
 /// Lets so many ranks make a check of `processes::as_a_rank`.
 pub fn check_command(ranks: usize, options: &[&str], check: &str) -> Command {
-    let mut command = mpirun(ranks, options);
+    checked(mpirun(ranks, options), check)
+}
+
+/// Lets the ranks of a launcher make a check of `processes::as_a_rank`.
+pub fn checked(mut command: Command, check: &str) -> Command {
     command.arg(std::env::current_exe().unwrap());
     command.args(["processes::as_a_rank", "--exact", "--nocapture", "--test-threads=1"]);
     command.env(CHECK, check);

@@ -47,18 +47,31 @@ fn over_two(out: &Path, settings: &[&str], second: Vec<String>) -> Command {
     command
 }
 
-/// Two ranks, the second of which kills itself before a job.
-fn over_two_with_death(out: &Path, settings: &[&str], job: &str) -> Command {
-    over_two_with_fault(out, settings, job, "kill")
+/// Who of two dies, and before which job: the name of a failpoint with its number.
+pub type Death<'a> = (usize, &'a str);
+
+/// Two ranks, one of which kills itself.
+fn over_two_with_death(out: &Path, settings: &[&str], death: Death) -> Command {
+    over_two_with_fault(out, settings, death, "kill")
 }
 
-/// Two ranks, the second of which does something else at a failpoint.
-fn over_two_with_fault(out: &Path, settings: &[&str], point: &str, how: &str) -> Command {
-    let mut second = vec!["env".to_string(), format!("REHEARSAL_FAIL_AT={point}")];
-    second.push(format!("REHEARSAL_FAIL_HOW={how}"));
-    second.push(format!("REHEARSAL_FAIL_WITNESS={}", out.with_extension("witness").display()));
-    second.extend(rank(&program(), out, settings, &[]));
-    over_two(out, settings, second)
+/// Two ranks, one of which does something else at a failpoint.
+fn over_two_with_fault(out: &Path, settings: &[&str], fault: Death, how: &str) -> Command {
+    let mut command = mpirun(1, &[]);
+    let (odd, point) = fault;
+    for place in 0..2 {
+        if place > 0 {
+            command.args([":", "-n", "1"]);
+        }
+        if place == odd {
+            let witness = out.with_extension("witness");
+            command.args(["env".to_string(), format!("REHEARSAL_FAIL_AT={point}")]);
+            command.arg(format!("REHEARSAL_FAIL_HOW={how}"));
+            command.arg(format!("REHEARSAL_FAIL_WITNESS={}", witness.display()));
+        }
+        command.args(rank(&program(), out, settings, &[]));
+    }
+    command
 }
 
 /// Processes whose command line names `out`.
@@ -107,7 +120,7 @@ pub fn check_failed(output: &Output, out: &Path, texts: &[&str]) {
 #[test]
 fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
     let folder = TempDir::new().unwrap();
-    let layouts: [(usize, &[&str]); 5] = [
+    let layouts: [(usize, &[&str]); 6] = [
         (2, &["cluster.data=2"]),
         (2, &["cluster.pipeline=2"]),
         (
@@ -122,6 +135,8 @@ fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
         (8, &["cluster.data=8", "cluster.expert=4"]),
         // One that trains, and two that sample and share the experts.
         (3, &["cluster.samplers=2", "cluster.rollout.expert=2"]),
+        // And two that sample and share the heads.
+        (3, &["cluster.samplers=2", "cluster.rollout.tensor=2"]),
     ];
     for (at, (ranks, settings)) in layouts.into_iter().enumerate() {
         let out = folder.path().join(format!("run-{at}"));
@@ -138,62 +153,73 @@ fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
             assert_eq!(switch["moved_bytes"], switch["least_bytes"]);
         }
         assert!(out.join("export/config.json").exists());
+        let told = events(&out, "run").pop().unwrap()["processes"].to_string();
+        assert!(told.contains(&format!("{ranks} processes on ")), "{told}");
+        assert!(told.contains(" over ") && told.contains("without fault tolerance"), "{told}");
     }
 }
 
-/// A process dies before the job, is named, and the same command goes on to the same end over `ranks` processes.
-fn check_death(job: &str, ranks: usize) {
+/// One process after the other dies before its job and is named; the same command goes on to the same end as `rest` says:
+/// over so many processes, with these settings. Tells how many steps were computed again after the last death.
+pub fn check_deaths(settings: &[&str], deaths: &[Death], rest: (usize, &[&str])) -> u64 {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
-    let settings = ["cluster.data=2", "checkpoint.every_steps=3"];
-    let output = over_two_with_death(&out, &settings, job).output().unwrap();
-    let witness = std::fs::read_to_string(out.with_extension("witness")).unwrap_or_default();
-    assert_eq!(witness.trim(), job.split(':').next().unwrap(), "{}", text(&output));
-    check_failed(
-        &output,
-        &out,
-        &["rank 0 of 2 ends: rank 1 is gone", "its control link with process"],
-    );
-    let before = steps(&out).len();
-    match ranks {
-        1 => drop(done(smoke_with(&out, &settings[1..]))),
-        ranks => {
-            let data = format!("cluster.data={ranks}");
-            drop(done(over(ranks, &out, &[&data, settings[1]])));
+    let settings = [settings, &[OFTEN]].concat();
+    for (dying, job) in deaths {
+        let output = over_two_with_death(&out, &settings, (*dying, job)).output().unwrap();
+        let witness = out.with_extension("witness");
+        let point = std::fs::read_to_string(&witness).unwrap_or_default();
+        assert_eq!(point.trim(), job.split(':').next().unwrap(), "{}", text(&output));
+        std::fs::remove_file(witness).unwrap();
+        let named = format!("rank {} of 2 ends: rank {dying} is gone", 1 - dying);
+        check_failed(&output, &out, &[&named, "its control link with process"]);
+        if *dying > 0 {
+            check_says_how_to_go_on(&out, *dying);
         }
+    }
+    let before = steps(&out).len();
+    let (ranks, settings) = rest;
+    let settings = [settings, &[OFTEN]].concat();
+    match ranks {
+        1 => drop(done(smoke_with(&out, &settings))),
+        ranks => drop(done(over(ranks, &out, &settings))),
     }
     check_is_the_run_of_one(&out);
     let computed = events(&out, "end").pop().unwrap()["computed_steps"].as_u64().unwrap();
     let again = (before as u64 + computed) - steps(&out).len() as u64;
-    assert!(again <= 3, "{again} steps were computed again, {job}");
+    assert!(again <= 3, "{again} steps were computed again, {deaths:?}");
     check_nothing_is_left(&out);
+    again
+}
+
+/// Commits every third step.
+const OFTEN: &str = "checkpoint.every_steps=3";
+
+/// The journal and the board of a run that ended with a rank tell who is gone, and the command that goes on.
+fn check_says_how_to_go_on(out: &Path, gone: usize) {
+    let end = events(out, "end").pop().unwrap();
+    assert_eq!(end["state"], "failed");
+    assert!(end["reason"].as_str().unwrap().contains(&format!("rank {gone} is gone")), "{end}");
+    let status = rehearsal(&["status", out.to_str().unwrap()]).output().unwrap();
+    let status = String::from_utf8_lossy(&status.stdout).into_owned();
+    assert!(status.contains("go on with: mpirun -n 2 rehearsal run"), "{status}");
 }
 
 #[test]
 fn a_process_that_dies_in_training_is_named_and_the_same_command_goes_on() {
-    check_death("Train:8", 2);
+    check_deaths(&["cluster.data=2"], &[(1, "Train:8")], (2, &["cluster.data=2"]));
 }
 
 #[test]
 fn a_process_that_dies_in_sampling_is_named_and_one_process_goes_on() {
-    check_death("Generate:2", 1);
-}
-
-#[cfg(feature = "proof")]
-#[test]
-fn a_process_may_die_before_any_kind_of_job() {
-    for job in ["PrepareDevice:1", "PrepareDevice:3", "EnterPhase:2", "Save:2", "Calibrate:1"] {
-        check_death(job, 2);
-    }
-    for job in ["Score:1", "EnterPhase:9", "EnterPhase:14", "Generate:4", "Save:9", "Train:40"] {
-        check_death(job, 1);
-    }
+    check_deaths(&["cluster.data=2"], &[(1, "Generate:2")], (1, &[]));
 }
 
 #[test]
 fn a_process_that_dies_while_the_policy_is_saved_or_loaded_is_named() {
-    check_death("Save:2", 2);
-    check_death("PrepareDevice:2", 2);
+    // The second is rank 0, which has the actors and everybody's control link.
+    let deaths = [(1, "Save:2"), (0, "Restore:1")];
+    check_deaths(&["cluster.data=2"], &deaths, (2, &["cluster.data=2"]));
 }
 
 /// The process of a rank.
@@ -244,7 +270,7 @@ fn a_process_that_works_for_longer_than_the_deadline_ends_no_run() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
     // From its first layer on, each of them takes a part of the deadline, and a step several deadlines.
-    let mut slow = over_two_with_fault(&out, &SHORT, "layer-backward:1", "delay:700");
+    let mut slow = over_two_with_fault(&out, &SHORT, (1, "layer-backward:1"), "delay:700");
     let (began, mut child) = (Instant::now(), slow.spawn().unwrap());
     let until = began + 3 * PATIENCE;
     while steps(&out).len() < 2 {
@@ -268,7 +294,7 @@ fn a_process_that_is_stuck_is_named_with_what_it_did_last() {
     ] {
         let out = folder.path().join(point.replace(':', "-"));
         let began = Instant::now();
-        let output = over_two_with_fault(&out, &SHORT, point, "hang").output().unwrap();
+        let output = over_two_with_fault(&out, &SHORT, (1, point), "hang").output().unwrap();
         let late = "rank 0 of 2 ends: rank 0 waited 2 s in";
         check_failed(&output, &out, &[late, "for rank 1, which did not come", last]);
         assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
@@ -308,26 +334,6 @@ fn ctrl_c_ends_all_processes_after_a_commit_and_the_command_goes_on() {
     let next = steps(&out)[stopped]["step"].as_u64();
     assert_eq!(next, last["step"].as_u64().map(|step| step + 1), "no step was computed again");
     check_nothing_is_left(&out);
-}
-
-#[test]
-fn a_process_without_instructions_for_integers_has_all_of_them_sample_from_f32() {
-    let folder = TempDir::new().unwrap();
-    let out = folder.path().join("run");
-    let settings = ["cluster.data=2", "engine.exact=false", "stage.align.rollout_dtype=int8"];
-    let mut second = vec!["env".to_string(), "REHEARSAL_ISA=portable".to_string()];
-    second.extend(rank(&program(), &out, &settings, &[]));
-    let mut command = mpirun(1, &[]);
-    let mut first = rank(&program(), &out, &settings, &[]);
-    first.iter_mut().filter(|word| *word == "off").for_each(|word| *word = "plain".to_string());
-    command.args(first).args([":", "-n", "1"]).args(second);
-    let output = done(command);
-    let aligned: Vec<Value> =
-        steps(&out).into_iter().filter(|step| step["kind"] == "grpo").collect();
-    assert!(!aligned.is_empty() && aligned.iter().all(|step| step["rollout_dtype"] == "f32"));
-    let lines = text(&output);
-    let told = lines.lines().filter(|line| line.contains("all ranks sample from f32 weights"));
-    assert_eq!(told.filter(|line| line.starts_with("rank 1, process")).count(), 1, "{lines}");
 }
 
 #[test]

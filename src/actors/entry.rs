@@ -11,7 +11,8 @@ use super::post::Injection;
 use super::stage_plan::Folders;
 use super::worker::DeviceMaker;
 use crate::cluster::layout::Sampling;
-use crate::cluster::{Control, Local, Team};
+use crate::cluster::local::Renewed;
+use crate::cluster::{Control, Team};
 use crate::config::{Bytes, ConsoleMode, EngineConfig, Fault, RunConfig};
 use crate::engine::hybrid::{EngineSetup, HybridEngine};
 use crate::engine::{Machine, Profile};
@@ -76,16 +77,19 @@ pub fn start(request: RunRequest) -> Result<()> {
     let mut engine = config.engine.clone();
     engine.budget = engine.budget.or(memory.map(Bytes));
     let setup = EngineSetup { model: config.model.clone(), engine, seed: config.seed, spill, team };
-    let (setup, sampler) = match config.cluster.samplers > 0 && mail.is_none() {
-        true => {
+    let has_sampler = config.cluster.samplers > 0 && mail.is_none();
+    let links = mail.is_none().then(|| Renewed::new(if has_sampler { 2 } else { 1 }));
+    let (setup, sampler) = match &links {
+        Some(links) if has_sampler => {
             let seconds = config.cluster.deadline_seconds.max(1);
-            let [trainer, sampler] = beside(setup, Duration::from_secs(seconds));
+            let [trainer, sampler] = beside(setup, links, Duration::from_secs(seconds));
             (trainer, Some(sampler))
         }
-        false => (setup, None),
+        _ => (setup, None),
     };
     let sampler = sampler.map(|setup| -> DeviceMaker {
-        Arc::new(move || Ok(Box::new(HybridEngine::new(setup.clone())?)))
+        let links = links.clone();
+        Arc::new(move || Ok(Box::new(HybridEngine::new(linked(&setup, &links))?)))
     });
     let is_led = mail.as_ref().is_some_and(|mail| mail.rank() > 0);
     let outcome = run(
@@ -96,7 +100,7 @@ pub fn start(request: RunRequest) -> Result<()> {
             console: Some(console),
             machine,
             device: Arc::new(move || {
-                Ok(Box::new(HybridEngine::profiled(setup.clone(), profile.clone())?))
+                Ok(Box::new(HybridEngine::profiled(linked(&setup, &links), profile.clone())?))
             }),
             sampler,
             injection: Arc::new(Injection::from_environment()?),
@@ -122,23 +126,32 @@ pub fn start(request: RunRequest) -> Result<()> {
 }
 
 /// A trainer and a sampler in one process, each with half of the memory and with cores of its own where there are two.
-fn beside(setup: EngineSetup, deadline: Duration) -> [EngineSetup; 2] {
+fn beside(setup: EngineSetup, links: &Renewed, deadline: Duration) -> [EngineSetup; 2] {
     let threads = match setup.engine.threads {
         0 => std::thread::available_parallelism().map_or(1, |cores| cores.get()),
         threads => threads,
     };
     let own = [threads.div_ceil(2), (threads / 2).max(1)];
-    let mut places = Local::new(2).into_iter().zip(own).zip(["trainer", "sampler"]);
+    let mut places = [0, 1].into_iter().zip(own).zip(["trainer", "sampler"]);
     [(); 2].map(|()| {
-        let ((link, threads), name) = places.next().expect("there are two");
+        let ((rank, threads), name) = places.next().expect("there are two");
         let one = Sampling { ranks: 1, tensor: 1, expert: 1 };
         let team = Team { samplers: 1, samplers_layout: one, deadline, ..setup.team.clone() };
-        let team = Team { link: Arc::new(link), ..team };
+        let team = Team { link: links.end(rank), ..team };
         let half = |bytes: Option<Bytes>| bytes.map(|bytes| Bytes(bytes.0 / 2));
         let (budget, host_budget) = (half(setup.engine.budget), half(setup.engine.host_budget));
         let engine = EngineConfig { threads, budget, host_budget, ..setup.engine.clone() };
         EngineSetup { engine, team, spill: setup.spill.join(name), ..setup.clone() }
     })
+}
+
+/// What a device is made with now: of one process with links that have not stopped.
+fn linked(setup: &EngineSetup, links: &Option<Arc<Renewed>>) -> EngineSetup {
+    let mut setup = setup.clone();
+    if let Some(links) = links {
+        setup.team.link = links.end(setup.team.rank());
+    }
+    setup
 }
 
 /// Tells the other processes of a run that there is nothing to do.

@@ -19,6 +19,7 @@ use super::mail::Mail;
 use super::messages::*;
 use super::port::{Limits, Port};
 use super::post::{Post, answers_for_itself, panic_text, seconds_now};
+use crate::cluster::Broken;
 use crate::config::Dtype;
 use crate::config::failpoint::failpoint;
 use crate::console::Event;
@@ -63,6 +64,12 @@ pub trait Device {
     fn calibrate(&mut self, mean: f64, deviation: f64);
     /// Gives the policy of this version to who only samples, or takes it.
     fn hand_over(&mut self, version: u64) -> anyhow::Result<Switched>;
+    /// Tells the devices that work with this one that it is lost: nobody is to wait for it.
+    fn cut_off(&self, _why: &str) {}
+    /// Whether one that this device works with is lost, so that it has to be made anew with that one.
+    fn is_cut_off(&self) -> bool {
+        false
+    }
 }
 
 impl Device for HybridEngine {
@@ -99,6 +106,12 @@ impl Device for HybridEngine {
     }
     fn hand_over(&mut self, version: u64) -> anyhow::Result<Switched> {
         HybridEngine::hand_over(self, version)
+    }
+    fn cut_off(&self, why: &str) {
+        HybridEngine::cut_off(self, why);
+    }
+    fn is_cut_off(&self) -> bool {
+        HybridEngine::is_cut_off(self)
     }
 }
 
@@ -217,6 +230,9 @@ impl Farewell {
 fn own_device(make: &DeviceMaker, jobs: &Receiver<Arc<Work>>) {
     let mut device: Option<Box<dyn Device>> = None;
     for work in jobs {
+        if matches!(work.job, Job::Prepare(_)) && device.as_ref().is_some_and(|d| d.is_cut_off()) {
+            device = None;
+        }
         let ready = match (&work.job, &device) {
             (_, Some(_)) => Ok(()),
             // A stage begins with nothing loaded, so a lost device can be made anew here and
@@ -229,17 +245,22 @@ fn own_device(make: &DeviceMaker, jobs: &Receiver<Arc<Work>>) {
         let outcome = match (ready, &mut device) {
             (Ok(()), Some(ready)) => {
                 match catch_unwind(AssertUnwindSafe(|| run(ready.as_mut(), &work))) {
-                    Ok(result) => result.map_err(Failure::from),
+                    Ok(result) => result.map_err(|error| match error.is::<Broken>() {
+                        // It lost one that it works with, and is made anew with it.
+                        true => Failure::new(FailureKind::Device, format!("{error:#}")),
+                        false => Failure::from(error),
+                    }),
                     Err(panic) => {
+                        let text = panic_text(panic.as_ref());
+                        let text = format!("the device panicked in {}: {text}", work.job.name());
                         // What a panic leaves behind is not to be trusted; dropping it may panic
                         // again.
                         let lost = device.take();
-                        let _ = catch_unwind(AssertUnwindSafe(|| drop(lost)));
-                        let text = panic_text(panic.as_ref());
-                        Err(Failure::new(
-                            FailureKind::Device,
-                            format!("the device panicked in {}: {text}", work.job.name()),
-                        ))
+                        let _ = catch_unwind(AssertUnwindSafe(|| {
+                            lost.iter().for_each(|lost| lost.cut_off(&text));
+                            drop(lost);
+                        }));
+                        Err(Failure::new(FailureKind::Device, text))
                     }
                 }
             }
@@ -335,17 +356,22 @@ impl Worker {
             };
             let others: Vec<_> = others.into_iter().map(carry).collect();
             let mut parts = Vec::new();
+            // Of several processes no device is made anew.
+            let for_good = |failure: Failure| match (failure.kind, &crew.mail) {
+                (FailureKind::Device, Some(_)) => Failure::new(FailureKind::Other, failure.text),
+                _ => failure,
+            };
             if let Some(work) = work {
                 let own = outcome_of(&work, &groups).await;
                 if let (Err(failure), Some(mail)) = (&own, &crew.mail) {
                     // The others' devices may wait for this one.
                     mail.fail(mail.rank(), failure);
                 }
-                parts.push(own?);
+                parts.push(own.map_err(for_good)?);
             }
             for other in others {
                 let lost = |_| Failure::new(FailureKind::Actor, "the actors' thread ends");
-                parts.push(other.await.map_err(lost)??);
+                parts.push(other.await.map_err(lost)?.map_err(for_good)?);
             }
             let mismatch = || Failure::new(FailureKind::Other, format!("work {id:?} is no {name}"));
             expect(together(name, parts)?).ok_or_else(mismatch)

@@ -9,7 +9,8 @@ use super::machine::{free_memory, share_for_arenas};
 use crate::actors::{Processes, dismiss};
 use crate::cluster::layout::Sampling;
 use crate::cluster::{Broken, Control, Mesh, Team};
-use crate::config::{Fault, Loaded};
+use crate::config::stage::StageKind;
+use crate::config::{Dtype, Fault, Loaded, Stage};
 use anyhow::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -84,6 +85,17 @@ fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
     })?)
 }
 
+/// What a person is told where rollouts are to be sampled from integers and some ranks have no instructions for them.
+fn without_integers(loaded: &Loaded, lack: &[usize], names: &[String]) -> Option<String> {
+    let wants = |stage: &Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.rollout_dtype == Dtype::Int8);
+    let rank = lack.first().filter(|_| loaded.config.stages.iter().any(wants))?;
+    let (name, others) = (&names[*rank], lack.len() - 1);
+    let others = if others > 0 { format!(" (nor have {others} more)") } else { String::new() };
+    Some(format!(
+        "rank {rank}, {name}, has no instructions for products of integers{others}: all ranks sample from f32 weights"
+    ))
+}
+
 /// Threads of a rank that is told no number: its share of the cores, unless it was bound to its own.
 pub fn threads(launched: &Launched) -> usize {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
@@ -136,10 +148,11 @@ mod over_mpi {
     use super::*;
     use crate::cluster::{Ident, Joined, Link, Mpi, Stop, join};
     use anyhow::Context;
+    use rehearsal_kernels::{Arena, CpuKernels, Kernels};
     use std::time::Duration;
 
-    /// What a person is told of the processes of these names.
-    fn described(names: &[String], library: &str) -> String {
+    /// What a person is told of the processes of these names, and what they agreed on.
+    fn described(names: &[String], library: &str, note: Option<String>) -> String {
         let hosts: std::collections::BTreeSet<&str> =
             names.iter().filter_map(|name| name.rsplit(' ').next()).collect();
         let hosts: Vec<&str> = hosts.into_iter().collect();
@@ -150,7 +163,8 @@ mod over_mpi {
             false => "without fault tolerance: if one dies, the launcher may end the others",
         };
         let (count, hosts) = (names.len(), hosts.join(", "));
-        format!("{count} processes on {hosts} over {library}, {tolerance}")
+        let note = note.map(|note| format!("\n{note}")).unwrap_or_default();
+        format!("{count} processes on {hosts} over {library}, {tolerance}{note}")
     }
 
     impl Ranks {
@@ -168,6 +182,7 @@ mod over_mpi {
                 binary: blake3::hash(&binary).to_hex().to_string(),
                 config: same_everywhere(loaded, out),
                 memory: free_memory().map(|free| share_for_arenas(free) / launched.local as u64),
+                lacks_integers: !CpuKernels::new(1, Arena::new(None)).multiplies_integers(),
             };
             let stop = Arc::new(Stop::default());
             let mpi = Mpi::start(deadline, Arc::clone(&stop)).map_err(anyhow::Error::msg)?;
@@ -184,7 +199,8 @@ mod over_mpi {
                 )));
             }
             let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
-            let Joined { control, names, memory } = joined;
+            let Joined { control, names, memory, lack_integers } = joined;
+            let note = without_integers(loaded, &lack_integers, &names);
             let sampling = match cluster.samplers {
                 0 => sampling(loaded, mesh.ranks())?,
                 _ if mpi.rank() < mesh.ranks() => trainers,
@@ -198,9 +214,10 @@ mod over_mpi {
                 samplers: cluster.samplers,
                 samplers_layout,
                 deadline,
+                has_integers: lack_integers.is_empty(),
                 ..Team::alone()
             };
-            let described = described(&names, mpi.library());
+            let described = described(&names, mpi.library(), note);
             let processes = Processes { team, control, described };
             Ok(Ranks { processes, memory, names, mpi })
         }
@@ -219,6 +236,7 @@ impl Ranks {
         launched.require_mpi()?;
         drop((sampling(loaded, mesh.ranks())?, same_everywhere(loaded, out)));
         drop((free_memory().map(share_for_arenas), Team::alone()));
+        drop(without_integers(loaded, &[], &[]));
         unreachable!("a build without MPI requires it in vain")
     }
 
@@ -267,6 +285,18 @@ mod tests {
             assert_eq!(differ.count(), 1, "{set}");
         }
         assert_ne!(plain, same_everywhere(&loaded(&[]), "runs/b"));
+    }
+
+    #[test]
+    fn who_cannot_sample_from_integers_is_told_where_that_is_asked_for() {
+        let names: Vec<String> = (7..10).map(|pid| format!("process {pid} on there")).collect();
+        let told = |set: &[&str], lack: &[usize]| without_integers(&loaded(set), lack, &names);
+        let integers = ["stage.align.rollout_dtype=int8", "engine.exact=false"];
+        assert_eq!([told(&[], &[1]), told(&integers, &[])], [None, None]);
+        let text = told(&integers, &[1]).unwrap();
+        assert!(text.starts_with("rank 1, process 8 on there, has no instructions"), "{text}");
+        assert!(text.ends_with("all ranks sample from f32 weights"), "{text}");
+        assert!(told(&integers, &[0, 2]).unwrap().contains("integers (nor have 1 more): all"));
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Ident {
     pub config: BTreeMap<String, String>,
     /// Bytes that it may hold, if anything limits them.
     pub memory: Option<u64>,
+    /// Whether its processor has no instructions for products of integers.
+    pub lacks_integers: bool,
 }
 
 /// A run, as each of its ranks sees it.
@@ -56,6 +58,8 @@ pub struct Joined {
     pub names: Vec<String>,
     /// Bytes that each rank may hold: the least of what they have.
     pub memory: Option<u64>,
+    /// The ranks whose processors have no instructions for products of integers.
+    pub lack_integers: Vec<usize>,
 }
 
 /// What rank 0 answers.
@@ -74,6 +78,7 @@ struct Terms {
     addresses: Vec<Ipv4Addr>,
     names: Vec<String>,
     memory: Option<u64>,
+    lack_integers: Vec<usize>,
 }
 
 /// Makes the ranks of a link a run. `silence` is what control links bear, `deadline` what joining may take.
@@ -97,7 +102,8 @@ pub fn join(
     let board = Arc::clone(link.board());
     let control = Control::new(rank, connections, silence, board, stop);
     let control = control.map_err(|error| joining.failed(format!("control links: {error}")))?;
-    Ok(Joined { control, names: terms.names, memory: terms.memory })
+    let Terms { names, memory, lack_integers, .. } = terms;
+    Ok(Joined { control, names, memory, lack_integers })
 }
 
 struct Joining<'a> {
@@ -146,6 +152,7 @@ impl Joining<'_> {
             addresses: own_addresses(),
             names: idents.iter().map(Ident::name).collect(),
             memory: idents.iter().filter_map(|ident| ident.memory).min(),
+            lack_integers: (0..idents.len()).filter(|rank| idents[*rank].lacks_integers).collect(),
         };
         Ok((terms, listener))
     }

@@ -155,6 +155,9 @@ pub trait Link: Send + Sync {
     /// Tells all ranks why this one stops; their waits end with the same words.
     fn stop(&self, why: &Broken);
 
+    /// Why the ranks have stopped, if they have.
+    fn stopped(&self) -> Option<Broken>;
+
     /// The next frame of a rank in a lane. Waits for it for as long as that rank makes progress, and then `deadline`.
     fn receive(
         &self,

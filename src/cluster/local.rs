@@ -50,9 +50,30 @@ impl Local {
         let place = early.iter().position(|frame| frame.lane == lane)?;
         early.remove(place)
     }
+}
 
-    fn stopped(&self) -> Option<Broken> {
-        self.stopped.lock().unwrap_or_else(|e| e.into_inner()).clone()
+/// The links between devices of one process, which are made anew together after one of them was lost.
+pub struct Renewed {
+    ends: Mutex<Vec<Arc<Local>>>,
+}
+
+impl Renewed {
+    /// Links of so many devices.
+    pub fn new(devices: usize) -> Arc<Renewed> {
+        Arc::new(Renewed { ends: Mutex::new(Renewed::made(devices)) })
+    }
+
+    /// A device's end of links that have not stopped: nothing that was sent before a stop comes over them.
+    pub fn end(&self, device: usize) -> Arc<Local> {
+        let mut ends = self.ends.lock().unwrap_or_else(|e| e.into_inner());
+        if ends[device].stopped().is_some() {
+            *ends = Renewed::made(ends.len());
+        }
+        Arc::clone(&ends[device])
+    }
+
+    fn made(devices: usize) -> Vec<Arc<Local>> {
+        Local::new(devices).into_iter().map(Arc::new).collect()
     }
 }
 
@@ -108,5 +129,34 @@ impl Link for Local {
     fn stop(&self, why: &Broken) {
         // The first reason is the one that all are told.
         self.stopped.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(why.clone());
+    }
+
+    fn stopped(&self) -> Option<Broken> {
+        self.stopped.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::link::Operation;
+    use super::*;
+
+    #[test]
+    fn after_a_stop_all_devices_have_ends_of_one_new_set() {
+        let (name, operation) = ("x".to_string(), Operation::Pass);
+        let call = Call { name, operation, number: 0, elements: 1, width: 1 };
+        let frame = |byte| Frame { lane: Lane::Switch, call: call.clone(), bytes: vec![byte] };
+        let links = Renewed::new(2);
+        let (first, second) = (links.end(0), links.end(1));
+        first.send(1, frame(1)).unwrap();
+        second.stop(&Broken::Failed { rank: 1, why: "lost".to_string(), code: 1 });
+        assert!(first.stopped().is_some());
+        // Whoever is made first, and if it is lost again before the other one is made.
+        links.end(1).stop(&Broken::Failed { rank: 1, why: "again".to_string(), code: 1 });
+        let (first, second) = (links.end(0), links.end(1));
+        assert!(first.stopped().is_none() && second.stopped().is_none());
+        first.send(1, frame(2)).unwrap();
+        let got = second.receive(0, Lane::Switch, &call, Duration::from_secs(5)).unwrap();
+        assert_eq!(got.bytes, [2], "what was sent before the stop is gone");
     }
 }

@@ -192,6 +192,10 @@ impl Link for Mpi {
     fn stop(&self, why: &Broken) {
         self.shared.stop.set(why);
     }
+
+    fn stopped(&self) -> Option<Broken> {
+        self.shared.stop.why()
+    }
 }
 
 impl Shared {

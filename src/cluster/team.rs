@@ -29,6 +29,8 @@ pub struct Team {
     pub deadline: Duration,
     /// Whether nothing is computed while tokens of experts are under way. Changes no result.
     pub is_serial: bool,
+    /// Whether the processors of all ranks multiply integers, as far as the others are known.
+    pub has_integers: bool,
 }
 
 impl std::fmt::Debug for Team {
@@ -49,6 +51,7 @@ impl Team {
             samplers_layout: Sampling { ranks: 0, tensor: 1, expert: 1 },
             deadline: Duration::from_secs(60),
             is_serial: false,
+            has_integers: true,
         }
     }
 

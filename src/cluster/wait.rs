@@ -8,6 +8,7 @@
 
 use super::link::{Broken, Call, Frame, Lane, Link};
 use super::progress::{Board, Work};
+use crate::config::failpoint::failpoint;
 use std::time::{Duration, Instant};
 
 /// Longest time between two looks at how far others are.
@@ -23,6 +24,7 @@ pub(super) fn receive<L: Link + ?Sized>(
 ) -> Result<Frame, Broken> {
     let (rank, board, look) = (link.rank(), link.board(), (deadline / 16).min(LOOK));
     let took = |frame| {
+        failpoint(Work::Take.point());
         board.made(rank, Work::Take);
         Ok(frame)
     };

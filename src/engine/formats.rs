@@ -31,9 +31,10 @@ pub fn weight_format(dtype: Dtype) -> WeightFormat {
 
 impl HybridEngine {
     /// Enters Generate with the policy packed as `dtype`; the report says as what it was. Integers are wanted for their
-    /// speed: a processor without instructions for their products samples from f32.
+    /// speed: where the processor of any rank has no instructions for their products all ranks sample from f32.
     pub fn enter_generate(&mut self, dtype: Dtype) -> Result<PhaseReport> {
-        let is_slow = dtype == Dtype::Int8 && !self.kernels.multiplies_integers();
+        let has_integers = self.kernels.multiplies_integers() && self.setup.team.has_integers;
+        let is_slow = dtype == Dtype::Int8 && !has_integers;
         let dtype = if is_slow { Dtype::F32 } else { dtype };
         let tensor = self.setup.team.sampling.tensor;
         if dtype == Dtype::Fp8Block && tensor > 1 {

@@ -21,7 +21,7 @@ use super::scoring::ROWS_AT_ONCE;
 use super::switch::{Switch, Way, sampled};
 use super::transfers::Transfers;
 use super::utilisation::Chores;
-use crate::cluster::{Group, Team, Timeline, work_for};
+use crate::cluster::{Broken, Group, Team, Timeline, work_for};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
@@ -356,6 +356,17 @@ impl HybridEngine {
         }
         report.policy_version = self.policy_version;
         Ok(report)
+    }
+
+    /// Tells the other ranks that this one is lost.
+    pub fn cut_off(&self, why: &str) {
+        let (link, why) = (&self.setup.team.link, why.to_string());
+        link.stop(&Broken::Failed { rank: link.rank(), why, code: 1 });
+    }
+
+    /// Whether the ranks have stopped.
+    pub fn is_cut_off(&self) -> bool {
+        self.setup.team.link.stopped().is_some()
     }
 
     /// Sets the calibration that is saved with a fitted reward model.

@@ -6,9 +6,7 @@
 
 use super::hybrid::{HybridEngine, SavedState};
 use super::phase::Phase;
-use super::policy_files::{
-    Moments, MomentsMut, Written, join_shards, read_policy, world, write_policy,
-};
+use super::policy_files::{Moments, Written, join_shards, read_policy, world, write_policy};
 use super::resident::write_calibration;
 use crate::checkpoint::{TensorFolder, write_model_config};
 use crate::cluster::Group;
@@ -108,20 +106,18 @@ impl HybridEngine {
         let kernels = self.kernels.as_ref();
         let policy = self.policy.as_mut().context("restore comes after prepare")?;
         let mut params = policy.take_to_change(kernels)?;
-        match &mut self.optimizer {
-            None => read_policy(kernels, &mut params, None, folder)?,
-            Some(state) => {
-                let mut first = state.first.take_to_change(kernels.arena())?.0;
-                let mut second = state.second.take_to_change(kernels.arena())?.0;
-                let own = &state.ranks.zero.own;
-                let moments = MomentsMut { own, first: &mut first, second: &mut second };
-                read_policy(kernels, &mut params, Some(moments), folder)?;
-                state.first.put_changed(first);
-                state.second.put_changed(second);
-                state.step = saved.optimizer_step;
-            }
-        }
+        let read = match &mut self.optimizer {
+            None => read_policy(kernels, &mut params, None, folder),
+            Some(state) => state.change(kernels.arena(), |moments| {
+                read_policy(kernels, &mut params, Some(moments), folder)
+            }),
+        };
+        // Also where reading failed: the slabs are the engine's.
         policy.weights.put_changed(params.slab);
+        read?;
+        if let Some(state) = &mut self.optimizer {
+            state.step = saved.optimizer_step;
+        }
         self.policy_version = saved.policy_version;
         Ok(())
     }

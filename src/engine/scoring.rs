@@ -202,24 +202,34 @@ impl HybridEngine {
     }
 }
 
-/// The sequences that one of several ranks, or groups of such, scores: neighbours, which may begin alike, about as many
-/// tokens for each.
+/// The sequences that one of several ranks, or groups of such, scores.
 fn share(job: &ScoreJob, ranks: usize, rank: usize) -> ScoreJob {
-    let tokens: usize = job.sequences.iter().map(Vec::len).sum();
-    let mut sum = 0;
-    let rank_of = |sequence: &Vec<u32>| {
-        sum += sequence.len();
-        // By the middle of each, so that all ranks have some of few.
-        (2 * sum - sequence.len()) * ranks / (2 * tokens).max(1)
-    };
-    let own: Vec<bool> = job.sequences.iter().map(rank_of).map(|of| of == rank).collect();
-    let keep = |place: &usize| own[*place];
-    let places: Vec<usize> = (0..own.len()).filter(keep).collect();
+    let lengths: Vec<usize> = job.sequences.iter().map(Vec::len).collect();
+    let own = share_of(&lengths, ranks, rank);
     ScoreJob {
-        sequences: places.iter().map(|place| job.sequences[*place].clone()).collect(),
-        first: places.iter().filter_map(|place| job.first.get(*place).copied()).collect(),
+        sequences: job.sequences[own.clone()].to_vec(),
+        first: job.first[own].to_vec(),
         ..job.clone()
     }
+}
+
+/// Which of sequences of such lengths a rank scores: neighbours, which may begin alike, about as many tokens for each rank.
+/// No rank has none where another has two, and of fewer sequences than ranks the first ranks have one each.
+fn share_of(lengths: &[usize], ranks: usize, rank: usize) -> Range<usize> {
+    let (count, tokens) = (lengths.len(), lengths.iter().sum::<usize>());
+    let mut share = 0..0;
+    for rank in 0..=rank {
+        let (first, others) = (share.end, ranks - rank - 1);
+        let (mut end, mut sum) = (first, lengths[..first].iter().sum::<usize>());
+        // A sequence is of the rank in whose part of the tokens its middle lies.
+        while end < count && (2 * sum + lengths[end]) * ranks < 2 * tokens * (rank + 1) {
+            sum += lengths[end];
+            end += 1;
+        }
+        let least = (first + 1).min(count);
+        share = first..end.clamp(least, count.saturating_sub(others).max(least));
+    }
+    share
 }
 
 /// Sequences of a pass by what neighbours share: all before their first wanted token.
@@ -307,4 +317,33 @@ fn check(model: &Transformer, job: &ScoreJob) -> Result<()> {
     }
     assert!(job.first.len() == job.sequences.len() && job.first.iter().all(|f| *f >= 1));
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(300) })]
+        #[test]
+        fn all_ranks_have_some_of_few_sequences_and_about_as_much_of_many(
+            lengths in prop::collection::vec(1usize..50, 0..30), ranks in 1usize..9,
+        ) {
+            let shares: Vec<Range<usize>> =
+                (0..ranks).map(|rank| share_of(&lengths, ranks, rank)).collect();
+            let mut end = 0;
+            for share in &shares {
+                prop_assert_eq!(share.start, end, "in order, each once");
+                end = share.end;
+            }
+            prop_assert_eq!(end, lengths.len());
+            let busy = shares.iter().take_while(|share| !share.is_empty()).count();
+            prop_assert_eq!(busy, ranks.min(lengths.len()), "the first ranks are busy: {:?}", shares);
+            let tokens = |share: &Range<usize>| lengths[share.clone()].iter().sum::<usize>();
+            let longest = lengths.iter().copied().max().unwrap_or(0);
+            let even = lengths.iter().sum::<usize>() / ranks;
+            prop_assert!(shares.iter().all(|share| tokens(share) <= even + 2 * longest), "{:?}", shares);
+        }
+    }
 }

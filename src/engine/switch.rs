@@ -295,18 +295,14 @@ impl HybridEngine {
             "the policy is version {} and is to be handed over as {version}",
             self.policy_version
         );
-        let mut own = match is_sampler {
-            true => policy.take_to_change(kernels)?,
-            false => policy.take(kernels)?.0,
-        };
-        let switched = match is_sampler {
-            true => way.run(kernels, version, None, Some(&mut own.slab)),
-            false => way.run(kernels, version, Some(&own.slab), None),
-        };
         if !is_sampler {
+            let (own, _) = policy.take(kernels)?;
+            let switched = way.run(kernels, version, Some(&own.slab), None);
             policy.weights.put(own.slab);
             return switched.map_err(interrupted);
         }
+        let mut own = policy.take_to_change(kernels)?;
+        let switched = way.run(kernels, version, None, Some(&mut own.slab));
         policy.weights.put_changed(own.slab);
         let switched = switched.map_err(interrupted)?;
         self.policy_version = version;

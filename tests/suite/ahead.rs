@@ -4,6 +4,7 @@ use crate::runs::{check_refused, done, events, smoke_with, steps, weights};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 const AHEAD: [&str; 3] =
@@ -78,6 +79,34 @@ fn a_device_that_only_samples_changes_no_bit_and_samples_while_the_other_trains(
         at("ahead", 1).is_some_and(|end| at("score", 0) < Some(end))
     });
     assert_eq!(alone.count(), 0);
+}
+
+#[test]
+fn a_device_that_is_lost_in_a_hand_over_is_made_anew_with_the_other_one() {
+    let folder = TempDir::new().unwrap();
+    let whole = folder.path().join("whole");
+    done(ahead(&whole));
+    for (point, words) in [
+        // Either of the two devices, before anything is sent; then in the middle of it, with frames under way.
+        ("HandOver:1", "the device panicked in HandOver: panic at the failpoint HandOver"),
+        ("HandOver:6", "the device panicked in HandOver: panic at the failpoint HandOver"),
+        ("frame-taken:9", "the device panicked in HandOver: panic at the failpoint frame-taken"),
+        // While the other one samples.
+        ("Train:40", "the device panicked in Train: panic at the failpoint Train"),
+    ] {
+        let out = folder.path().join(point.replace(':', "-"));
+        let mut lost = ahead(&out);
+        lost.args(["--set", "cluster.samplers=1", "--threads", "2"]);
+        lost.env("REHEARSAL_FAIL_AT", point).env("REHEARSAL_FAIL_HOW", "panic");
+        let began = Instant::now();
+        done(lost);
+        assert!(began.elapsed() < Duration::from_secs(40), "{point}: a device waited in vain");
+        let restarts = events(&out, "restart");
+        let [restart] = &restarts[..] else { panic!("{point}: {restarts:?}") };
+        let reason = restart["reason"].as_str().unwrap();
+        assert!(reason.contains(words), "{point}: {reason}");
+        assert!(weights(&out) == weights(&whole), "{point}");
+    }
 }
 
 #[test]

@@ -337,6 +337,26 @@ fn ctrl_c_ends_all_processes_after_a_commit_and_the_command_goes_on() {
 }
 
 #[test]
+fn a_process_without_instructions_for_integers_has_all_of_them_sample_from_f32() {
+    let folder = TempDir::new().unwrap();
+    let out = folder.path().join("run");
+    let settings = ["cluster.data=2", "engine.exact=false", "stage.align.rollout_dtype=int8"];
+    let mut second = vec!["env".to_string(), "REHEARSAL_ISA=portable".to_string()];
+    second.extend(rank(&program(), &out, &settings, &[]));
+    let mut command = mpirun(1, &[]);
+    let mut first = rank(&program(), &out, &settings, &[]);
+    first.iter_mut().filter(|word| *word == "off").for_each(|word| *word = "plain".to_string());
+    command.args(first).args([":", "-n", "1"]).args(second);
+    let output = done(command);
+    let aligned: Vec<Value> =
+        steps(&out).into_iter().filter(|step| step["kind"] == "grpo").collect();
+    assert!(!aligned.is_empty() && aligned.iter().all(|step| step["rollout_dtype"] == "f32"));
+    let lines = text(&output);
+    let told = lines.lines().filter(|line| line.contains("all ranks sample from f32 weights"));
+    assert_eq!(told.filter(|line| line.starts_with("rank 1, process")).count(), 1, "{lines}");
+}
+
+#[test]
 fn another_binary_or_config_on_one_process_is_refused_on_all_of_them() {
     let folder = TempDir::new().unwrap();
     let (out, other) = (folder.path().join("run"), folder.path().join("other-rehearsal"));

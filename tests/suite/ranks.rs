@@ -6,9 +6,8 @@ use super::checkpoints::{Leg, keep, resume};
 use super::tiny::{config_dense, config_grouped, documents};
 use rehearsal::cluster::layout::Sampling;
 use rehearsal::cluster::link::{Call, Frame, Lane};
-use rehearsal::cluster::mesh::Load;
 use rehearsal::cluster::timeline::{Span, overlap};
-use rehearsal::cluster::{Board, Broken, Doing, Link, Local, Mesh, Team, Timeline};
+use rehearsal::cluster::{Board, Broken, Doing, Link, Local, Mesh, Team, Timeline, mesh::Load};
 use rehearsal::config::ModelConfig;
 use rehearsal::config::cluster::PipelineSchedule::{self, *};
 use rehearsal::config::engine::AttentionForm;
@@ -93,6 +92,10 @@ impl Link for Counted {
 
     fn stop(&self, why: &Broken) {
         self.inner.stop(why);
+    }
+
+    fn stopped(&self) -> Option<Broken> {
+        self.inner.stopped()
     }
 }
 

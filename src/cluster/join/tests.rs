@@ -16,6 +16,7 @@ fn ident(rank: usize) -> Ident {
         binary: "b".repeat(64),
         config: BTreeMap::from([("seed".to_string(), "1".to_string())]),
         memory: Some(1000 - rank as u64),
+        lacks_integers: rank == 1,
     }
 }
 
@@ -65,6 +66,7 @@ fn ranks_know_each_other_and_their_letters_arrive_in_order() {
     for joined in &ranks {
         assert_eq!(joined.names[2], "process 102 on here");
         assert_eq!(joined.memory, Some(998), "the least of all ranks");
+        assert_eq!(joined.lack_integers, [1]);
     }
     let letter = |correlation| Letter { correlation, body: vec![correlation as u8; 1 << 20] };
     // Before anybody listens.
@@ -143,7 +145,7 @@ fn silence_is_named_at_its_deadline_and_a_beat_is_none() {
     thread::sleep(Duration::from_millis(100));
     assert_eq!(stop.why(), None, "it was heard");
     assert_eq!([0, 1, 2].map(|rank| board.count(rank)), [0, 7, 0], "it tells of itself alone");
-    let joined = Joined { control, names: Vec::new(), memory: None };
+    let joined = Joined { control, names: Vec::new(), memory: None, lack_integers: Vec::new() };
     let why = why(&joined);
     assert!(matches!(why, Broken::Late { missing: 1, seconds: 1, .. }), "{why}");
     for part in ["process 7 on there", "; the last that it did was a layer's forward pass"] {
@@ -164,7 +166,7 @@ fn refused(frames: impl FnOnce(Secret) -> Vec<Vec<u8>>) -> String {
     let connection = Connection { rank: 1, name: "process 7 on there".into(), stream, close, open };
     let control = Control::new(0, vec![connection], PATIENCE, Board::new(2), stop).unwrap();
     frames(secret).iter().for_each(|frame| other.write_all(frame).unwrap());
-    why(&Joined { control, names: Vec::new(), memory: None }).to_string()
+    why(&Joined { control, names: Vec::new(), memory: None, lack_integers: Vec::new() }).to_string()
 }
 
 #[test]

@@ -269,8 +269,8 @@ const SHORT: [&str; 4] = [
 fn a_process_that_works_for_longer_than_the_deadline_ends_no_run() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
-    // From its first layer on, each of them takes a part of the deadline, and a step several deadlines.
-    let mut slow = over_two_with_fault(&out, &SHORT, (1, "layer-backward:1"), "delay:700");
+    // Each of its layers takes half of the deadline, and a step longer than that.
+    let mut slow = over_two_with_fault(&out, &SHORT, (1, "layer-backward:1"), "delay:1000");
     let (began, mut child) = (Instant::now(), slow.spawn().unwrap());
     let until = began + 3 * PATIENCE;
     while steps(&out).len() < 2 {

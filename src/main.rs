@@ -1,7 +1,7 @@
 //! The program: parse, dispatch, and turn an error into text and exit code.
 
 use clap::Parser;
-use rehearsal::cli::failure::{exit_code, is_closed_output};
+use rehearsal::cli::failure::{exit_code, is_closed_output, is_said};
 use rehearsal::cli::{Cli, Launched};
 use rehearsal::console::text::visible;
 use rehearsal_kernels::heap::CountingAllocator;
@@ -25,7 +25,9 @@ fn main() -> ExitCode {
         Err(error) if is_closed_output(&error) => ExitCode::SUCCESS,
         Err(error) => {
             // Nobody may be there to read it any more; and files and models have a say in the text.
-            let _ = writeln!(std::io::stderr(), "error: {}", visible(&format!("{error:#}")));
+            if !is_said(&error) {
+                let _ = writeln!(std::io::stderr(), "error: {}", visible(&format!("{error:#}")));
+            }
             let code = exit_code(&error);
             // A launcher that was asked to stop waits for nobody.
             if let Some(launched) = Launched::from_environment().filter(|_| code < 128) {

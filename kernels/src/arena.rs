@@ -7,7 +7,8 @@
 //! Invariants:
 //!   * bytes held = sum over owners + bytes pooled <= budget
 //!   * who is short of memory asks for room once, and again as long as some is made, before it is refused
-//!   * a pooled region is reused for requests of at least two thirds of its size; a request that finds none gives idle
+//!   * a pooled region is reused for requests of at least two thirds of its size, and under a budget what regions in use are
+//!     larger than asked for is at most its [`WASTE`]th part; a request that finds none gives idle
 //!     smaller ones back first, so that ragged batches do not pile up regions of every size
 
 use crate::buffer::{Buffer, DType};
@@ -47,6 +48,9 @@ impl Kind {
         matches!(self, Kind::Activations | Kind::Packed)
     }
 }
+
+/// Under a budget, regions in use are larger than asked for by this part of it at most.
+pub const WASTE: u64 = 64;
 
 /// Who holds an allocation: a role ("policy", "reference", "reward helpful") and a kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -89,6 +93,10 @@ struct State {
     budget: Option<u64>,
     held: u64,
     high_water: u64,
+    /// The most bytes in use at once.
+    most_used: u64,
+    /// Bytes that regions in use are larger than asked for.
+    wasted: u64,
     /// Bytes of weights and moments, which are not pooled.
     lasting: u64,
     /// The most bytes of other kinds in use at once, since it was asked last.
@@ -247,6 +255,11 @@ impl Arena {
         self.lock().high_water
     }
 
+    /// The most bytes that somebody ever used at once: with a budget of so many, nobody would have been refused.
+    pub fn most_used(&self) -> u64 {
+        self.lock().most_used
+    }
+
     /// The most bytes that one request of a kind ever asked for, over all roles.
     pub fn largest(&self, kind: Kind) -> u64 {
         let state = self.lock();
@@ -284,7 +297,7 @@ impl Arena {
         let mut state = self.lock();
         let kind = state.owners[owner.0 as usize].kind;
         let pooled = kind.is_pooled();
-        let size = if kind.is_ragged() { size_class(bytes) } else { pages(bytes) };
+        let size = rounded(kind, bytes) as usize;
         let working = state.held - state.pooled - state.lasting + size as u64;
         if pooled && state.is_modest && state.allowance.is_some_and(|allowed| working > allowed) {
             return Err(state.refusal(owner, size, state.budget));
@@ -295,9 +308,11 @@ impl Arena {
         holding.largest = holding.largest.max(bytes as u64);
         state.lasting += if pooled { 0 } else { region.bytes() as u64 };
         state.working = state.working.max(state.held - state.pooled - state.lasting);
+        state.most_used = state.most_used.max(state.held - state.pooled);
         drop(state);
         let idle = Arc::get_mut(&mut region).expect("nobody holds an idle region");
-        (idle.owner, idle.pooled, idle.arena) = (owner, pooled, Some(self.clone()));
+        (idle.owner, idle.pooled, idle.asked) = (owner, pooled, size);
+        idle.arena = Some(self.clone());
         Ok(Hold(Some(region)))
     }
 
@@ -314,9 +329,12 @@ impl State {
         pooled: bool,
     ) -> Result<Arc<Region>, OutOfMemory> {
         if pooled {
-            let mut fitting = self.pool.range_mut(size..=size + size / 2);
+            let slack = self.budget.map_or(u64::MAX, |b| (b / WASTE).saturating_sub(self.wasted));
+            let most = size + (size / 2).min(usize::try_from(slack).unwrap_or(usize::MAX));
+            let mut fitting = self.pool.range_mut(size..=most);
             if let Some(region) = fitting.find_map(|(_, regions)| regions.pop()) {
                 self.pooled -= region.bytes() as u64;
+                self.wasted += (region.bytes() - size) as u64;
                 return Ok(region);
             }
             self.evict(size);
@@ -334,7 +352,7 @@ impl State {
         let mapping = mapping.ok_or_else(|| self.refusal(owner, size, None))?;
         self.held += size as u64;
         self.high_water = self.high_water.max(self.held);
-        Ok(Arc::new(Region { mapping, owner, pooled, arena: None }))
+        Ok(Arc::new(Region { mapping, owner, pooled, asked: size, arena: None }))
     }
 
     /// Bytes that others must give up before so many fit.
@@ -371,6 +389,12 @@ impl State {
     }
 }
 
+/// Bytes that a request of a kind takes, unless a larger region is at hand.
+pub(crate) fn rounded(kind: Kind, bytes: usize) -> u64 {
+    let size = if kind.is_ragged() { size_class(bytes) } else { pages(bytes) };
+    size as u64
+}
+
 fn pages(bytes: usize) -> usize {
     bytes.max(1).next_multiple_of(4096)
 }
@@ -386,6 +410,8 @@ pub(crate) struct Region {
     mapping: Mapping,
     owner: Owner,
     pooled: bool,
+    /// Bytes that it was asked for with.
+    asked: usize,
     arena: Option<Arena>,
 }
 
@@ -410,6 +436,7 @@ impl Drop for Region {
         let mut state = arena.lock();
         state.owners[self.owner.0 as usize].bytes -= self.bytes() as u64;
         state.held -= self.bytes() as u64;
+        state.wasted -= (self.bytes() - self.asked) as u64;
         state.lasting -= if self.pooled { 0 } else { self.bytes() as u64 };
     }
 }
@@ -443,6 +470,7 @@ impl Drop for Hold {
         let (owner, size) = (last.owner, last.bytes());
         let mut state = arena.lock();
         state.owners[owner.0 as usize].bytes -= size as u64;
+        state.wasted -= (size - last.asked) as u64;
         state.pool.entry(size).or_default().push(region);
         state.pooled += size as u64;
     }

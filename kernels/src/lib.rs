@@ -12,6 +12,7 @@ pub mod below;
 pub mod buffer;
 mod mapping;
 pub mod random;
+pub mod sizes;
 pub mod slab;
 
 // The trait and its implementations.

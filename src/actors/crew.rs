@@ -132,6 +132,7 @@ fn phases(mut whole: PhaseReport, part: PhaseReport) -> PhaseReport {
     whole.bytes_out += part.bytes_out;
     whole.bytes_in += part.bytes_in;
     whole.high_water = whole.high_water.max(part.high_water);
+    whole.most_used = whole.most_used.max(part.most_used);
     for (owner, bytes) in part.held {
         let held = whole.held.entry(owner).or_default();
         *held = bytes.max(*held);

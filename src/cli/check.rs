@@ -71,11 +71,13 @@ pub fn run(args: CheckArgs) -> Result<()> {
     if args.json {
         return say_json(&report);
     }
+    if let Some(refusal) = report.over_budget() {
+        return Err(Fault::resources(refusal));
+    }
     say(report.to_string().trim_end())?;
-    // It may run elsewhere: what this machine lacks is no fault of the config, and a cluster is elsewhere.
-    if report.cluster.is_none()
-        && let Some(refusal) = report.over_memory()
-    {
+    // It may run elsewhere: what this machine lacks is no fault of the config, and machines of [cluster.hardware] are elsewhere.
+    let is_elsewhere = report.cluster.is_some() && report.devices.is_empty();
+    if let Some(refusal) = report.over_memory().filter(|_| !is_elsewhere) {
         say(&format!("note      {}", refusal.lines().next().unwrap_or_default()))?;
     }
     match report.cluster {

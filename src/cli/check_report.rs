@@ -1,6 +1,7 @@
 //! What `check` found: the figures, which are its JSON with stable keys, and why a run is refused.
 
 mod cluster;
+mod devices;
 mod text;
 
 use super::machine::share_for_arenas;
@@ -11,9 +12,9 @@ use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{generated_lines, sequence};
 use crate::plan::memory::Owners;
 use crate::plan::{
-    ClusterPlan, Comparison, Estimate, Memory, OffloadPlan, PlanError, Utilisation,
+    ClusterPlan, Comparison, DeviceMemory, Estimate, Memory, OffloadPlan, PlanError, Utilisation,
     cache_bytes_per_token, cache_elements_per_token, cluster_picture, cluster_plan, compare,
-    estimate, host_bytes, memory, model_memory, offload, utilisation,
+    device_memory, estimate, host_bytes, memory, model_memory, offload, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -61,6 +62,13 @@ pub struct CheckReport {
     /// Of each stage with rollouts, where everything is in each phase of a step under the budget, and what moves when.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub offload: Vec<OffloadPlan>,
+    /// Bytes of the ranks of a run of several on machines like this one, or of the two devices of one process, by stage,
+    /// phase and owner: as asked for, and at least.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub devices: Vec<DeviceMemory>,
+    /// What the devices are planned from.
+    #[serde(skip)]
+    run: Option<devices::Run>,
     #[serde(skip)]
     planned: Option<Memory>,
     /// Stage that holds most outside the arenas, and its bytes.
@@ -102,6 +110,16 @@ impl CheckReport {
         let config = &loaded.config;
         let models = stage_models(loaded)?;
         let plan = memory(config, &models);
+        let unplanned = |error| unplannable(loaded, error);
+        let devices = match config.cluster.hardware {
+            // Those machines are elsewhere.
+            Some(_) => Vec::new(),
+            None => device_memory(config, &models, threads).map_err(unplanned)?,
+        };
+        let mut cluster = cluster_plan(config, &models).map_err(unplanned)?;
+        if let Some(plan) = cluster.as_mut().filter(|_| !devices.is_empty()) {
+            plan.hold(&devices);
+        }
         let has_rollouts = config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
         let mut known = generated_lines(config);
         known.extend(lines.clone());
@@ -112,9 +130,15 @@ impl CheckReport {
             estimate: Some(estimate(config, &models, &lines, threads, products)),
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
-            offload: offload(config, &models, &plan, products),
+            // Each rank plans its own.
+            offload: match devices.is_empty() {
+                true => offload(config, &models, &plan, products),
+                false => Vec::new(),
+            },
             planned: Some(plan),
-            cluster: cluster_plan(config, &models).map_err(|error| unplannable(loaded, error))?,
+            cluster,
+            run: (!devices.is_empty()).then(|| devices::Run::new(config, &models, threads)),
+            devices,
             ..CheckReport::costs(&loaded.file, &config.model, sequence(config))
         })
     }
@@ -152,6 +176,8 @@ impl CheckReport {
             estimate: None,
             lines: BTreeMap::new(),
             offload: Vec::new(),
+            devices: Vec::new(),
+            run: None,
             planned: None,
             cluster: None,
             host: None,
@@ -162,6 +188,9 @@ impl CheckReport {
     /// Why the run cannot fit into its budget, if it cannot even with one example at a time.
     pub fn over_budget(&self) -> Option<String> {
         let (budget, plan) = (self.budget_bytes?, self.planned.as_ref()?);
+        if self.run.is_some() {
+            return self.devices_over_budget(budget);
+        }
         let (stage, phase, least) = plan.least()?;
         (least > budget).then(|| {
             format!(
@@ -182,6 +211,9 @@ impl CheckReport {
     /// Why the run cannot fit into this machine, if it cannot even with one example at a time.
     pub fn over_memory(&self) -> Option<String> {
         let (free, plan) = (self.free?, self.planned.as_ref()?);
+        if self.run.is_some() {
+            return self.devices_over_memory(free);
+        }
         let (stage, phase, least) = plan.least()?;
         // Without a budget the arenas keep to their share; what stands outside them comes on top in any case.
         let arenas = if self.budget_bytes.is_some() { free } else { share_for_arenas(free) };

@@ -6,11 +6,27 @@ use crate::config::{ConfigError, Fault};
 use rehearsal_kernels::OutOfMemory;
 use std::io::{Error as IoError, ErrorKind};
 
+/// An error whose words a person has already, from this process or from another one of the run.
+#[derive(Debug, thiserror::Error)]
+#[error("it was said why")]
+pub struct Said {
+    /// The exit code.
+    pub code: u8,
+}
+
+/// Whether there is nothing left to say of an error.
+pub fn is_said(error: &anyhow::Error) -> bool {
+    error.is::<Said>()
+}
+
 /// The exit code of an error.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     // A fault may stand anywhere in the chain: as the error itself, as its cause, or as context.
     if let Some(fault) = error.downcast_ref::<Fault>() {
         return fault.exit_code();
+    }
+    if let Some(said) = error.downcast_ref::<Said>() {
+        return said.code;
     }
     error.chain().find_map(cause_code).unwrap_or(1)
 }

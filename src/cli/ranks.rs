@@ -3,7 +3,9 @@
 //! Rank 0 makes the run; the others' part is to do what it asks of their devices. However a process's part ends, it tells the
 //! others how, so that none is left behind.
 
+use super::check_report::CheckReport;
 use super::command::cores;
+use super::failure::Said;
 use super::launch::Launched;
 use super::machine::{free_memory, share_for_arenas};
 use crate::actors::{Processes, dismiss};
@@ -11,9 +13,12 @@ use crate::cluster::layout::Sampling;
 use crate::cluster::{Broken, Control, Mesh, Team};
 use crate::config::stage::StageKind;
 use crate::config::{Dtype, Fault, Loaded, Stage};
+use crate::console::text::visible;
+use crate::plan::ranks::Room;
 use anyhow::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::sync::Arc;
 
 /// One process of a run of several.
@@ -38,6 +43,32 @@ impl Ranks {
         &self.processes.control
     }
 
+    /// Refuses a run that the plan of its ranks does not fit into: whoever's plan that is, the first of them says why and all end.
+    /// `has_work` is rank 0's to say: a finished run needs no room.
+    pub fn require_room(&self, report: &CheckReport, has_work: bool) -> Result<()> {
+        let memory = match report.budget_bytes {
+            // A budget may take more than a share of what is free, as that of one process may.
+            Some(_) => self.memory.map(|bytes| bytes / 9 * 10),
+            None => self.memory,
+        };
+        let rooms = [report.budget_bytes.map(Room::Budget), memory.map(Room::Memory)];
+        let over = rooms.into_iter().flatten().find(|room| report.devices_exceed(*room));
+        let team = &self.processes.team;
+        let ranks = team.mesh.ranks() + team.samplers;
+        let group = team.group((0..ranks).collect());
+        let own = [u8::from(over.is_some()), u8::from(has_work)];
+        let votes = group.all_to_all("whether a rank's plan fits", &vec![own.to_vec(); ranks])?;
+        let Some(refuses) = votes.iter().position(|vote| vote[0] == 1).filter(|_| votes[0][1] == 1)
+        else {
+            return Ok(());
+        };
+        let refusal = over.filter(|_| self.rank() == refuses);
+        if let Some(refused) = refusal.and_then(|room| report.devices_over(room, false)) {
+            let _ = writeln!(std::io::stderr(), "error: {}", visible(&refused.text));
+        }
+        Err(Said { code: 4 }.into())
+    }
+
     /// Ends this process's part: tells the others how, and closes the library with them.
     pub fn part(self, made: Result<()>) -> Result<()> {
         let rank = self.rank();
@@ -46,6 +77,7 @@ impl Ranks {
                 dismiss(&self.processes);
                 Ok(())
             }
+            Err(error) if error.is::<Said>() => Err(error),
             Err(error) if !matches!(error.downcast_ref(), Some(Fault::Stopped(_))) => {
                 let (why, code) = (format!("{error:#}"), super::failure::exit_code(&error));
                 self.control().stop().set(&Broken::Failed { rank, why, code });

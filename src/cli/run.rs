@@ -117,21 +117,38 @@ pub fn run(args: RunArgs) -> Result<()> {
     }
     let out = out_folder(&args);
     let ranks = Ranks::join(&launched, &loaded, mesh, &out.to_string_lossy())?;
-    let made = match ranks.rank() {
+    let made = require_room(&args, &loaded, &ranks).and_then(|()| match ranks.rank() {
         0 => lead(&args, loaded, Some((&launched, &ranks))),
         _ => follow(out, loaded, &ranks),
-    };
+    });
     ranks.part(made)
+}
+
+/// Refuses a run of several processes that does not fit into their memory, before anything is loaded or written.
+fn require_room(args: &RunArgs, loaded: &Loaded, ranks: &Ranks) -> Result<()> {
+    let out = out_folder(args);
+    // Of a folder that cannot be used `lead` says why.
+    let has_work = ranks.rank() == 0 && !is_finished(&out, loaded, wish(args)).unwrap_or(true);
+    let mut here = loaded.clone();
+    // The run is on this machine, whatever others are described.
+    here.config.cluster.hardware = None;
+    let threads = here.config.engine.threads.max(1);
+    let report = CheckReport::of_run(&here, Default::default(), threads, 1.0)?;
+    ranks.require_room(&report, has_work)
+}
+
+fn wish(args: &RunArgs) -> Wish {
+    match (args.resume, args.fresh) {
+        (true, _) => Wish::Resume,
+        (_, true) => Wish::Fresh,
+        _ => Wish::Plain,
+    }
 }
 
 /// Makes the run.
 fn lead(args: &RunArgs, loaded: Loaded, ranks: Option<(&Launched, &Ranks)>) -> Result<()> {
     let out = out_folder(args);
-    let wish = match (args.resume, args.fresh) {
-        (true, _) => Wish::Resume,
-        (_, true) => Wish::Fresh,
-        _ => Wish::Plain,
-    };
+    let wish = wish(args);
     // A finished run that is only asked for again needs neither its data nor any room.
     if is_finished(&out, &loaded, wish)? {
         return say_finished(&out);
@@ -250,7 +267,7 @@ fn require_resources(out: &Path, loaded: &Loaded, wish: Wish, is_alone: bool) ->
     let products = measured_products(threads);
     let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads, products)?;
     let plan = plan.on_machine(free);
-    // What one of several ranks holds is a part of that, and its arena refuses what is too much.
+    // What one of several ranks holds is a part of that, and was planned for.
     let refusal = plan.over_budget().or_else(|| plan.over_memory());
     if let Some(refusal) = refusal.filter(|_| is_alone) {
         return Err(Fault::resources(refusal));

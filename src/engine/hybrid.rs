@@ -181,7 +181,6 @@ impl HybridEngine {
             config.rope_scaling = yarn.clone();
             config.max_position_embeddings = *positions;
         }
-        self.compare_sources(stage)?;
         let (model, ranks) = self.policy_model(&config, stage.value_head)?;
         let kernels = self.kernels.as_ref();
         let mut policy =
@@ -388,6 +387,7 @@ impl HybridEngine {
         PhaseReport {
             held: held.collect(),
             high_water: arena.high_water(),
+            most_used: arena.most_used(),
             timeline: self.conductor.transfers.record.timeline(),
             ..PhaseReport::default()
         }

@@ -27,12 +27,15 @@ mod switch;
 
 pub mod utilisation;
 
+pub use crate::inference::scheduler::PREFILL_ROWS;
 pub use formats::{Formats, weight_format};
 pub use hybrid::{EngineSetup, HybridEngine, SavedState};
 pub use phase::{Phase, PhaseReport, PrepareStage, Role, ScoreJob, SequenceScore};
 pub use rehearsal_kernels::machine::{Machine, Rates};
 pub use rehearsal_kernels::{Profile, heap};
 pub use resident::check_weights;
+pub use sampling::pages_of;
 pub use scoring::ROWS_AT_ONCE;
 pub use shelf::{Stretch, changes, needs};
+pub use switch::{BUCKET, switches};
 pub use transfers::RATE;

@@ -131,6 +131,8 @@ pub struct PhaseReport {
     pub held: BTreeMap<String, u64>,
     /// Most bytes ever held.
     pub high_water: u64,
+    /// Most bytes ever in use at once: a budget of so many would have sufficed without offload.
+    pub most_used: u64,
     /// What was computed and what moved since the step began.
     pub timeline: Timeline,
     /// In Generate: what the policy's weights are packed as.

@@ -85,6 +85,11 @@ pub(super) fn each_distribution(
     }
 }
 
+/// Pages that a rollout of so many tokens in all may hold, in pages of `page` tokens.
+pub fn pages_of(tokens: usize, context: usize, page: usize) -> usize {
+    tokens.min(context).div_ceil(page) + 1
+}
+
 /// Pages that let `decode_batch` of the job's rollouts run at once, but no more than all of them need and, under
 /// a budget, no more than half of what is left (the rest is for activations, and what is on the device for other phases, of
 /// which `spare_bytes` would make room). A rollout that would not fit alone is
@@ -98,7 +103,7 @@ fn pages_for(
     context: usize,
 ) -> Result<usize> {
     let page = engine.page_tokens;
-    let rollout = |tokens: usize| (tokens + job.max_new_tokens).min(context).div_ceil(page) + 1;
+    let rollout = |tokens: usize| pages_of(tokens + job.max_new_tokens, context, page);
     let all: usize =
         job.requests.iter().map(|r| rollout(r.tokens.len()) * r.samples as usize).sum();
     let prompt = job.requests.iter().map(|r| r.tokens.len()).max().unwrap_or(0);

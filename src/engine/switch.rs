@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 /// Elements that a rank sends, and receives, at once at most.
-const BUCKET: usize = 4 << 20;
+pub const BUCKET: usize = 4 << 20;
 
 /// The policy's way to the layout in which it is sampled and scored, as one rank sees it.
 pub(super) struct Switch {
@@ -72,6 +72,12 @@ pub(super) fn sampled(
     Ok(Transformer::of_part(kernels, config, value_head, part, experts)?.sharing(sharers))
 }
 
+/// Whether a rank that trains holds something else of the policy when it samples or scores with it.
+pub fn switches(team: &Team) -> bool {
+    let (mesh, sampling) = (team.mesh, team.sampling);
+    mesh.pipeline() > 1 || mesh.expert() != sampling.expert || sampling.tensor > 1
+}
+
 impl Switch {
     /// The way of a model with `training` as this rank's part in training; `None` if all ranks hold the same in both.
     pub fn new(
@@ -82,7 +88,7 @@ impl Switch {
         timeline: &Arc<Timeline>,
     ) -> Result<Option<Switch>, OutOfMemory> {
         let (mesh, sampling) = (team.mesh, team.sampling);
-        if mesh.pipeline() == 1 && mesh.expert() == sampling.expert && sampling.tensor == 1 {
+        if !switches(team) {
             return Ok(None);
         }
         let value_head = training.has_value_head;

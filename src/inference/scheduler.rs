@@ -25,7 +25,7 @@ use rehearsal_kernels::{SampleRow, Sampled};
 use std::collections::{BTreeMap, VecDeque};
 
 /// Prompt rows that go through the model at once, and tokens from one cut of a prompt to the next.
-const PREFILL_ROWS: usize = 512;
+pub const PREFILL_ROWS: usize = 512;
 
 /// Tokens, or pages, that a sequence's lists have room for from the start.
 const RESERVED: usize = 512;

@@ -42,7 +42,7 @@ pub struct GqaPending {
 }
 
 /// All keys, then all values; no rope part of its own.
-fn shape(config: &ModelConfig) -> AttentionShape {
+pub(super) fn shape(config: &ModelConfig) -> AttentionShape {
     let Attention::Gqa { kv_heads, head_dim } = config.attention() else {
         panic!("the config is of another attention")
     };

@@ -10,7 +10,7 @@ use crate::config::ModelConfig;
 use rehearsal_kernels::{Buffer, Kernels, OutOfMemory, ROW_GAP, Store, WeightFormat};
 
 /// Probabilities that are kept for a backward pass at most.
-const MOST_KEPT: usize = 32 << 20;
+pub(super) const MOST_KEPT: usize = 32 << 20;
 
 /// Rows whose logits ranks of a tensor group gather at once.
 const TILE: usize = 64;
@@ -269,7 +269,7 @@ impl Heads {
 
 /// The format of the vocabulary head, which is not kept in FP8: its numbers have 4 bits of precision. A reward model's head is
 /// always f32.
-fn of_vocabulary(format: WeightFormat) -> WeightFormat {
+pub(super) fn of_vocabulary(format: WeightFormat) -> WeightFormat {
     match format {
         WeightFormat::F32 | WeightFormat::Int8 => format,
         _ => WeightFormat::Bf16,

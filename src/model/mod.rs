@@ -38,6 +38,10 @@ pub mod transformer;
 // The sampler's memory.
 pub mod cache;
 
+// What all of it holds in memory, beforehand.
+pub mod pass_bytes;
+pub mod weight_bytes;
+
 pub use cache::{DecodeRows, LatentCache, cache_layout};
 pub use cost::{flops_per_token, forward_flops_per_token};
 pub use dispatch::ExpertRanks;

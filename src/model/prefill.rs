@@ -20,7 +20,7 @@ use rehearsal_kernels::{Buffer, CacheSpec, DecodeBatch, Kernels, OutOfMemory, St
 use std::ops::Range;
 
 /// Context tokens that are expanded at once.
-const RANGE: usize = 512;
+pub(super) const RANGE: usize = 512;
 
 /// The form that costs less for `queries` rows at the end of `context` tokens, these rows included.
 pub fn prefill_form(config: &ModelConfig, queries: usize, context: usize) -> AttentionForm {

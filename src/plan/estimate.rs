@@ -125,6 +125,13 @@ pub fn generated_lines(config: &RunConfig) -> Lines {
         "pages.jsonl" => machine.map(|task| task.pages),
         "conversations.jsonl" => machine.map(|task| task.conversations),
         "helpful.jsonl" | "safety.jsonl" => machine.map(|task| task.pairs),
+        "helpful-held-out.jsonl" | "safety-held-out.jsonl" => {
+            machine.map(|task| task.held_out_pairs)
+        }
+        "helpful-calibration.jsonl" | "safety-calibration.jsonl" => {
+            machine.map(|task| task.held_out_pairs)
+        }
+        "held-out.jsonl" => machine.map(|task| task.held_out),
         "prompts.jsonl" | "prompts-mixed.jsonl" => machine.map(|task| task.prompts),
         "needle-pages.jsonl" => needle.map(|task| task.pages),
         "needle-long-pages.jsonl" => needle.map(|task| task.long_pages),

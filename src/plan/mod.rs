@@ -5,6 +5,7 @@
 
 // Of a run that is spread over many processes.
 pub mod cluster;
+pub mod ranks;
 pub mod simulation;
 
 // Exact.
@@ -25,3 +26,4 @@ pub use estimate::{Estimate, StageEstimate, estimate};
 pub use host::host_bytes;
 pub use memory::{Memory, StageMemory, memory, model_memory};
 pub use offload::{OffloadPlan, offload};
+pub use ranks::{DeviceMemory, device_memory};

@@ -10,7 +10,7 @@ pub mod pipeline;
 pub mod ranks;
 pub mod rollouts;
 pub mod routing;
-mod stages;
+pub mod stages;
 pub mod step;
 pub mod zero;
 

@@ -11,7 +11,7 @@ use super::objective::{Micro, Tally};
 use super::pipeline::{Entry, Kind, Pass as Step, Schedule};
 use super::step::{StepSettings, Trainee};
 use super::{Items, Ranks};
-use crate::cluster::{Broken, Doing, Pipe, Work, made};
+use crate::cluster::{Broken, Doing, Pipe, Team, Work, made};
 use crate::config::failpoint::failpoint;
 use crate::model::moe::Routing;
 use crate::model::pass::{floats, indices};
@@ -67,13 +67,18 @@ struct Stages<'a, 't> {
 /// The micro-batches of a data rank: ranges of the step's atoms, `at_once` in each.
 pub(super) fn micro_batches(atoms: usize, at_once: usize, ranks: &Ranks) -> Vec<Range<usize>> {
     let data = ranks.team.mesh.data();
-    let least = ranks.schedule().least_micro_batches(ranks.team.mesh.pipeline());
-    let each = atoms.div_ceil(at_once).div_ceil(data).max(least);
+    let each = micro_batches_of(atoms, at_once, &ranks.team);
     let range = |number: usize| {
         let first = ((number * data + ranks.data()) * at_once).min(atoms);
         first..atoms.min(first + at_once)
     };
     (0..each).map(range).collect()
+}
+
+/// Micro-batches of each data rank, the last of which may be empty.
+pub fn micro_batches_of(atoms: usize, at_once: usize, team: &Team) -> usize {
+    let least = team.schedule().least_micro_batches(team.mesh.pipeline());
+    atoms.div_ceil(at_once).div_ceil(team.mesh.data()).max(least)
 }
 
 /// Loss and gradients of this rank's micro-batches.

@@ -273,18 +273,40 @@ fn all_routings(
 /// Atoms that go through the model at once if the budget allows: those of `asked` examples, or if that is 0 as many as
 /// hold [`TOKENS_AT_ONCE`] tokens on the average.
 fn atoms_at_once(items: &Items<'_>, asked: usize, team: &Team) -> usize {
-    let atoms = match asked {
-        0 => TOKENS_AT_ONCE * items.len() / items.tokens().max(1),
-        asked => asked / items.largest(),
-    };
-    // All data ranks have something to do, and a pipeline has micro-batches to fill it.
-    let stages = team.mesh.pipeline();
-    let least = match stages {
-        1 => 1,
-        _ => team.schedule().least_micro_batches(stages).max(2 * stages),
-    };
-    let most = items.len() / (team.mesh.data() * least);
-    atoms.clamp(1, most.max(1))
+    let counts = Counts { atoms: items.len(), tokens: items.tokens(), largest: items.largest() };
+    counts.atoms_at_once(asked, team)
+}
+
+/// What the examples of a step are, as far as it decides how many go through at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Atoms.
+    pub atoms: usize,
+    /// Tokens of all examples.
+    pub tokens: usize,
+    /// Most examples of an atom.
+    pub largest: usize,
+}
+
+impl Counts {
+    /// Atoms that go through the model at once if the budget allows; `asked` is [`StepSettings::micro_batch`].
+    pub fn atoms_at_once(&self, asked: usize, team: &Team) -> usize {
+        let atoms = match asked {
+            0 => TOKENS_AT_ONCE * self.atoms / self.tokens.max(1),
+            asked => asked / self.largest,
+        };
+        atoms.clamp(1, self.most_at_once(team))
+    }
+
+    /// Atoms that may go through at once: all data ranks have something to do, and a pipeline has micro-batches to fill it.
+    pub fn most_at_once(&self, team: &Team) -> usize {
+        let stages = team.mesh.pipeline();
+        let least = match stages {
+            1 => 1,
+            _ => team.schedule().least_micro_batches(stages).max(2 * stages),
+        };
+        (self.atoms / (team.mesh.data() * least)).max(1)
+    }
 }
 
 /// Examples of so many atoms, as a step reports them.

@@ -17,7 +17,7 @@ use crate::model::{Layout, PassError, placement};
 use rehearsal_kernels::{Kernels, Slab};
 
 /// Elements that go to a rank at once at most.
-const BUCKET: usize = 4 << 20;
+pub const BUCKET: usize = 4 << 20;
 
 /// Whom a rank shares its tensors with.
 pub struct Zero {

@@ -43,6 +43,7 @@ mod process_runs;
 #[cfg(feature = "mpi")]
 mod processes;
 mod profile;
+mod rank_memory;
 mod ranks;
 mod ranks_engine;
 mod ranks_tensor;

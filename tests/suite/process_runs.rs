@@ -5,7 +5,9 @@
 //! whether the run did.
 
 use crate::mpirun::{mpirun, text};
-use crate::runs::{done, events, finished, rehearsal, said, smoke_with, steps, wait_for};
+use crate::runs::{
+    done, events, finished, least_budget, rehearsal, said, smoke_with, steps, wait_for,
+};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -269,8 +271,8 @@ const SHORT: [&str; 4] = [
 fn a_process_that_works_for_longer_than_the_deadline_ends_no_run() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
-    // Each of its layers takes half of the deadline, and a step longer than that.
-    let mut slow = over_two_with_fault(&out, &SHORT, (1, "layer-backward:1"), "delay:1000");
+    // From its first layer on, each of them takes a part of the deadline, and a step several deadlines.
+    let mut slow = over_two_with_fault(&out, &SHORT, (1, "layer-backward:1"), "delay:700");
     let (began, mut child) = (Instant::now(), slow.spawn().unwrap());
     let until = began + 3 * PATIENCE;
     while steps(&out).len() < 2 {
@@ -405,4 +407,47 @@ fn a_process_by_itself_starts_no_mpi() {
     let mut check = rehearsal(&["check", "configs/smoke.toml", "--plan-only"]);
     let output = check.output().unwrap();
     assert!(output.status.success(), "{}", said(&output));
+}
+
+#[test]
+fn a_budget_that_a_rank_does_not_fit_into_is_refused_once_and_one_that_just_fits_is_kept() {
+    let folder = TempDir::new().unwrap();
+    const HEAVY: &str = "model.n_routed_experts=64";
+    let layouts: [(usize, &[&str]); 5] = [
+        (2, &["cluster.data=2", "cluster.expert=2"]),
+        (2, &["cluster.pipeline=2", "cluster.schedule=zb-h1"]),
+        (2, &["cluster.samplers=1"]),
+        (
+            4,
+            &[
+                "cluster.data=2",
+                "cluster.pipeline=2",
+                "cluster.expert=2",
+                "cluster.rollout.expert=4",
+            ],
+        ),
+        (2, &["cluster.data=2", "cluster.rollout.tensor=2", HEAVY]),
+    ];
+    for (number, (ranks, layout)) in layouts.into_iter().enumerate() {
+        let settings = [layout, &["engine.threads=1"]].concat();
+        let least = least_budget(&settings);
+        let run = |budget: u64, name: &str| {
+            let out = folder.path().join(format!("{name}-{number}"));
+            let budget = format!("engine.budget={budget}");
+            (over(ranks, &out, &[&settings[..], &[&*budget]].concat()), out)
+        };
+        let (mut refused, out) = run(least - 1, "refused");
+        let output = refused.output().unwrap();
+        assert_eq!(output.status.code(), Some(4), "{}", text(&output));
+        check_failed(&output, &out, &["needs", "in phase", &format!("engine.budget = {least} (")]);
+        assert_eq!(text(&output).matches("error: ").count(), 1, "{}", text(&output));
+        assert!(!out.exists(), "nothing was begun");
+        let (allowed, out) = run(least, "allowed");
+        done(allowed);
+        if !layout.contains(&HEAVY) {
+            check_is_the_run_of_one(&out);
+        }
+        let high_water = |step: &Value| step["memory_high_water"].as_u64().unwrap();
+        assert!(steps(&out).iter().all(|step| high_water(step) <= least));
+    }
 }

@@ -167,3 +167,18 @@ pub fn wait_for(child: &mut Child, run: &Path, name: &str) {
         std::thread::sleep(Duration::from_millis(2));
     }
 }
+
+/// What a device needs at least in the smoke run, by `check`: the smallest budget of a rank.
+pub fn least_budget(settings: &[&str]) -> u64 {
+    let mut check = rehearsal(&["check", "configs/smoke.toml", "--plan-only", "--json"]);
+    for set in settings {
+        check.args(["--set", set]);
+    }
+    let report: Value = serde_json::from_slice(&done(check).stdout).unwrap();
+    let devices = report["devices"].as_array().unwrap().iter();
+    let stages = devices.flat_map(|device| device["stages"].as_array().unwrap());
+    let phases = stages.flat_map(|stage| stage["least"].as_object().unwrap().values());
+    let sum =
+        |owners: &Value| owners.as_object().unwrap().values().map(|b| b.as_u64().unwrap()).sum();
+    phases.map(sum).max().unwrap()
+}

@@ -120,3 +120,23 @@ fn the_working_peak_counts_what_is_in_use_beside_weights_and_moments() {
     let _again = arena.buffer(cache, DType::F32, 1, 2048).unwrap();
     assert_eq!([arena.working_peak(), arena.working_peak()], [8192, 8192]);
 }
+
+#[test]
+fn under_a_budget_larger_regions_serve_as_far_as_its_waste_goes() {
+    const PAGE: usize = 4096;
+    let served = |budget: Option<u64>| {
+        let arena = Arena::new(budget);
+        let owner = arena.owner("scratch", Kind::Activations);
+        let buffer = |pages: usize| arena.buffer(owner, DType::U8, pages * PAGE, 1).unwrap();
+        drop([buffer(12), buffer(12)]);
+        let both = [buffer(10), buffer(10)];
+        let used = (arena.in_use() / PAGE as u64, arena.most_used() / PAGE as u64);
+        drop(both);
+        assert_eq!(arena.lock().wasted, 0);
+        used
+    };
+    assert_eq!(served(None), (24, 24));
+    // Of 128 pages two are a 64th.
+    assert_eq!(served(Some(128 * PAGE as u64)), (22, 24));
+    assert_eq!(served(Some(127 * PAGE as u64)), (20, 24));
+}

@@ -20,7 +20,7 @@ use crate::kernels::{Packed, Product, ROW_GAP, Result, Store};
 use std::ops::Range;
 
 /// Rows of a tile.
-const ROWS: usize = 64;
+pub(crate) const ROWS: usize = 64;
 
 /// Operations per logit of a reduction.
 const COST: usize = 20;

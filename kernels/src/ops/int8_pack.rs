@@ -18,6 +18,11 @@ pub(super) fn is_integer(format: WeightFormat, product: Product) -> bool {
     format == WeightFormat::Int8 && product == Product::Transposed
 }
 
+/// Bytes of a panel of so many inputs, its scales among them.
+pub(super) fn bytes_of_panel(inputs: usize) -> usize {
+    panel_bytes(inputs.div_ceil(QUAD))
+}
+
 /// See [`Kernels::pack`](crate::Kernels::pack); the pack's rows lie inside the weight.
 pub(super) fn pack(
     cx: &Cx,

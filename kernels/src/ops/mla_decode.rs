@@ -27,7 +27,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 /// Query rows times heads in one group.
-const GROUP: usize = 64;
+pub(crate) const GROUP: usize = 64;
 
 /// See [`Kernels::mla_decode`](crate::Kernels::mla_decode).
 pub(crate) fn mla_decode(

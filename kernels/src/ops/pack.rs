@@ -32,19 +32,12 @@ pub(crate) fn pack(
     assert!(groups > 0 && rows > 0 && weight.cols() > 0, "an empty weight is not packed");
     let last = first_row + (groups - 1) * group_stride + rows;
     assert!(last <= weight.rows(), "rows up to {last} of {}", weight.rows());
-    let (inputs, outputs) = match product {
-        Product::Transposed => (weight.cols(), rows),
-        Product::Plain => (rows, weight.cols()),
-    };
+    let (inputs, outputs) = widths(weight.cols(), pack);
     if int8_pack::is_integer(format, product) {
         return int8_pack::pack(cx, owner, weight, pack, version);
     }
-    let panels = outputs.div_ceil(PANEL);
-    let (dtype, width) = match format {
-        WeightFormat::F32 => (DType::F32, PANEL),
-        codes => (DType::U8, PANEL * codes.code_bytes()),
-    };
-    let mut data = cx.arena.buffer(owner, dtype, groups * panels * inputs, width)?;
+    let (dtype, count, bytes) = shape(weight.cols(), pack, format);
+    let mut data = cx.arena.buffer(owner, dtype, count, bytes / dtype.size())?;
     let scales = scales(cx, owner, weight, format)?;
     let job = Panels { weight: weight.host(), pack, inputs, outputs };
     match (format, &scales) {
@@ -71,6 +64,37 @@ pub(crate) fn pack(
     }
     let rows = (first_row, group_stride);
     Ok(Packed { product, groups, inputs, outputs, format, version, data, scales, rows })
+}
+
+/// Inputs and outputs of the product that rows of so many columns are packed for.
+fn widths(cols: usize, pack: Pack) -> (usize, usize) {
+    match pack.product {
+        Product::Transposed => (cols, pack.rows),
+        Product::Plain => (pack.rows, cols),
+    }
+}
+
+/// What a weight of so many columns is packed into: type of its codes, rows of them, and bytes of a row.
+pub(crate) fn shape(cols: usize, pack: Pack, format: WeightFormat) -> (DType, usize, usize) {
+    let (inputs, outputs) = widths(cols, pack);
+    let panels = pack.groups * outputs.div_ceil(PANEL);
+    if int8_pack::is_integer(format, pack.product) {
+        return (DType::U8, panels, int8_pack::bytes_of_panel(inputs));
+    }
+    let dtype = if format == WeightFormat::F32 { DType::F32 } else { DType::U8 };
+    (dtype, panels * inputs, PANEL * format.code_bytes())
+}
+
+/// Rows and columns of the scales beside it, if it has any.
+pub(crate) fn scales_shape(
+    rows: usize,
+    cols: usize,
+    pack: Pack,
+    format: WeightFormat,
+) -> Option<(usize, usize)> {
+    let is_beside = !int8_pack::is_integer(format, pack.product);
+    let (block_rows, block_cols) = format.block(cols).filter(|_| is_beside)?;
+    Some((rows.div_ceil(block_rows), cols.div_ceil(block_cols)))
 }
 
 /// One group as the right side of a product.

@@ -47,6 +47,7 @@ pub fn write_cluster(
         ),
     )?;
     write_bytes(out, plan)?;
+    report.write_devices(out)?;
     plan.training.iter().try_for_each(|step| write_step(out, step))?;
     if let (Some(hours), Some(published), Some(error)) = (
         plan.gpu_hours_per_trillion_tokens,

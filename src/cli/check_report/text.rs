@@ -70,7 +70,8 @@ impl fmt::Display for CheckReport {
         for (name, lines) in &self.lines {
             writeln!(out, "data      {name}: {} examples", grouped(*lines))?;
         }
-        for (phase, owners) in &self.memory {
+        self.write_devices(out)?;
+        for (phase, owners) in self.memory.iter().filter(|_| self.devices.is_empty()) {
             writeln!(out, "memory    {phase}: {}", Bytes(total(owners)))?;
             for (owner, bytes) in owners {
                 writeln!(out, "            {owner:<24} {:>12}", Bytes(*bytes).to_string())?;
@@ -95,7 +96,8 @@ impl CheckReport {
         if let Some(exact) = self.exact {
             writeln!(out, "rollouts  {}", if exact { EXACT } else { FAST })?;
         }
-        if let Some((stage, phase, bytes)) = self.planned.as_ref().and_then(Memory::peak) {
+        let planned = self.planned.as_ref().filter(|_| self.devices.is_empty());
+        if let Some((stage, phase, bytes)) = planned.and_then(Memory::peak) {
             writeln!(
                 out,
                 "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",

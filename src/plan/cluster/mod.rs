@@ -15,6 +15,7 @@ pub mod switch;
 pub mod traffic;
 
 use super::memory::total;
+use super::ranks::DeviceMemory;
 use crate::cluster::Team;
 use crate::cluster::layout::{Sampling, Training};
 use crate::cluster::mesh::{self, Mesh, MeshError};
@@ -102,6 +103,34 @@ pub struct PlanError {
     pub path: Vec<&'static str>,
     /// What is wrong, and the way out.
     pub message: String,
+}
+
+impl ClusterPlan {
+    /// Takes the bytes of ranks that will run here, whose arenas are planned for, in place of those of machines elsewhere.
+    pub fn hold(&mut self, devices: &[DeviceMemory]) {
+        for device in devices {
+            let ranks = |stage: &&mut StageBytes| stage.first_rank == device.first_rank;
+            if let Some(stage) = self.bytes.iter_mut().find(ranks) {
+                stage.phases = device.memory.by_phase();
+            }
+        }
+        let peak = |place: usize| {
+            let of = |device: &DeviceMemory| {
+                let held = &device.memory.stages[place];
+                let phases = held.phases.iter();
+                let (phase, bytes) = phases
+                    .map(|(phase, owners)| (*phase, total(owners)))
+                    .max_by_key(|(_, b)| *b)?;
+                Some(Peak { bytes, rank: device.first_rank, phase, stage: held.stage.clone() })
+            };
+            // The first among equals.
+            devices.iter().rev().filter_map(of).max_by_key(|peak| peak.bytes)
+        };
+        self.peaks = (0..self.peaks.len()).filter_map(peak).collect();
+        if let Some(most) = self.peaks.iter().rev().max_by_key(|peak| peak.bytes) {
+            (self.peak, self.peak_device_bytes) = (most.clone(), most.bytes);
+        }
+    }
 }
 
 /// The plan of a run whose config asks for one: by a layout of more than one rank, or by `[cluster.hardware]`. `models` are

@@ -82,8 +82,8 @@ impl Kernels for CpuKernels {
     fn download_indices(&self, src: &Buffer) -> Vec<u32> {
         ops::rows::download(src, |x: u32| x)
     }
-    fn download_bytes(&self, src: &Buffer) -> Vec<u8> {
-        ops::rows::download_bytes(src)
+    fn append_bytes(&self, src: &Buffer, to: &mut Vec<u8>) {
+        ops::rows::append_bytes(src, to)
     }
     fn upload_bytes(&self, src: &[u8], dst: &mut Buffer) {
         ops::rows::upload_bytes(src, dst)

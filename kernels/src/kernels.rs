@@ -129,7 +129,13 @@ pub trait Kernels: Send + Sync {
     /// Copies indices out.
     fn download_indices(&self, src: &Buffer) -> Vec<u32>;
     /// Copies the numbers out as they are, row after row, little-endian: what one rank sends another.
-    fn download_bytes(&self, src: &Buffer) -> Vec<u8>;
+    fn download_bytes(&self, src: &Buffer) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(src.len() * src.dtype().size());
+        self.append_bytes(src, &mut bytes);
+        bytes
+    }
+    /// The same behind what `to` has.
+    fn append_bytes(&self, src: &Buffer, to: &mut Vec<u8>);
     /// As `upload`, from the bytes of `download_bytes`.
     fn upload_bytes(&self, src: &[u8], dst: &mut Buffer);
     /// Sets every element.

@@ -102,7 +102,7 @@ timed! {
     download_f64(src: &Buffer) -> Vec<f64> => cost::movement(8 * src.len(), src);
     upload_indices(src: &[u32], dst: &mut Buffer) => cost::movement(4 * src.len(), dst);
     download_indices(src: &Buffer) -> Vec<u32> => cost::movement(4 * src.len(), src);
-    download_bytes(src: &Buffer) -> Vec<u8> => cost::movement(src.len() * src.dtype().size(), src);
+    append_bytes(src: &Buffer, to: &mut Vec<u8>) => cost::movement(src.len() * src.dtype().size(), src);
     upload_bytes(src: &[u8], dst: &mut Buffer) => cost::movement(src.len(), dst);
     fill(dst: &mut Buffer, value: f64) => cost::elementwise(0.0, &[dst]);
     copy(src: &Buffer, dst: &mut Buffer) => cost::elementwise(0.0, &[src, dst]);

@@ -89,7 +89,7 @@ impl ExpertRanks {
         let bytes = |place: usize| {
             let mut bytes: Vec<u8> =
                 counts[experts(place)].iter().flat_map(|count| count.to_le_bytes()).collect();
-            bytes.extend(kernels.download_bytes(&rows.rows_of(slots[place].clone())));
+            kernels.append_bytes(&rows.rows_of(slots[place].clone()), &mut bytes);
             bytes
         };
         let sending = self.begin(kernels, "tokens to experts", &bytes)?;

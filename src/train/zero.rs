@@ -16,8 +16,9 @@ use crate::model::pass::floats;
 use crate::model::{Layout, PassError, placement};
 use rehearsal_kernels::{Kernels, Slab};
 
-/// Elements that go to a rank at once at most.
-pub const BUCKET: usize = 4 << 20;
+/// Elements that go to a rank at once at most: few enough that what is copied, sent and added stays in the cache, and that its
+/// memory is taken from the heap again.
+pub const BUCKET: usize = 1 << 18;
 
 /// Whom a rank shares its tensors with.
 pub struct Zero {
@@ -147,8 +148,12 @@ impl SharedRanks {
 }
 
 fn bytes_of(kernels: &dyn Kernels, slab: &Slab, runs: &[Run]) -> Vec<u8> {
-    let run = |run: &Run| kernels.download_bytes(&slab.run(run.tensor, run.elements.clone()));
-    runs.iter().flat_map(run).collect()
+    let elements: usize = runs.iter().map(|run| run.elements.len()).sum();
+    let mut bytes = Vec::with_capacity(elements * kernels.float().size());
+    for Run { tensor, elements } in runs {
+        kernels.append_bytes(&slab.run(*tensor, elements.clone()), &mut bytes);
+    }
+    bytes
 }
 
 /// What bucket number `round` has of some runs laid one after another.

@@ -38,11 +38,10 @@ pub(crate) fn download<T: Element, D>(src: &Buffer, convert: fn(T) -> D) -> Vec<
     out
 }
 
-/// See [`Kernels::download_bytes`](crate::Kernels::download_bytes).
-pub(crate) fn download_bytes(src: &Buffer) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(src.len() * src.dtype().size());
-    (0..src.rows()).for_each(|row| bytes.extend_from_slice(src.row_bytes(row)));
-    bytes
+/// See [`Kernels::append_bytes`](crate::Kernels::append_bytes).
+pub(crate) fn append_bytes(src: &Buffer, to: &mut Vec<u8>) {
+    to.reserve(src.len() * src.dtype().size());
+    (0..src.rows()).for_each(|row| to.extend_from_slice(src.row_bytes(row)));
 }
 
 /// See [`Kernels::upload_bytes`](crate::Kernels::upload_bytes).

@@ -112,8 +112,8 @@ impl Kernels for ReferenceKernels {
         movement::read(src)
     }
 
-    fn download_bytes(&self, src: &Buffer) -> Vec<u8> {
-        movement::download_bytes(src)
+    fn append_bytes(&self, src: &Buffer, to: &mut Vec<u8>) {
+        movement::append_bytes(src, to);
     }
 
     fn upload_bytes(&self, src: &[u8], dst: &mut Buffer) {

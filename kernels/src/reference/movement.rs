@@ -18,12 +18,12 @@ pub fn read<T: Element>(src: &Buffer) -> Vec<T> {
     (0..src.rows).flat_map(|i| src.row(i).iter().copied()).collect()
 }
 
-pub fn download_bytes(src: &Buffer) -> Vec<u8> {
+pub fn append_bytes(src: &Buffer, to: &mut Vec<u8>) {
     match src.dtype() {
-        DType::F64 => read::<f64>(src).into_iter().flat_map(f64::to_le_bytes).collect(),
-        DType::F32 => read::<f32>(src).into_iter().flat_map(f32::to_le_bytes).collect(),
-        DType::U32 => read::<u32>(src).into_iter().flat_map(u32::to_le_bytes).collect(),
-        DType::U8 => read::<u8>(src),
+        DType::F64 => to.extend(read::<f64>(src).into_iter().flat_map(f64::to_le_bytes)),
+        DType::F32 => to.extend(read::<f32>(src).into_iter().flat_map(f32::to_le_bytes)),
+        DType::U32 => to.extend(read::<u32>(src).into_iter().flat_map(u32::to_le_bytes)),
+        DType::U8 => to.extend(read::<u8>(src)),
     }
 }
 

@@ -21,8 +21,9 @@ const LAUNCHERS: [(&str, [&str; 3]); 3] = [
 const HOST_OF_STEP: &str = "SLURM_NODEID";
 
 /// How long another rank than 0 keeps a mistake to itself that it finds before it has joined. Rank 0, which has the same TOML,
-/// has said it by then, and the launcher has ended the others; who is still there found a mistake of its own.
-const FIRST_WORD: Duration = Duration::from_secs(1);
+/// has said it by then, and the launcher has ended the others, which takes mpirun a second or two; who is still there found a
+/// mistake of its own.
+pub const FIRST_WORD: Duration = Duration::from_secs(4);
 
 /// How long a rank that has said why it ends stays, so that the launcher, which ends all others when the first one goes, passes on
 /// what everybody said: rank 0, whose exit code it is to be, and any other one.
@@ -64,12 +65,12 @@ impl Launched {
     }
 
     /// What this rank says of a mistake that it finds before it has joined the others: rank 0 as it is, any other one
-    /// a moment later, with its name.
-    pub fn words(&self, mistake: Error) -> Error {
+    /// so much later, with its name.
+    pub fn words(&self, mistake: Error, later: Duration) -> Error {
         if self.rank == 0 {
             return mistake;
         }
-        std::thread::sleep(FIRST_WORD);
+        std::thread::sleep(later);
         let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         mistake.context(format!("rank {} of {} on {host}", self.rank, self.processes))
     }
@@ -181,7 +182,7 @@ mod tests {
     fn a_mistake_is_said_by_rank_0_and_by_whoever_it_is_of() {
         let words = |rank| {
             let launched = Launched { by: "mpirun", rank, processes: 4, local: 2 };
-            format!("{:#}", launched.words(Fault::user("a.toml: no such file")))
+            format!("{:#}", launched.words(Fault::user("a.toml: no such file"), Duration::ZERO))
         };
         assert_eq!(words(0), "a.toml: no such file");
         let other = words(3);

@@ -7,7 +7,7 @@ use super::check::check_files;
 use super::check_report::CheckReport;
 use super::command::{Threads, cores, warned};
 use super::generate::seed;
-use super::launch::Launched;
+use super::launch::{FIRST_WORD, Launched};
 use super::machine::{
     free_disk, free_memory, held_disk, measured, measured_for_run, measured_products,
     share_for_arenas,
@@ -111,7 +111,7 @@ pub fn run(args: RunArgs) -> Result<()> {
         let mesh = require_mesh(&loaded, launched.processes)?;
         Ok((loaded, mesh))
     };
-    let (mut loaded, mesh) = readied().map_err(|mistake| launched.words(mistake))?;
+    let (mut loaded, mesh) = readied().map_err(|mistake| launched.words(mistake, FIRST_WORD))?;
     if loaded.config.engine.threads == 0 {
         loaded.config.engine.threads = threads(&launched);
     }

@@ -376,6 +376,10 @@ fn another_binary_or_config_on_one_process_is_refused_on_all_of_them() {
         &out,
         &["rank 1: process", "learning_rate = 0.5 instead of", "its config has the hash"],
     );
+    let mut second = rank(&program(), &out, &settings, &[]);
+    second[2] = "configs/not-on-this-host.toml".to_string();
+    let output = over_two(&out, &settings, second).output().unwrap();
+    check_failed(&output, &out, &["rank 1 of 2 on ", "configs/not-on-this-host.toml: cannot be"]);
     assert!(!out.exists(), "nothing was begun");
 }
 
@@ -385,6 +389,7 @@ fn processes_that_the_layout_does_not_divide_are_refused_and_a_finished_run_ends
     let out = folder.path().join("run");
     let output = over(2, &out, &["cluster.data=3"]).output().unwrap();
     check_failed(&output, &out, &["is 3, and 2 processes were started", "set cluster.data = 2"]);
+    assert_eq!(text(&output).matches("error: ").count(), 1, "said once: {}", text(&output));
     crate::runs::copy(finished(), &out);
     let mut again = over(2, &out, &["cluster.data=2"]);
     again.arg("--resume");

@@ -279,9 +279,11 @@ fn planned(device: &DeviceMemory, stage: &str) -> [u64; 2] {
 /// The stages whose plan is held against arenas.
 const STAGES: [&str; 4] = ["base", "sft", "helpful", "align"];
 
-const LAYOUTS: [&[&str]; 9] = [
+const LAYOUTS: [&[&str]; 10] = [
     &["cluster.data=2"],
     &["cluster.data=2", "cluster.expert=2"],
+    // All scores are equal, so that all tokens go to the first experts: those of one rank.
+    &["cluster.data=2", "cluster.expert=2", "model.initializer_range=1e-30"],
     &["cluster.pipeline=2"],
     &["cluster.pipeline=2", "cluster.schedule=zb-h1"],
     &["model.num_hidden_layers=4", "cluster.pipeline=2", "cluster.schedule=zb-v"],
@@ -342,6 +344,66 @@ fn the_least_budget_that_is_planned_is_enough_to_the_byte() {
     on_all_layouts(None, 1, |what, most, planned, budget, _| {
         println!("{what}: {most} of {planned}");
         assert!(most <= budget, "{what}");
+    });
+}
+
+/// Replies of an eval, and a commit before anything else.
+fn sample_and_save(engine: &mut HybridEngine, config: &RunConfig, folder: &Path) {
+    let eval =
+        config.stages.iter().flat_map(|stage| &stage.eval).find(|eval| eval.every > 0).unwrap();
+    engine.enter_generate(rehearsal::config::Dtype::F32).unwrap();
+    let request = |slot: usize| GenerateRequest {
+        slot: slot as u32,
+        tokens: tokens(EXAMPLE - eval.max_new_tokens, slot),
+        prompt: slot as u64,
+        samples: 1,
+    };
+    let job = GenerateJob {
+        requests: (0..16).map(request).collect(),
+        max_new_tokens: eval.max_new_tokens,
+        temperature: 0.0,
+        top_p: 1.0,
+        top_k: 0,
+        stop_tokens: Vec::new(),
+        seed: 4,
+        step: 0,
+        policy_version: 0,
+    };
+    engine.generate(&job, &mut |_| {}).unwrap();
+    engine.save(folder, true).unwrap();
+}
+
+#[test]
+fn a_commit_after_an_eval_has_room_for_moments_beside_what_the_eval_made() {
+    let folder = TempDir::new().unwrap();
+    let (mut config, models) = run(&[
+        "cluster.data=2",
+        "cluster.expert=2",
+        "stage.sft.micro_batch=1",
+        "model.n_routed_experts=512",
+        "model.moe_intermediate_size=64",
+    ]);
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
+    let mut stage = RunConfig::load(&path, &[]).unwrap().config.stages.swap_remove(2);
+    stage.eval[0].every = 1;
+    config.stages[2].eval = stage.eval;
+    let devices = device_memory(&config, &models, 1).unwrap();
+    let phase = |device: &DeviceMemory, phase| total(&device.memory.stages[2].least[phase]);
+    let of = |name| devices.iter().map(|device| phase(device, name)).max().unwrap();
+    assert!(of("save") > of("train") && of("save") > of("generate"), "the commit needs most");
+    config.engine.budget = Some(Bytes(of("save")));
+    let saved = folder.path().join("saved");
+    std::fs::create_dir(&saved).unwrap();
+    thread::scope(|scope| {
+        for (rank, link) in Local::new(2).into_iter().enumerate() {
+            let (config, saved, spill) = (&config, &saved, folder.path().join(rank.to_string()));
+            scope.spawn(move || {
+                let mut engine =
+                    HybridEngine::new(setup(config, team(config, link), spill)).unwrap();
+                engine.prepare(&prepare(config, &config.stages[2], saved)).unwrap();
+                sample_and_save(&mut engine, config, saved);
+            });
+        }
     });
 }
 

@@ -198,7 +198,7 @@ impl<'a> Device<'a> {
 
     /// Bytes by phase and owner.
     fn phases(&self, extent: Extent) -> BTreeMap<&'static str, Owners> {
-        let mut phases = BTreeMap::new();
+        let mut phases: BTreeMap<&'static str, Phase> = BTreeMap::new();
         if self.place.is_some() {
             phases.insert("train", self.train(extent));
         }
@@ -210,6 +210,9 @@ impl<'a> Device<'a> {
         }
         if let Some(phase) = self.score(extent) {
             phases.insert("score", phase);
+        }
+        if let Some(phase) = self.save(extent) {
+            phases.insert("save", phase);
         }
         let held = |(name, phase)| (name, self.held(phase, extent));
         phases.into_iter().map(held).collect()

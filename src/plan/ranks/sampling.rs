@@ -57,6 +57,18 @@ impl Device<'_> {
         phases.max_by_key(|phase| total(&phase.working))
     }
 
+    /// A commit between two steps, after an eval that sampled: moments come in beside what that has made. `None` where no eval
+    /// stands before a commit.
+    pub(super) fn save(&self, extent: Extent) -> Option<Phase> {
+        let is_between = |eval: &EvalConfig| eval.verifier.is_some() && eval.every > 0;
+        self.place.filter(|_| self.stage.eval.iter().any(is_between))?;
+        let mut phase = self.generate(extent)?;
+        phase.working.remove("policy/activations");
+        phase.needed = self.items();
+        phase.needed.retain(|owner, _| owner.starts_with("policy/"));
+        Some(phase)
+    }
+
     fn sample(&self, wanted: Wanted, extent: Extent) -> Phase {
         let engine = &self.config.engine;
         let context = self.model.max_position_embeddings;

@@ -74,6 +74,20 @@ pub struct SampledBatch {
     pub sampled_as: Dtype,
     /// The groups, judged.
     pub generated: GeneratedGroups,
+    /// How far the sampler was from the trainer's numbers of that version; `None` where training finds out.
+    #[serde(default)]
+    pub compared: Option<Compared>,
+}
+
+/// Log-probabilities of a batch, computed again as a trainer would by the version that sampled it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Compared {
+    /// Largest distance of a token's two log-probabilities; not a number if one of them is none.
+    pub gap_max: f64,
+    /// The mean distance.
+    pub gap_mean: f64,
+    /// Start and end, changes of phase included, in seconds since 1970.
+    pub at: [f64; 2],
 }
 
 /// Groups that are ready for the update, and what they say of the policy.

@@ -151,11 +151,12 @@ fn switches(mut whole: Switched, part: Switched) -> Switched {
     whole.sent_bytes += part.sent_bytes;
     whole.received_bytes += part.received_bytes;
     whole.seconds = whole.seconds.max(part.seconds);
+    whole.cpu_seconds += part.cpu_seconds;
     whole
 }
 
 /// Tokens and work are sums, times those of the slowest; passes are those of all devices.
-fn samplings(mut whole: GenerateReport, part: GenerateReport) -> GenerateReport {
+pub(super) fn samplings(mut whole: GenerateReport, part: GenerateReport) -> GenerateReport {
     whole.prompt_tokens += part.prompt_tokens;
     whole.new_tokens += part.new_tokens;
     whole.useful_flops += part.useful_flops;
@@ -193,6 +194,7 @@ fn steps(mut whole: StepReport, part: &StepReport, rank: usize) -> Result<StepRe
     whole.pack_seconds = whole.pack_seconds.max(part.pack_seconds);
     whole.memory_high_water = whole.memory_high_water.max(part.memory_high_water);
     whole.micro_batch = whole.micro_batch.min(part.micro_batch);
+    whole.ran.extend(part.ran.iter().cloned());
     Ok(whole)
 }
 
@@ -206,6 +208,7 @@ fn apart(rank: usize, its: &str, others: &str) -> Failure {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::{Doing, Span};
     use crate::engine::phase::DecodePasses;
 
     fn stepped(seconds: f64, policy_version: u64) -> Yield {
@@ -230,6 +233,18 @@ mod tests {
         assert!(together("Save", vec![saved(1), saved(1)]).is_ok());
         assert!(together("Save", vec![saved(1), saved(2)]).is_err());
         assert!(together("Save", vec![saved(1), Yield::Nothing]).is_err());
+    }
+
+    #[test]
+    fn a_step_has_the_passes_of_each_rank_once() {
+        let of = |rank: u32| {
+            let span = Span { doing: Doing::Update, start: 1.0, end: 2.0 };
+            Yield::Stepped(StepReport { ran: vec![(rank, vec![span])], ..StepReport::default() })
+        };
+        let Yield::Stepped(whole) = together("Train", vec![of(0), of(1), of(2)]).unwrap() else {
+            panic!()
+        };
+        assert_eq!(whole.ran.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), [0, 1, 2]);
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::checkpoint::Commit;
 use crate::config::failpoint::failpoint;
 use crate::config::fault::signal_name;
 use crate::config::stage::StageKind;
-use crate::config::{Dtype, RunConfig};
+use crate::config::{Dtype, RunConfig, idle_samplers};
 use crate::console::Event;
 use crate::engine::Machine;
 use crate::engine::phase::StepReport;
@@ -206,7 +206,7 @@ impl Direction {
             .with("stages", stages);
         self.record(event).await?;
         let data = self.ask(&self.ports.prepare_data, PrepareData {}).await?;
-        for text in data.notes {
+        for text in data.notes.into_iter().chain(idle_samplers(&self.config)) {
             self.record(Event::new("note").with("text", text)).await?;
         }
         let mut last_policy = None;
@@ -315,7 +315,7 @@ impl Direction {
             )
             .await?;
         }
-        self.load(plan, commit).await?;
+        self.load(&self.config.stages[index], plan, commit).await?;
         self.phase.replace(None);
         Ok(())
     }

@@ -31,6 +31,8 @@ pub struct DirectorPorts {
     /// The device.
     pub enter_phase: Port<EnterPhase>,
     /// The device.
+    pub score_sequences: Port<Score>,
+    /// The device.
     pub calibrate: Port<Calibrate>,
     /// The device, beside those that only sample.
     pub hand_over: Port<HandOver>,
@@ -65,6 +67,8 @@ pub struct SamplerPorts {
     pub restore: Port<Restore>,
     /// Readies it.
     pub enter_phase: Port<EnterPhase>,
+    /// Has it score what it has sampled.
+    pub score: Port<Score>,
     /// Takes another version.
     pub hand_over: Port<HandOver>,
 }

@@ -36,8 +36,8 @@ pub struct RunRequest {
     pub machine: Machine,
     /// How progress is shown.
     pub console: ConsoleMode,
-    /// Counts what the device does, if that is asked.
-    pub profile: Option<Arc<Profile>>,
+    /// Count what the device does, and a second one that only samples, if that is asked.
+    pub profiles: [Option<Arc<Profile>>; 2],
     /// The other processes of the run; `None` for a run of one.
     pub processes: Option<Processes>,
 }
@@ -61,7 +61,7 @@ impl std::fmt::Debug for Processes {
 
 /// Makes a run, from its newest commit if there is one, to its end; or this process's part of it.
 pub fn start(request: RunRequest) -> Result<()> {
-    let RunRequest { config, folder, config_dir, memory, machine, console, profile, processes } =
+    let RunRequest { config, folder, config_dir, memory, machine, console, profiles, processes } =
         request;
     let (team, spill) = match &processes {
         None => (Team::alone(), folder.join("spill")),
@@ -87,9 +87,13 @@ pub fn start(request: RunRequest) -> Result<()> {
         }
         _ => (setup, None),
     };
+    let [profile, sampler_profile] = profiles;
     let sampler = sampler.map(|setup| -> DeviceMaker {
         let links = links.clone();
-        Arc::new(move || Ok(Box::new(HybridEngine::new(linked(&setup, &links))?)))
+        Arc::new(move || {
+            let (setup, profile) = (linked(&setup, &links), sampler_profile.clone());
+            Ok(Box::new(HybridEngine::profiled(setup, profile)?))
+        })
     });
     let is_led = mail.as_ref().is_some_and(|mail| mail.rank() > 0);
     let outcome = run(

@@ -44,7 +44,7 @@ impl Direction {
                 Measured::Pairs => (Phase::Score, &self.ports.fine_tuner.measure),
             };
             match phase {
-                Phase::Generate => self.ready_to_sample(at.version, Dtype::F32).await?,
+                Phase::Generate => self.ready_to_sample(at.version, Dtype::F32).await?.report,
                 phase => self.enter(phase).await?,
             };
             let request = Measure {

@@ -1,5 +1,6 @@
 //! What the Director writes of a run and of a step: the keys that every line of a kind has.
 
+use crate::cluster::{Doing, Span};
 use crate::config::stage::{Stage, StageKind};
 use crate::console::Event;
 use crate::engine::offload_plan::Tier;
@@ -30,6 +31,27 @@ pub(super) fn step_event(
         .with("expert_load", report.routing.iter().map(|r| &r.expert_load).collect::<Vec<_>>())
         .with("routing", report.routing.iter().map(routing).collect::<Vec<_>>())
         .with("dropped", dropped(report))
+        .with("ranks", (!report.ran.is_empty()).then(|| passes(report)))
+}
+
+/// What each rank did when: its number, the pass, start and end in seconds since the first of them began, to the microsecond,
+/// and, where it is one of a pipeline's, micro-batch and piece of the stage.
+fn passes(report: &StepReport) -> Vec<serde_json::Value> {
+    let all = || report.ran.iter().flat_map(|(rank, spans)| spans.iter().map(move |s| (rank, s)));
+    let began = all().map(|(_, span)| span.start).fold(f64::INFINITY, f64::min);
+    let since = |at: f64| ((at - began) * 1e6).round() / 1e6;
+    let told = |(rank, span): (&u32, &Span)| {
+        let name = span.doing.name()?;
+        let (micro_batch, piece) = match span.doing {
+            Doing::Forward(m, p) | Doing::BackwardInput(m, p) | Doing::BackwardWeight(m, p) => {
+                (Some(m), Some(p))
+            }
+            _ => (None, None),
+        };
+        let (start, end) = (since(span.start), since(span.end));
+        Some(serde_json::json!([rank, name, start, end, micro_batch, piece]))
+    };
+    all().filter_map(told).collect()
 }
 
 /// A layer's routing in figures; the loads of its experts stand in a list of their own.

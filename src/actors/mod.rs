@@ -9,8 +9,10 @@ pub mod messages;
 pub mod port;
 pub mod post;
 // Who leads.
+mod aligned;
 mod alignment;
 mod bench;
+mod comparing;
 pub mod director;
 pub mod director_ports;
 mod evals;

@@ -116,7 +116,7 @@ async fn score_groups(
 
 /// One forward pass over prompt and reply of every rollout, in order; log-probabilities of the
 /// replies' tokens.
-fn score_job(role: Role, groups: &[JudgedGroup], temperature: f64) -> ScoreJob {
+pub(super) fn score_job(role: Role, groups: &[JudgedGroup], temperature: f64) -> ScoreJob {
     let (mut sequences, mut first) = (Vec::new(), Vec::new());
     for JudgedGroup { group, .. } in groups {
         for rollout in group.rollouts.iter() {

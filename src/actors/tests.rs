@@ -4,6 +4,7 @@
 //! The stand-in's "weights" are a hash of everything that was trained on, in order: two runs with
 //! equal weights made the same steps. It writes down every call.
 
+mod ahead;
 mod fake_device;
 mod faults;
 mod plans;

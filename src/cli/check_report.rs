@@ -5,7 +5,9 @@ mod devices;
 mod text;
 
 use super::machine::share_for_arenas;
-use crate::config::{Attention, Bytes, ConfigError, Loaded, ModelConfig, StageKind};
+use crate::config::{
+    Attention, Bytes, ConfigError, Loaded, ModelConfig, Stage, StageKind, idle_samplers,
+};
 use crate::model::{Parameters, flops_per_token, parameters};
 use crate::plan::comparison::PAPER;
 use crate::plan::cost::CACHE_DTYPE;
@@ -52,6 +54,12 @@ pub struct CheckReport {
     pub budget_bytes: Option<u64>,
     /// Whether sampler and trainer agree to the bit in the `grpo` stages (`engine.exact`), if there are any.
     pub exact: Option<bool>,
+    /// The `grpo` stages whose rollouts are sampled a batch ahead (`max_staleness`).
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sampled_ahead: Vec<String>,
+    /// What is to be said of ranks that only sample and have to wait.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub idle_samplers: Option<String>,
     /// Steps, tokens, seconds and disk of a run.
     pub estimate: Option<Estimate>,
     /// Examples of the data sets that were read.
@@ -121,12 +129,17 @@ impl CheckReport {
             plan.hold(&devices);
         }
         let has_rollouts = config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
+        let is_ahead =
+            |s: &Stage| matches!(&s.kind, StageKind::Grpo(grpo) if grpo.max_staleness > 0);
+        let name = |stage: &Stage| stage.name.clone();
         let mut known = generated_lines(config);
         known.extend(lines.clone());
         Ok(CheckReport {
             memory: plan.by_phase(),
             budget_bytes: config.engine.budget.map(|budget| budget.0),
             exact: has_rollouts.then_some(config.engine.exact),
+            sampled_ahead: config.stages.iter().filter(|s| is_ahead(s)).map(name).collect(),
+            idle_samplers: idle_samplers(config),
             estimate: Some(estimate(config, &models, &lines, threads, products)),
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
@@ -173,6 +186,8 @@ impl CheckReport {
             memory: BTreeMap::new(),
             budget_bytes: None,
             exact: None,
+            sampled_ahead: Vec::new(),
+            idle_samplers: None,
             estimate: None,
             lines: BTreeMap::new(),
             offload: Vec::new(),
@@ -417,6 +432,17 @@ mod tests {
         }
         let loaded = RunConfig::load(&configs().join("small/needle.toml"), &[]).unwrap();
         let without = CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap();
+        assert!(!run(&[]).to_string().contains("max_staleness"));
+        let ahead = run(&["stage.solve.max_staleness=1"]).to_string();
+        assert!(ahead.contains("of stage solve (max_staleness) are compared"), "{ahead}");
+        let waiting = run(&["stage.solve.max_staleness=1", "cluster.samplers=1"]).to_string();
+        assert!(
+            waiting.contains("samplers  cluster.samplers = 1: in stage \"align\" "),
+            "{waiting}"
+        );
+        let samplers = ["cluster.samplers=1".to_string()];
+        let refused = RunConfig::load(&configs().join("small/needle.toml"), &samplers).unwrap_err();
+        assert!(refused.to_string().contains("no stage of the run is of kind grpo"), "{refused}");
         assert!(without.exact.is_none() && !without.to_string().contains("rollouts  "));
     }
 }

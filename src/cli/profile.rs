@@ -24,6 +24,9 @@ pub struct ProfileReport {
     pub outside_seconds: f64,
     /// By activity, in order of a step.
     pub activities: Vec<ActivityReport>,
+    /// The same of a device of the process that only samples.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub sampler: Option<Box<ProfileReport>>,
 }
 
 /// One activity.
@@ -117,7 +120,13 @@ impl ProfileReport {
             overhead_seconds: counted.iter().map(|one| one.overhead_seconds).sum(),
             outside_seconds: sum(&outside),
             activities: inside.iter().map(activity).collect(),
+            sampler: None,
         }
+    }
+
+    /// The same, with what a second device did that only samples.
+    pub fn beside(self, sampler: Option<ProfileReport>) -> ProfileReport {
+        ProfileReport { sampler: sampler.map(Box::new), ..self }
     }
 
     /// The table.
@@ -151,6 +160,10 @@ impl ProfileReport {
         }
         lines.push(String::new());
         lines.extend(self.notes());
+        if let Some(sampler) = &self.sampler {
+            lines.extend([String::new(), "The device that only samples:".to_string()]);
+            lines.extend(sampler.lines());
+        }
         lines
     }
 }

@@ -162,13 +162,13 @@ fn lead(args: &RunArgs, loaded: Loaded, ranks: Option<(&Launched, &Ranks)>) -> R
         Opened::Finished => say_finished(&out),
         Opened::Ready(folder) => {
             let (path, threads) = (folder.path.clone(), room.threads);
-            let profile = counting(args.profile, threads);
+            let has_sampler = ranks.is_none() && loaded.config.cluster.samplers > 0;
+            let profiles = counting_devices(args.profile, threads, has_sampler);
             let is_silent = loaded.config.console.mode == ConsoleMode::Off;
             let ranks = ranks.map(|(_, ranks)| ranks);
-            let made = drive(folder, loaded, &room, profile.clone(), &resume, ranks);
+            let made = drive(folder, loaded, &room, profiles.clone(), &resume, ranks);
             // A run that was stopped has a profile too.
-            let told = profile.map_or(Ok(()), |p| write_profile(&p, &path, threads, is_silent));
-            made.and(told)
+            made.and(write_profile(&profiles, &path, threads, is_silent))
         }
     }
 }
@@ -182,7 +182,7 @@ fn follow(out: PathBuf, loaded: Loaded, ranks: &Ranks) -> Result<()> {
         memory: ranks.memory,
         machine: Machine::default(),
         console: ConsoleMode::Off,
-        profile: None,
+        profiles: [None, None],
         processes: Some(ranks.processes.clone()),
     })
 }
@@ -295,7 +295,7 @@ fn drive(
     mut folder: RunFolder,
     loaded: Loaded,
     room: &Room,
-    profile: Option<Arc<Profile>>,
+    profiles: [Option<Arc<Profile>>; 2],
     resume: &TypedCommand,
     ranks: Option<&Ranks>,
 ) -> Result<()> {
@@ -315,7 +315,7 @@ fn drive(
         memory: room.arenas,
         machine: measured_for_run(room.threads, room.planned),
         console,
-        profile,
+        profiles,
         processes: ranks.map(|ranks| ranks.processes.clone()),
     };
     match start(request) {
@@ -333,10 +333,27 @@ fn drive(
     }
 }
 
-/// Writes where the time of this process went into the run's folder, and says where.
-fn write_profile(profile: &Profile, folder: &Path, threads: usize, is_silent: bool) -> Result<()> {
+/// Profiles of the run's devices in this process, if they are asked. Of two at work the seconds of the process say nothing.
+fn counting_devices(asked: bool, threads: usize, has_sampler: bool) -> [Option<Arc<Profile>>; 2] {
+    match has_sampler {
+        true => [(); 2].map(|()| counting(asked, threads.max(2))),
+        false => [counting(asked, threads), None],
+    }
+}
+
+/// Writes where the time of this process went into the run's folder, and says where, if that was asked.
+fn write_profile(
+    profiles: &[Option<Arc<Profile>>; 2],
+    folder: &Path,
+    threads: usize,
+    is_silent: bool,
+) -> Result<()> {
+    let [Some(profile), sampler] = profiles else { return Ok(()) };
+    // Two devices share the threads.
+    let threads = if sampler.is_some() { threads.div_ceil(2) } else { threads };
     let machine = measured(threads, Effort::brief);
-    let [table, json] = ProfileReport::new(profile, &machine).write(folder)?;
+    let sampler = sampler.as_ref().map(|sampler| ProfileReport::new(sampler, &machine));
+    let [table, json] = ProfileReport::new(profile, &machine).beside(sampler).write(folder)?;
     match is_silent {
         true => Ok(()),
         false => {

@@ -42,4 +42,4 @@ pub use progress::{Board, Work, made, work_for};
 pub use reshard::{Moved, Plan};
 pub use stop::Stop;
 pub use team::Team;
-pub use timeline::{Doing, Timeline};
+pub use timeline::{Doing, Span, Timeline};

@@ -2,11 +2,12 @@
 //!
 //! What overlaps and what was waited for is computed from these intervals and from nothing else.
 
+use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// What a rank spends time on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub enum Doing {
     /// Tokens of experts are under way between ranks.
     AllToAll,
@@ -28,8 +29,23 @@ pub enum Doing {
     Gather,
 }
 
+impl Doing {
+    /// Its name in a journal; `None` of what goes on within a pass.
+    pub fn name(&self) -> Option<&'static str> {
+        Some(match self {
+            Doing::AllToAll | Doing::TensorGather | Doing::SharedExperts => return None,
+            Doing::Forward(..) => "forward",
+            Doing::BackwardInput(..) => "input gradients",
+            Doing::BackwardWeight(..) => "weight gradients",
+            Doing::Reduce => "sum",
+            Doing::Update => "update",
+            Doing::Gather => "gather",
+        })
+    }
+}
+
 /// An interval, in seconds from the timeline's beginning.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Span {
     /// What went on.
     pub doing: Doing,
@@ -61,6 +77,20 @@ impl Timeline {
     pub fn add(&self, doing: Doing, start: f64) {
         let span = Span { doing, start, end: self.now() };
         self.spans.lock().unwrap_or_else(|e| e.into_inner()).push(span);
+    }
+
+    /// The intervals of passes, sums and updates, in seconds since 1970, so that ranks can be laid side by side.
+    pub fn passes(&self) -> Vec<Span> {
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let began = since_1970.as_secs_f64() - self.now();
+        let spans = self.spans.lock().unwrap_or_else(|e| e.into_inner());
+        let passes = spans.iter().filter(|span| span.doing.name().is_some());
+        let at = |span: &Span| Span {
+            doing: span.doing,
+            start: began + span.start,
+            end: began + span.end,
+        };
+        passes.map(at).collect()
     }
 
     /// Takes all intervals out, in the order of their ends.

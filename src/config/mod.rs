@@ -56,4 +56,5 @@ pub use stage_model::model_folder;
 pub use tokenizer::TokenizerConfig;
 pub use trained_sets::TrainedSets;
 pub use validate::MOST_THREADS;
+pub use validate_cluster::idle_samplers;
 pub use validate_model::MOST_POSITIONS;

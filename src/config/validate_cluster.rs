@@ -1,5 +1,6 @@
 //! Rules of `[cluster]` that need no count of processes.
 
+use super::RunConfig;
 use super::document::ConfigError;
 use super::dtype::Dtype;
 use super::engine::Bytes;
@@ -27,6 +28,14 @@ pub fn cluster(rules: &Rules) -> Result<(), ConfigError> {
             format!("cluster.{key} = {value} is too many; use at most {MOST_RANKS}")
         })?;
     }
+    let samples = |stage: &Stage| matches!(stage.kind, StageKind::Grpo(_));
+    let samplers = cluster.samplers;
+    rules.require(samplers == 0 || rules.config.stages.iter().any(samples), &["cluster", "samplers"], || {
+        format!(
+            "cluster.samplers = {samplers} keeps ranks for sampling alone, and no stage of the run is of kind grpo; use \
+             cluster.samplers = 0"
+        )
+    })?;
     let is_blocked = |stage: &Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.rollout_dtype == Dtype::Fp8Block);
     let tensor = cluster.rollout.tensor;
     for stage in rules.config.stages.iter().filter(|stage| is_blocked(stage)) {
@@ -39,6 +48,21 @@ pub fn cluster(rules: &Rules) -> Result<(), ConfigError> {
         })?;
     }
     hardware(rules)
+}
+
+/// What is told of a run whose samplers have nothing to do while the others train; `None` of any other.
+pub fn idle_samplers(config: &RunConfig) -> Option<String> {
+    let waits =
+        |stage: &&Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.max_staleness == 0);
+    let waiting: Vec<_> = config.stages.iter().filter(waits).map(|stage| &stage.name).collect();
+    let first = waiting.first().filter(|_| config.cluster.samplers > 0)?;
+    let names: Vec<String> = waiting.iter().map(|name| format!("{name:?}")).collect();
+    Some(format!(
+        "cluster.samplers = {}: in stage {} those ranks wait while the others train, and the others while they sample; set \
+         stage.{first}.max_staleness = 1 to have both at once, or cluster.samplers = 0",
+        config.cluster.samplers,
+        names.join(", "),
+    ))
 }
 
 fn hardware(rules: &Rules) -> Result<(), ConfigError> {

@@ -81,6 +81,8 @@ pub struct Board {
     pub memory_budget: Option<u64>,
     /// What the last step moved off the device and back, if anything.
     pub offload: Option<OffloadRow>,
+    /// What the last change of layout moved, or hand-over to those that only sample.
+    pub switch: Option<SwitchRow>,
     /// Figures over the current stage's steps.
     pub curves: BTreeMap<String, Vec<(u64, f64)>>,
     /// Measurements, the last one last.
@@ -212,6 +214,17 @@ pub struct OffloadRow {
     pub seconds: f64,
     /// Share of the transfers' seconds in which the device computed.
     pub overlap_share: Option<f64>,
+}
+
+/// A change of the layout of ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct SwitchRow {
+    /// Bytes that all ranks sent.
+    pub moved_bytes: u64,
+    /// The least that any plan would have sent.
+    pub least_bytes: u64,
+    /// Seconds of a processor for each of them.
+    pub cpu_seconds_per_byte: Option<f64>,
 }
 
 /// A reply.
@@ -361,6 +374,8 @@ impl Board {
         }
         let moved = event.get("offload").and_then(|row| serde_json::from_value(row.clone()).ok());
         self.offload = moved.unwrap_or_default();
+        let switch = event.get("switch").and_then(|row| serde_json::from_value(row.clone()).ok());
+        self.switch = switch.flatten().or(self.switch);
         if let Some(memory) =
             event.get("memory").and_then(|m| serde_json::from_value(m.clone()).ok())
         {

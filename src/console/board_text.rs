@@ -94,6 +94,13 @@ impl Board {
             line(f, &format!("a step moves {read} in and {written} out: {beside:.0} % beside"))?;
             line(f, &format!("computation, and waits {exposed:.1} % of its time for the rest"))?;
         }
+        if let Some(row) = &self.switch {
+            let (moved, least) = (bytes(row.moved_bytes), bytes(row.least_bytes));
+            let spent = row.cpu_seconds_per_byte.map_or(String::new(), |seconds| {
+                format!(", {:.2} ns of CPU a byte", 1e9 * seconds)
+            });
+            line(f, &format!("the last switch moved {moved} of at least {least}{spent}"))?;
+        }
         Ok(())
     }
 

@@ -10,14 +10,19 @@
 //!   * `step`: `loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`, `seconds`;
 //!     `dropped` (share of the pairs of token and expert) in a stage that lets full devices drop;
 //!     `useful_share` (of the measured f32 products) but in `grpo`, which has `reward_mean`, `kl`,
-//!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max`,
-//!     `rollout_dtype`, `sampler_kl`, with importance weights `importance_weight_mean` and
+//!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max` (of sampler and trainer of one
+//!     version), `stale_gap_max` (of the sampler and a policy that has changed since), `rollout_dtype`, `sampler_kl`, with importance weights `importance_weight_mean` and
 //!     `truncated_share`, and of the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
 //!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`); where models or moments moved,
 //!     `offload_exposed_share` (of the step) and `offload`: `seconds`, `exposed_seconds`, `overlap_share`, `bytes_in`,
 //!     `bytes_out`, `computed` (lists of phase, start, end), `waited` (start, end), `moved` (item, `read` or `write`, the
 //!     copy's tier, start, end, bytes), all in seconds since the step began;
-//!     docs/performance.md defines them
+//!     of a run over ranks, in steps 1, 2, 4, 8 and so on, `ranks` (lists of rank, pass, start, end, micro-batch, piece);
+//!     `switch`: `moved_bytes`, `least_bytes`, `seconds`, `cpu_seconds` of all ranks and `cpu_seconds_per_byte`;
+//!     `window` (start and end of the step), `intervals` (what was done in it: `generate` and `judge` of its batch, `hand_over`,
+//!     `ahead`, `judge_ahead` and `compare` of the next one's, `score`, `train`), `sampled` (where its batch comes from: `step`,
+//!     `version`, `generate`, `judge`), all in seconds since 1970, and `sampling_overlap`, the share of `train` beside which
+//!     the next batch was sampled; docs/performance.md defines them
 //!   * `eval`: `name`, one of `pass_at_1`, `perplexity`, `accuracy`, `rate`, and `samples`;
 //!     optionally `replies` (list of `{prompt, text, answer, score}`)
 //!   * `commit`: `folder`; `note`: `text`

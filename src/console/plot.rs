@@ -1,12 +1,13 @@
 //! Line charts as SVG, written by hand: no scripts, no fonts, a light background.
 //!
 //! [`write_curves`] draws what the journal holds into `plots/`: the loss of every stage that learns
-//! from text or pairs, the reward and pass@1 of alignment, its KL and length, and what the last step that moved models off
-//! the device and back did when. The same journal gives the same bytes.
+//! from text or pairs, the reward and pass@1 of alignment, its KL and length, what the last step that moved models off
+//! the device and back did when, what the ranks of a run over several did, and what was sampled beside training. The same journal gives the same bytes.
 
 use super::board::{JOURNAL_FILE, replace_file};
 use super::event::Event;
 use super::journal::read_events;
+use super::lanes::{ranks_timeline, sampling_timeline};
 use super::text::figure;
 use super::timeline::offload_timeline;
 use anyhow::{Context, Result};
@@ -66,8 +67,13 @@ pub fn write_curves(run_dir: &Path) -> Result<Vec<PathBuf>> {
             written.push(path);
         }
     }
-    if let Some(picture) = offload_timeline(&events) {
-        let path = folder.join("offload.svg");
+    let pictures = [
+        ("offload.svg", offload_timeline(&events)),
+        ("ranks.svg", ranks_timeline(&events)),
+        ("sampling.svg", sampling_timeline(&events)),
+    ];
+    for (file, picture) in pictures {
+        let (path, Some(picture)) = (folder.join(file), picture) else { continue };
         replace_file(&path, picture.as_bytes())?;
         written.push(path);
     }

@@ -28,6 +28,9 @@ const PLANNING_SHARE: u32 = 50;
 /// A change of what is known that is worth a new plan.
 const NOTABLE: f64 = 0.25;
 
+/// Phases of a step at most, to be learned.
+const LONGEST: usize = 64;
+
 /// What a phase takes.
 #[derive(Clone, Debug, PartialEq)]
 struct Seen {
@@ -63,6 +66,10 @@ pub(super) struct Conductor {
     plans: bool,
     /// Whether transfers run beside computation.
     overlaps: bool,
+    /// Whether this device samples. A step begins with that, or else with the first phase after an update.
+    samples: bool,
+    /// Whether a step has begun and its update has not ended.
+    is_in_step: bool,
     model: Option<(ModelConfig, Prefill)>,
     cycle: Vec<Seen>,
     passed: Vec<Seen>,
@@ -73,8 +80,9 @@ pub(super) struct Conductor {
 }
 
 impl Conductor {
-    /// For a device with these transfers.
-    pub fn new(transfers: Arc<Transfers>, plans: bool, overlaps: bool) -> Conductor {
+    /// For a device with these transfers; tells whether they are planned, and run beside computation, and whether the device
+    /// samples.
+    pub fn new(transfers: Arc<Transfers>, [plans, overlaps, samples]: [bool; 3]) -> Conductor {
         let shelf = Arc::<Shelf>::default();
         if plans {
             let shelf = Arc::downgrade(&shelf);
@@ -87,6 +95,8 @@ impl Conductor {
             shelf,
             plans,
             overlaps,
+            samples,
+            is_in_step: false,
             model: None,
             cycle: Vec::new(),
             passed: Vec::new(),
@@ -107,6 +117,7 @@ impl Conductor {
         (self.planned, self.at, self.last_planned) = (None, None, None);
         self.cycle.clear();
         self.passed.clear();
+        self.is_in_step = false;
         self.transfers.arena.allow_working(None);
     }
 
@@ -126,7 +137,8 @@ impl Conductor {
             return;
         }
         let scored = scored.into_iter().map(Stretch::Score).collect();
-        let stretches = [vec![Stretch::Generate], scored, vec![Stretch::Train]].concat();
+        let sampled = self.samples.then_some(Stretch::Generate).into_iter().collect();
+        let stretches = [sampled, scored, vec![Stretch::Train]].concat();
         let expected = |stretch: Stretch| {
             let working = self.least_working(&stretch);
             Seen { stretch, seconds: UNSEEN, working }
@@ -165,9 +177,8 @@ impl Conductor {
             return Ok(());
         }
         self.end();
-        let begins_anew = self.passed.last().is_none_or(|last| last.stretch == Stretch::Train);
-        if stretch == Stretch::Generate && begins_anew {
-            self.learn();
+        if self.is_first(&stretch) {
+            self.begin_step();
         }
         self.shelf.enter(Some(stretch.clone()));
         self.at = self.planned.as_ref().and_then(|planned| planned.next(self.at, &stretch));
@@ -183,6 +194,27 @@ impl Conductor {
         Ok(())
     }
 
+    /// A device that does not sample begins a step by giving the policy to who does.
+    pub fn hand_over(&mut self) {
+        self.end();
+        self.begin_step();
+    }
+
+    /// Whether a step begins with this phase. An eval of the policy belongs to none.
+    fn is_first(&self, stretch: &Stretch) -> bool {
+        match self.samples {
+            true => *stretch == Stretch::Generate,
+            false => *stretch != Stretch::Score(Role::Policy),
+        }
+    }
+
+    fn begin_step(&mut self) {
+        if !self.is_in_step {
+            self.is_in_step = true;
+            self.learn();
+        }
+    }
+
     /// The phase ends: what comes before the next one may begin.
     pub fn end(&mut self) {
         let Some(Open { stretch, began, waited }) = self.open.take() else { return };
@@ -193,6 +225,11 @@ impl Conductor {
         // What lasts and is not on the shelf (another layout of the policy, say) is working memory too.
         let beside = transfers.lasting().saturating_sub(self.shelf.bytes_on_device());
         let working = transfers.arena.working_peak() + beside;
+        self.is_in_step &= stretch != Stretch::Train;
+        // A device that never updates has no step to learn.
+        if self.passed.len() == LONGEST {
+            self.passed.remove(0);
+        }
         self.passed.push(Seen { stretch, seconds, working });
         self.shelf.enter(None);
         if let (Some(phase), Some(planned)) = (self.at, &self.planned) {
@@ -254,10 +291,10 @@ impl Conductor {
         let passed = std::mem::take(&mut self.passed);
         let is_once =
             |seen: &Seen| passed.iter().filter(|other| other.stretch == seen.stretch).count() == 1;
-        let is_step = passed.first().is_some_and(|first| first.stretch == Stretch::Generate)
+        // The policy scores an eval after an update, and what was sampled ahead before one.
+        let is_step = passed.first().is_some_and(|first| self.is_first(&first.stretch))
             && passed.last().is_some_and(|last| last.stretch == Stretch::Train)
-            && passed.iter().all(is_once)
-            && !passed.iter().any(|seen| seen.stretch == Stretch::Score(Role::Policy));
+            && passed.iter().all(is_once);
         if !self.plans || !is_step {
             return;
         }
@@ -369,5 +406,47 @@ impl Planned {
         (first..first + count)
             .map(|phase| phase % count)
             .find(|phase| self.stretches[*phase] == *stretch)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rehearsal_kernels::Arena;
+
+    /// What a device has learned to be a step, after some of these phases; `None` is a hand-over.
+    fn learned(samples: bool, phases: &[Option<Stretch>]) -> Vec<Stretch> {
+        let folder = tempfile::tempdir().unwrap();
+        let (arena, deadline) = (Arena::new(Some(1 << 20)), Duration::from_secs(1));
+        let transfers = Transfers::new(arena, folder.path().to_path_buf(), u64::MAX, deadline);
+        let mut conductor = Conductor::new(Arc::new(transfers), [true, true, samples]);
+        for phase in phases {
+            match phase {
+                Some(stretch) => conductor.begin(stretch.clone()).unwrap(),
+                None => conductor.hand_over(),
+            }
+        }
+        assert!(conductor.cycle.iter().all(|seen| seen.seconds < UNSEEN));
+        conductor.cycle.iter().map(|seen| seen.stretch.clone()).collect()
+    }
+
+    #[test]
+    fn a_step_ends_with_its_update_and_begins_with_sampling_or_with_the_hand_over() {
+        let [policy, reference] = [Role::Policy, Role::Reference].map(Stretch::Score);
+        let (generate, train) = (Stretch::Generate, Stretch::Train);
+        let trainer = |phases: &[Option<&Stretch>]| {
+            learned(false, &phases.iter().map(|phase| phase.cloned()).collect::<Vec<_>>())
+        };
+        let (score, update) = (Some(&reference), Some(&train));
+        assert_eq!(trainer(&[score, update, None]), [reference.clone(), train.clone()]);
+        assert_eq!(trainer(&[None, update, None, update, None]), std::slice::from_ref(&train));
+        // No version is handed over after an update that was left out.
+        assert_eq!(trainer(&[None, score, update, score]), [reference.clone(), train.clone()]);
+        // An eval belongs to no step.
+        assert_eq!(trainer(&[None, score, update, Some(&policy), None]), []);
+        let step = [generate.clone(), policy.clone(), reference, train];
+        let phases: Vec<_> = step.iter().cloned().chain([generate]).map(Some).collect();
+        assert_eq!(learned(true, &phases), step, "the policy scores what is ahead in a step");
+        assert_eq!(learned(true, &phases[1..]), [], "a step begins with sampling");
     }
 }

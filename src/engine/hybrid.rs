@@ -129,7 +129,8 @@ impl HybridEngine {
         let deadline = Duration::from_secs(deadline_seconds.max(1));
         let transfers = Transfers::new(arena.clone(), setup.spill.clone(), host_budget, deadline);
         let (plans, overlaps) = (setup.engine.offload.is_none(), setup.engine.overlap);
-        let conductor = Conductor::new(Arc::new(transfers), plans, overlaps);
+        let samples = setup.team.samplers == 0 || setup.team.is_sampler();
+        let conductor = Conductor::new(Arc::new(transfers), [plans, overlaps, samples]);
         let plain = CpuKernels::new(setup.engine.threads, arena);
         let kernels: Arc<dyn Kernels> = match profile {
             Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),

@@ -161,7 +161,7 @@ impl Way {
         from: Option<&Slab>,
         to: Option<&mut Slab>,
     ) -> Result<Switched, PassError> {
-        let (began, width) = (Instant::now(), kernels.float().size());
+        let (began, spent, width) = (Instant::now(), processor_seconds(), kernels.float().size());
         let from = from.map(|slab| Side { slab, places: &self.held });
         let to = to.map(|slab| SideMut { slab, places: &self.wanted });
         let [sent_bytes, received_bytes] = self.execute(kernels, &self.plan, version, from, to)?;
@@ -171,6 +171,7 @@ impl Way {
             sent_bytes,
             received_bytes,
             seconds: began.elapsed().as_secs_f64(),
+            cpu_seconds: processor_seconds() - spent,
         })
     }
 
@@ -220,6 +221,12 @@ impl Way {
         }
         Ok(bytes_of)
     }
+}
+
+/// Seconds of a processor that the device's own thread has had: it sends, receives and lays out what was received.
+fn processor_seconds() -> f64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    time.tv_sec as f64 + time.tv_nsec as f64 * 1e-9
 }
 
 /// Where a tensor of the whole model lies in a part of it.
@@ -291,6 +298,9 @@ impl HybridEngine {
     pub fn hand_over(&mut self, version: u64) -> Result<Switched> {
         // A scored policy lends its weights to the scoring.
         self.unload_scored()?;
+        if !self.setup.team.is_sampler() {
+            self.conductor.hand_over();
+        }
         let Some(way) = &self.to_samplers else {
             bail!("no rank of this run only samples (cluster.samplers)")
         };

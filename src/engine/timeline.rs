@@ -84,7 +84,8 @@ impl Timeline {
     }
 }
 
-fn common(one: [f64; 2], other: [f64; 2]) -> f64 {
+/// Seconds that two intervals have in common.
+pub fn common(one: [f64; 2], other: [f64; 2]) -> f64 {
     (one[1].min(other[1]) - one[0].max(other[0])).max(0.0)
 }
 

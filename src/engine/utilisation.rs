@@ -42,6 +42,15 @@ pub struct Switched {
     pub received_bytes: u64,
     /// Seconds.
     pub seconds: f64,
+    /// Seconds of a processor, of all devices' threads together; waiting for messages is among them where it polls.
+    pub cpu_seconds: f64,
+}
+
+impl Switched {
+    /// Seconds of a processor for each byte that was moved.
+    pub fn cpu_seconds_per_byte(&self) -> Option<f64> {
+        ratio(self.cpu_seconds, self.moved_bytes as f64)
+    }
 }
 
 impl Chores {
@@ -58,6 +67,7 @@ impl Chores {
         sum.sent_bytes += switched.sent_bytes;
         sum.received_bytes += switched.received_bytes;
         sum.seconds += switched.seconds;
+        sum.cpu_seconds += switched.cpu_seconds;
     }
 }
 

@@ -1,6 +1,7 @@
 //! What an optimizer step is asked for and what it reports.
 
 use super::routing::LayerRouting;
+use crate::cluster::Span;
 use crate::data::example::Batch;
 use crate::rl::grpo::GrpoSettings;
 use crate::rl::rollout::ScoredGroup;
@@ -79,6 +80,8 @@ pub struct StepReport {
     pub policy_version: u64,
     /// What the router of each MoE layer did.
     pub routing: Vec<LayerRouting>,
+    /// Of a step over several ranks, whose number is a power of two, from 1: what each of them did, in seconds since 1970.
+    pub ran: Vec<(u32, Vec<Span>)>,
     /// Preference loss: share of pairs whose chosen reply scores higher.
     pub accuracy: Option<f64>,
     /// GRPO only.

@@ -108,6 +108,9 @@ pub fn train_step(
     let Updated { figures, gradient_norm, skipped, was_taken_back } =
         update(trainee, settings, own, rate, scalar_head)?;
     let Figures { tally, balance_loss, rows, .. } = figures;
+    // A picture takes one step, and every step's would fill the journal.
+    let is_taken_down = !ranks.team.is_alone() && (settings.step + 1).is_power_of_two();
+    let own = is_taken_down.then(|| (ranks.team.rank() as u32, ranks.timeline.passes()));
     Ok(StepReport {
         loss: tally.loss,
         balance_loss,
@@ -128,6 +131,7 @@ pub fn train_step(
         was_taken_back,
         policy_version: 0,
         routing: layer_routing(&routings),
+        ran: own.into_iter().collect(),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
         grpo: match items {
             Items::Rollouts(rollouts) => Some(tally.grpo(rollouts)),

@@ -68,17 +68,77 @@ fn a_device_that_only_samples_changes_no_bit_and_samples_while_the_other_trains(
     assert_eq!(versions(&two), versions(&one));
     // Sampling ahead began before the update ended, and scoring and the update before it did: one device does one after
     // the other.
-    let aligned = steps(&two).into_iter().filter(|step| !step["intervals"]["ahead"].is_null());
-    let overlapping = aligned.filter(|step| {
-        let at = |name: &str, end: usize| step["intervals"][name][end].as_f64().unwrap();
-        at("ahead", 0) < at("train", 1) && at("score", 0) < at("ahead", 1)
-    });
-    assert_eq!(overlapping.count(), 6);
-    let alone = steps(&one).into_iter().filter(|step| {
-        let at = |name: &str, end: usize| step["intervals"][name][end].as_f64();
-        at("ahead", 1).is_some_and(|end| at("score", 0) < Some(end))
-    });
-    assert_eq!(alone.count(), 0);
+    let at = |step: &Value, name: &str, end: usize| step["intervals"][name][end].as_f64().unwrap();
+    let beside = |out: &Path| {
+        let steps = steps(out).into_iter().filter(|step| !step["intervals"]["ahead"].is_null());
+        let is_beside = |step: &Value| {
+            at(step, "ahead", 0) < at(step, "train", 1)
+                && at(step, "score", 0) < at(step, "ahead", 1)
+        };
+        steps.filter(is_beside).count()
+    };
+    assert_eq!((beside(&two), beside(&one)), (6, 0));
+    for out in [&one, &two] {
+        let aligned: Vec<_> = steps(out).into_iter().filter(|e| e["stage"] == "align").collect();
+        for step in &aligned {
+            assert_eq!(step["logprob_gap_max"], 0.0, "compared by the version that sampled it");
+            let window = [0, 1].map(|end| step["window"][end].as_f64().unwrap());
+            for (name, interval) in step["intervals"].as_object().unwrap() {
+                let [start, end] = [0, 1].map(|end| interval[end].as_f64().unwrap());
+                assert!(window[0] <= start && start <= end && end <= window[1], "{name}: {step}");
+            }
+        }
+        // The policy has moved meanwhile; only the first batch is trained on by the version that sampled it.
+        let moved = aligned.iter().map(|step| step["stale_gap_max"].as_f64());
+        assert!(
+            moved.enumerate().all(|(step, gap)| gap.is_some_and(|gap| gap > 0.0) == (step > 0))
+        );
+        // Every batch is counted in the step in which it was sampled.
+        let tokens: Vec<_> = aligned.iter().map(|e| e["new_tokens"].as_u64().unwrap()).collect();
+        assert!(tokens[..6].iter().all(|tokens| *tokens > 0) && tokens[6] == 0, "{tokens:?}");
+        let sampled: Vec<_> =
+            aligned.iter().map(|e| e["sampled"]["step"].as_u64().unwrap()).collect();
+        assert_eq!(sampled, [1, 1, 2, 3, 4, 5, 6]);
+    }
+}
+
+/// Sampling of single sequences, which takes longer than scoring by a rule and the update together.
+const SAMPLES_LONG: [&str; 5] = [
+    "stage.align.reward=[{ verifier = \"answer-line\", partial = 0.5 }]",
+    "stage.align.kl_weight=0.0",
+    "stage.align.max_new_tokens=96",
+    "stage.align.steps=21",
+    "engine.decode_batch=1",
+];
+
+#[test]
+fn where_sampling_takes_as_long_as_training_most_of_training_has_it_beside_and_none_in_serial_order()
+ {
+    let folder = TempDir::new().unwrap();
+    let share = |name: &str, samplers: &str| {
+        let out = folder.path().join(name);
+        let mut run = ahead(&out);
+        run.args(SAMPLES_LONG.iter().flat_map(|set| ["--set", set]));
+        run.args(["--set", samplers, "--threads", "2"]);
+        done(run);
+        let (mut trained, mut beside, mut steps_ahead) = (0.0, 0.0, 0);
+        for step in steps(&out) {
+            let interval = |name: &str| [0, 1].map(|end| step["intervals"][name][end].as_f64());
+            let [Some(start), Some(end)] = interval("ahead") else { continue };
+            let [Some(from), Some(to)] = interval("train") else { panic!("{step}") };
+            let both = (end.min(to) - start.max(from)).max(0.0);
+            let told = step["sampling_overlap"].as_f64().unwrap();
+            assert!((told - both / (to - from)).abs() < 1e-3, "{told}: {step}");
+            (trained, beside, steps_ahead) = (trained + to - from, beside + both, steps_ahead + 1);
+        }
+        assert_eq!(steps_ahead, 20);
+        beside / trained
+    };
+    let (beside, serial) = (share("two", "cluster.samplers=1"), share("one", "cluster.samplers=0"));
+    println!("{beside} {serial}");
+    assert!(beside >= 0.5 && serial == 0.0, "{beside} {serial}");
+    let [one, two] = ["one", "two"].map(|name| weights(&folder.path().join(name)));
+    assert!(one == two);
 }
 
 #[test]

@@ -3,13 +3,16 @@
 
 use crate::engine::{batch, rollouts};
 use crate::tiny::config;
-use rehearsal::cluster::Team;
+use rehearsal::cluster::layout::Sampling;
+use rehearsal::cluster::{Local, Team};
 use rehearsal::config::{Bytes, EngineConfig, ModelConfig};
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::offload_plan::Tier;
 use rehearsal::engine::phase::*;
 use rehearsal::engine::timeline::Timeline;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 use tempfile::TempDir;
 
 /// 3.4 million parameters, so that a transfer takes milliseconds.
@@ -47,18 +50,24 @@ fn steps(engine: &mut HybridEngine, count: u64) -> (Vec<String>, Vec<Timeline>) 
     let (mut seen, mut timelines) = (Vec::new(), Vec::new());
     for step in 0..count {
         seen.push(format!("{:?}", rollouts(engine, step)));
-        engine.enter_phase(Phase::Score).unwrap();
-        let rewards = ["helpful", "safety"].map(|name| Role::Reward(name.to_string()));
-        for role in rewards.into_iter().chain([Role::Reference]) {
-            let sequences = vec![(0..24).collect(), (3..20).collect()];
-            let job = ScoreJob { role, sequences, temperature: 1.0, first: vec![2, 2] };
-            seen.push(format!("{:?}", engine.score(&job).unwrap()));
-        }
-        engine.enter_phase(Phase::Train).unwrap();
-        seen.push(format!("{:x}", engine.train(&batch()).unwrap().loss.to_bits()));
+        seen.push(scores_and_update(engine));
         timelines.push(engine.enter_phase(Phase::Train).unwrap().timeline);
     }
     (seen, timelines)
+}
+
+/// Scores of the models, and the loss of an update.
+fn scores_and_update(engine: &mut HybridEngine) -> String {
+    engine.enter_phase(Phase::Score).unwrap();
+    let mut seen = String::new();
+    let rewards = ["helpful", "safety"].map(|name| Role::Reward(name.to_string()));
+    for role in rewards.into_iter().chain([Role::Reference]) {
+        let sequences = vec![(0..24).collect(), (3..20).collect()];
+        let job = ScoreJob { role, sequences, temperature: 1.0, first: vec![2, 2] };
+        seen += &format!("{:?}", engine.score(&job).unwrap());
+    }
+    engine.enter_phase(Phase::Train).unwrap();
+    format!("{seen} {:x}", engine.train(&batch()).unwrap().loss.to_bits())
 }
 
 /// What `steps` gives from a new engine, with the most bytes it held and its checkpoint.
@@ -84,6 +93,44 @@ fn outcome(edit: impl FnOnce(&mut EngineConfig)) -> Outcome {
     drop(engine);
     assert!(!folder.path().join("spill").exists(), "copies go with the engine");
     Outcome { seen, timelines, high_water, saved }
+}
+
+/// Steps of a trainer that gives each version to a rank that only samples: its figures, and the timeline of each step.
+fn beside_a_sampler(folder: &Path, source: &ModelSource, budget: Option<u64>) -> Outcome {
+    let one = Sampling { ranks: 1, tensor: 1, expert: 1 };
+    let mut links = Local::new(2).into_iter();
+    let mut setup = |name: &str| {
+        let link = Arc::new(links.next().unwrap());
+        let team = Team { link, samplers: 1, samplers_layout: one, ..Team::alone() };
+        let engine = EngineConfig { threads: 1, page_tokens: 4, ..EngineConfig::default() };
+        EngineSetup { model: model(), engine, seed: 1, spill: folder.join(name), team }
+    };
+    let (mut trainer, sampler) = (setup("trainer"), setup("sampler"));
+    trainer.engine.budget = budget.map(Bytes);
+    let (orders, work) = channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut engine = HybridEngine::new(sampler).unwrap();
+            engine.prepare(&stage(source)).unwrap();
+            for version in work {
+                engine.hand_over(version).unwrap();
+            }
+        });
+        let mut engine = HybridEngine::new(trainer).unwrap();
+        engine.prepare(&stage(source)).unwrap();
+        let (mut seen, mut timelines) = (Vec::new(), Vec::new());
+        for version in 0..5 {
+            if version > 0 {
+                orders.send(version).unwrap();
+                engine.hand_over(version).unwrap();
+            }
+            seen.push(scores_and_update(&mut engine));
+            timelines.push(engine.enter_phase(Phase::Train).unwrap().timeline);
+        }
+        drop(orders);
+        let high_water = engine.holdings().high_water;
+        Outcome { seen, timelines, high_water, saved: Vec::new() }
+    })
 }
 
 fn check_same(one: &Outcome, other: &Outcome) {
@@ -141,4 +188,26 @@ fn transfers_overlap_computation_unless_they_are_forced_to_be_serial() {
         of.fold(f64::INFINITY, f64::min)
     };
     assert!(exposed(&beside) < exposed(&serial), "{} {}", exposed(&beside), exposed(&serial));
+}
+
+#[test]
+fn a_trainer_beside_a_sampler_learns_its_step_and_tells_each_one_apart() {
+    let folder = TempDir::new().unwrap();
+    let source = weights(folder.path());
+    let roomy = beside_a_sampler(folder.path(), &source, None);
+    let budget = (roomy.high_water as f64 * 0.75) as u64;
+    let tight = beside_a_sampler(folder.path(), &source, Some(budget));
+    check_same(&tight, &roomy);
+    assert!(tight.high_water <= budget, "{} of {budget}", tight.high_water);
+    let cycle = ["score reward helpful", "score reward safety", "score reference", "train"];
+    for timeline in &tight.timelines {
+        let phases: Vec<&str> = timeline.computed.iter().map(|span| span.phase.as_str()).collect();
+        assert_eq!(phases, cycle, "one step, and nothing of the one before");
+    }
+    // Three models that are scored one after the other are read in each step.
+    assert!(
+        tight.timelines.iter().all(|timeline| timeline.bytes()[0] > 0),
+        "{:?}",
+        tight.timelines
+    );
 }

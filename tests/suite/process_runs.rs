@@ -119,6 +119,30 @@ pub fn check_failed(output: &Output, out: &Path, texts: &[&str]) {
     check_nothing_is_left(out);
 }
 
+/// Steps 1, 2, 4, 8 of pretraining tell what each rank that trains did, which is drawn; no other step does.
+fn check_passes_are_taken_down(out: &Path, trainers: usize) {
+    for step in steps(out).iter().filter(|step| step["stage"] == "base") {
+        let is_told = trainers > 1 && step["step"].as_u64().unwrap().is_power_of_two();
+        let passes = step["ranks"].as_array().cloned().unwrap_or_default();
+        let mut ranks: Vec<u64> = passes.iter().map(|pass| pass[0].as_u64().unwrap()).collect();
+        ranks.dedup();
+        let all: Vec<u64> = (0..if is_told { trainers as u64 } else { 0 }).collect();
+        assert_eq!(ranks, all, "{step}");
+        let of = |name: &str, rank: u64| {
+            let passes = passes.iter().filter(|pass| pass[1] == name && pass[0] == rank);
+            passes
+                .map(|pass| [&pass[2], &pass[3]].map(|at| at.as_f64().unwrap()))
+                .collect::<Vec<_>>()
+        };
+        for rank in all {
+            let (forward, update) = (of("forward", rank), of("update", rank));
+            assert!(!update.is_empty() && forward.len() == of("weight gradients", rank).len());
+            assert!(forward.iter().all(|[start, end]| 0.0 <= *start && start <= end), "{step}");
+        }
+    }
+    assert_eq!(out.join("plots/ranks.svg").exists(), trainers > 1);
+}
+
 #[test]
 fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
     let folder = TempDir::new().unwrap();
@@ -145,6 +169,7 @@ fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
         done(over(ranks, &out, settings));
         check_is_the_run_of_one(&out);
         check_nothing_is_left(&out);
+        check_passes_are_taken_down(&out, if ranks == 3 { 1 } else { ranks });
         // Where layouts of training and sampling differ, each alignment step tells what the switch moved: no byte too much.
         let differ = settings.contains(&"cluster.pipeline=2") || ranks == 8 || ranks == 3;
         for step in steps(&out).iter().filter(|step| step["kind"] == "grpo") {

@@ -246,3 +246,25 @@ fn a_run_writes_its_profile_into_its_folder_and_says_where() {
     }
     assert!(table.starts_with("operation ") && table.contains("\ntrain: backward "), "{table}");
 }
+
+#[test]
+fn the_profile_of_a_run_has_its_sampler_too() {
+    let place = TempDir::new().unwrap();
+    let out = place.path().join("run");
+    let sets = ["cluster.samplers=1", "stage.align.max_staleness=1"];
+    let mut run = crate::runs::smoke_with(&out, &sets);
+    run.args(["--profile", "--threads", "1"]);
+    crate::runs::done(run);
+    let json = std::fs::read(out.join("profile.json")).unwrap();
+    let profile: Value = serde_json::from_slice(&json).unwrap();
+    let names = |profile: &Value| -> BTreeSet<String> {
+        let told = profile["activities"].as_array().unwrap();
+        told.iter().map(|one| one["activity"].as_str().unwrap().to_string()).collect()
+    };
+    let (trainer, sampler) = (names(&profile), names(&profile["sampler"]));
+    assert!(trainer.contains("backward") && !trainer.contains("decode"), "{trainer:?}");
+    assert!(sampler.contains("decode") && !sampler.contains("backward"), "{sampler:?}");
+    assert_eq!((&profile["clock"], &profile["sampler"]["clock"]), (&"wall".into(), &"wall".into()));
+    let table = std::fs::read_to_string(out.join("profile.txt")).unwrap();
+    assert!(table.contains("\nThe device that only samples:\noperation "), "{table}");
+}

@@ -44,6 +44,8 @@ pub struct Script {
     pub not_finite: Vec<u64>,
     /// Sampler and trainer differ by so much in this update.
     pub gap_in_train: Option<(u64, f64)>,
+    /// And so much where the policy scores for the so-manieth time, from 1.
+    pub gap_in_score: Option<(u64, f32)>,
     pub signal_in_train: Option<(u64, Arc<AtomicI32>)>,
     pub shared: Arc<Shared>,
 }
@@ -56,6 +58,7 @@ pub struct Shared {
     release: Condvar,
     reached: Notify,
     updates: AtomicU64,
+    scores_by_policy: AtomicU64,
     awaits_late: AtomicBool,
 }
 
@@ -264,6 +267,14 @@ impl Device for FakeDevice {
     fn score(&mut self, job: &ScoreJob) -> Result<Vec<SequenceScore>> {
         self.call(format!("score {} sequences by {}", job.sequences.len(), job.role.name()));
         let is_reward = matches!(job.role, Role::Reward(_)) || self.value_head;
+        if job.role == Role::Policy && !is_reward {
+            // What it sampled by, unless it is to differ.
+            let number = self.script.shared.scores_by_policy.fetch_add(1, Ordering::SeqCst) + 1;
+            let gap = self.script.gap_in_score.filter(|(at, _)| *at == number);
+            let logprob = -1.0 - gap.map_or(0.0, |(_, gap)| gap);
+            let tokens = job.sequences.iter().zip(&job.first).map(|(all, first)| all.len() - first);
+            return Ok(tokens.map(|count| SequenceScore::Logprobs(vec![logprob; count])).collect());
+        }
         let score = |(tokens, first): (&Vec<u32>, &usize)| {
             let bits = hash(&self.weights, &format!("{tokens:?}"))[0];
             match is_reward {

@@ -12,8 +12,7 @@ use crate::plan::{Estimate, Memory, OffloadPlan};
 use std::fmt;
 
 /// What `engine.exact` means for rollouts.
-const EXACT: &str =
-    "exact: sampled and trained in one form of attention, the same log-probabilities to the bit";
+const EXACT: &str = "exact: sampled and trained in one form of attention, the same log-probabilities to the bit,\n          compared in each step";
 /// What its absence means.
 const FAST: &str =
     "fast: trained as engine.attention says, prompts by cost; log-probabilities agree to rounding";
@@ -95,6 +94,20 @@ impl CheckReport {
         }
         if let Some(exact) = self.exact {
             writeln!(out, "rollouts  {}", if exact { EXACT } else { FAST })?;
+        }
+        if !self.sampled_ahead.is_empty() {
+            let stages = self.sampled_ahead.join(", ");
+            writeln!(
+                out,
+                "          those of stage {stages} (max_staleness) are compared by one more forward"
+            )?;
+            writeln!(
+                out,
+                "          pass where they were sampled, beside the update before theirs"
+            )?;
+        }
+        if let Some(text) = &self.idle_samplers {
+            writeln!(out, "samplers  {text}")?;
         }
         let planned = self.planned.as_ref().filter(|_| self.devices.is_empty());
         if let Some((stage, phase, bytes)) = planned.and_then(Memory::peak) {

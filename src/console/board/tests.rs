@@ -79,6 +79,20 @@ fn what_a_step_moved_is_told_until_one_moves_nothing() {
 }
 
 #[test]
+fn what_the_last_switch_moved_stays_told() {
+    let switch = serde_json::json!({
+        "moved_bytes": 3 << 20, "least_bytes": 2 << 20, "seconds": 0.5, "cpu_seconds": 0.01,
+        "cpu_seconds_per_byte": 3.25e-9,
+    });
+    let mut board = filled();
+    board.take(&Event::step("align", "grpo", 1).with("switch", switch));
+    // Nothing is switched in a stage's last step.
+    board.take(&Event::step("align", "grpo", 2).with("switch", serde_json::Value::Null));
+    let told = "the last switch moved 3.0 MiB of at least 2.0 MiB, 3.25 ns of CPU a byte";
+    assert!(board.to_string().contains(told), "{board}");
+}
+
+#[test]
 fn the_text_is_ascii_of_at_most_eighty_columns_whatever_a_model_says() {
     let mut board = filled();
     let long = "x\u{1b}]52;c;\u{202e}é".repeat(40);

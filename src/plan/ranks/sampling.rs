@@ -152,13 +152,24 @@ impl Device<'_> {
 
     /// The model whose scoring holds most; `None` if nothing is scored here in the stage.
     pub(super) fn score(&self, extent: Extent) -> Option<Phase> {
-        self.place?;
-        let is_measured = self.stage.eval.iter().any(|eval| eval.metric.is_some());
+        let trains = self.place.is_some();
         let is_fitted = matches!(self.stage.kind, StageKind::RewardModel(_));
-        let policy = (is_measured || is_fitted).then(|| "policy".to_string());
+        let has_policy = trains && (self.is_measured() || is_fitted) || self.compares();
+        let policy = has_policy.then(|| "policy".to_string());
         let roles = policy.into_iter().chain(self.others());
         let phases = roles.map(|role| self.scored(&role, extent));
         phases.max_by_key(|phase| total(&phase.needed) + total(&phase.working))
+    }
+
+    /// Whether an eval scores.
+    fn is_measured(&self) -> bool {
+        self.stage.eval.iter().any(|eval| eval.metric.is_some())
+    }
+
+    /// Whether it scores what it has sampled ahead, by the policy that sampled it.
+    fn compares(&self) -> bool {
+        let samples = self.place.is_none() || self.team.samplers == 0;
+        samples && matches!(&self.stage.kind, StageKind::Grpo(grpo) if grpo.max_staleness > 0)
     }
 
     fn scored(&self, role: &str, extent: Extent) -> Phase {
@@ -196,7 +207,11 @@ impl Device<'_> {
         let groups = sampling.ranks / sampling.tensor;
         let share = |rows: usize| rows.div_ceil(groups) + if groups > 1 { longest } else { 0 };
         let tokens = match &self.stage.kind {
-            _ if is_policy => self.measured().map_or(most, |all| share(all * longest)),
+            _ if is_policy && !self.compares() => {
+                self.measured().map_or(most, |all| share(all * longest))
+            }
+            // An eval may have more than the batch that is compared.
+            StageKind::Grpo(_) if is_policy && self.is_measured() => most,
             StageKind::Grpo(grpo) => {
                 let prompt = longest.saturating_sub(grpo.max_new_tokens).max(1);
                 let group = prompt + grpo.group_size * grpo.max_new_tokens;

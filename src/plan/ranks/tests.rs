@@ -44,6 +44,11 @@ fn more_ranks_hold_less_and_who_only_samples_has_no_moments() {
     let sampler = owners(&devices[1], "generate").unwrap();
     assert!(sampler.contains_key("policy/cache") && !sampler.contains_key("policy/moments"));
     assert!(!sampler.contains_key("reference/weights"));
+    // What is sampled ahead is scored by who sampled it.
+    assert!(owners(&devices[1], "score").is_none());
+    let ahead = of(&["cluster.samplers=1", "stage.solve.max_staleness=1"]);
+    let compared = owners(&ahead[1], "score").unwrap();
+    assert!(compared.contains_key("policy/packed") && !compared.contains_key("reference/weights"));
 }
 
 #[test]

@@ -25,13 +25,12 @@ pub struct Zero {
     shared: Vec<SharedRanks>,
     /// What this rank answers for, in order of the tensors of its layout.
     pub own: Vec<Run>,
-    bucket: usize,
 }
 
-/// Ranks that hold the same tensors, and what each answers for, as runs of this rank's layout.
+/// Ranks that hold the same tensors, and of each bucket what each answers for, as runs of this rank's layout.
 struct SharedRanks {
     group: Group,
-    parts: Vec<Vec<Run>>,
+    buckets: Vec<Vec<Vec<Run>>>,
 }
 
 impl Zero {
@@ -48,20 +47,22 @@ impl Zero {
             let parts: Vec<Vec<Run>> =
                 parts.into_iter().map(|runs| runs.into_iter().map(here).collect()).collect();
             own.extend(parts[group.own()].iter().cloned());
-            shared.extend((parts.len() > 1).then_some(SharedRanks { group, parts }));
+            if parts.len() > 1 {
+                shared.push(SharedRanks { group, buckets: buckets(&parts, BUCKET) });
+            }
         }
         own.sort_by_key(|run| run.tensor);
-        Zero { shared, own, bucket: BUCKET }
+        Zero { shared, own }
     }
 
     /// Sums of all ranks' gradients, where this rank answers for them.
     pub fn reduce(&self, kernels: &dyn Kernels, gradients: &mut Slab) -> Result<(), PassError> {
-        self.by_bucket(|shared, round| shared.reduce(kernels, gradients, round, self.bucket))
+        self.by_bucket(|shared, bucket| shared.reduce(kernels, gradients, bucket))
     }
 
     /// Gives the other ranks what this one answers for, and takes what they do.
     pub fn gather(&self, kernels: &dyn Kernels, weights: &mut Slab) -> Result<(), PassError> {
-        self.by_bucket(|shared, round| shared.gather(kernels, weights, round, self.bucket))
+        self.by_bucket(|shared, bucket| shared.gather(kernels, weights, bucket))
     }
 
     /// Sum of the squares of the gradients that this rank answers for.
@@ -76,14 +77,10 @@ impl Zero {
 
     fn by_bucket(
         &self,
-        mut round: impl FnMut(&SharedRanks, usize) -> Result<(), PassError>,
+        mut exchange: impl FnMut(&SharedRanks, &[Vec<Run>]) -> Result<(), PassError>,
     ) -> Result<(), PassError> {
-        for shared in &self.shared {
-            let size = |runs: &Vec<Run>| runs.iter().map(|run| run.elements.len()).sum::<usize>();
-            let longest = shared.parts.iter().map(size).max().unwrap_or(0);
-            (0..longest.div_ceil(self.bucket)).try_for_each(|number| round(shared, number))?;
-        }
-        Ok(())
+        let mut buckets = self.shared.iter().flat_map(|s| s.buckets.iter().map(move |b| (s, b)));
+        buckets.try_for_each(|(shared, bucket)| exchange(shared, bucket))
     }
 }
 
@@ -92,17 +89,14 @@ impl SharedRanks {
         &self,
         kernels: &dyn Kernels,
         gradients: &mut Slab,
-        round: usize,
-        bucket: usize,
+        bucket: &[Vec<Run>],
     ) -> Result<(), PassError> {
-        let window = |place: usize| window(&self.parts[place], round, bucket);
-        let bytes = |place: usize| bytes_of(kernels, gradients, &window(place));
-        let (own, width) = (window(self.group.own()), kernels.float().size());
-        let name = "sums of gradients";
+        let bytes = |place: usize| bytes_of(kernels, gradients, &bucket[place]);
+        let (name, width) = ("sums of gradients", kernels.float().size());
         let sent = self.group.send_to_all(name, Operation::ReduceScatter, 0, width, bytes)?;
         let parts = sent.take()?;
         let mut first = 0;
-        for Run { tensor, elements } in own {
+        for Run { tensor, elements } in &bucket[self.group.own()] {
             let bytes = first * width..(first + elements.len()) * width;
             first += elements.len();
             let mut sum = floats(kernels, 1, elements.len())?;
@@ -111,13 +105,13 @@ impl SharedRanks {
                 let to = if place == 0 { &mut sum } else { &mut other };
                 match part {
                     Some(part) => kernels.upload_bytes(&part[bytes.clone()], to),
-                    None => kernels.copy(&gradients.run(tensor, elements.clone()), to),
+                    None => kernels.copy(&gradients.run(*tensor, elements.clone()), to),
                 }
                 if place > 0 {
                     kernels.add(&other, &mut sum);
                 }
             }
-            kernels.copy(&sum, &mut gradients.run_mut(tensor, elements));
+            kernels.copy(&sum, &mut gradients.run_mut(*tensor, elements.clone()));
         }
         Ok(())
     }
@@ -126,21 +120,18 @@ impl SharedRanks {
         &self,
         kernels: &dyn Kernels,
         weights: &mut Slab,
-        round: usize,
-        bucket: usize,
+        bucket: &[Vec<Run>],
     ) -> Result<(), PassError> {
-        let width = kernels.float().size();
-        let own = bytes_of(kernels, weights, &window(&self.parts[self.group.own()], round, bucket));
-        let name = "changed weights";
-        let bytes = |_| own.clone();
-        let sent = self.group.send_to_all(name, Operation::AllGather, 0, width, bytes)?;
-        for (place, part) in sent.take()?.into_iter().enumerate() {
+        let own = bytes_of(kernels, weights, &bucket[self.group.own()]);
+        let (name, width) = ("changed weights", kernels.float().size());
+        let sent = self.group.send_to_all(name, Operation::AllGather, 0, width, |_| own.clone())?;
+        for (part, runs) in sent.take()?.into_iter().zip(bucket) {
             let Some(part) = part else { continue };
             let mut first = 0;
-            for Run { tensor, elements } in window(&self.parts[place], round, bucket) {
+            for Run { tensor, elements } in runs {
                 let bytes = first * width..(first + elements.len()) * width;
                 first += elements.len();
-                kernels.upload_bytes(&part[bytes], &mut weights.run_mut(tensor, elements));
+                kernels.upload_bytes(&part[bytes], &mut weights.run_mut(*tensor, elements.clone()));
             }
         }
         Ok(())
@@ -156,38 +147,58 @@ fn bytes_of(kernels: &dyn Kernels, slab: &Slab, runs: &[Run]) -> Vec<u8> {
     bytes
 }
 
-/// What bucket number `round` has of some runs laid one after another.
-fn window(runs: &[Run], round: usize, bucket: usize) -> Vec<Run> {
-    let (from, to) = (round * bucket, (round + 1) * bucket);
-    let (mut inside, mut first) = (Vec::new(), 0);
-    for Run { tensor, elements } in runs {
-        let end = first + elements.len();
-        let (start, stop) = (from.max(first), to.min(end));
-        if start < stop {
-            let elements = elements.start + start - first..elements.start + stop - first;
-            inside.push(Run { tensor: *tensor, elements });
+/// Of each bucket, what each rank answers for: runs laid one after another, cut at every `bucket` elements.
+fn buckets(parts: &[Vec<Run>], bucket: usize) -> Vec<Vec<Vec<Run>>> {
+    let size = |runs: &Vec<Run>| runs.iter().map(|run| run.elements.len()).sum::<usize>();
+    let longest = parts.iter().map(size).max().unwrap_or(0);
+    let mut buckets = vec![vec![Vec::new(); parts.len()]; longest.div_ceil(bucket)];
+    for (place, runs) in parts.iter().enumerate() {
+        let mut at = 0;
+        for Run { tensor, elements } in runs {
+            let mut first = elements.start;
+            while first < elements.end {
+                let end = elements.end.min(first + bucket - at % bucket);
+                buckets[at / bucket][place].push(Run { tensor: *tensor, elements: first..end });
+                at += end - first;
+                first = end;
+            }
         }
-        first = end;
     }
-    inside
+    buckets
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::ops::Range;
 
     #[test]
-    fn windows_cover_runs_once_and_are_no_longer_than_a_bucket() {
-        let runs = [(0, 3..10), (2, 0..1), (5, 4..30)];
-        let runs = runs.map(|(tensor, elements)| Run { tensor, elements });
+    fn buckets_cover_each_rank_s_runs_once_in_their_order_and_none_is_too_long() {
+        let runs = |runs: &[(usize, Range<usize>)]| -> Vec<Run> {
+            let run = |(tensor, elements): &(usize, Range<usize>)| Run {
+                tensor: *tensor,
+                elements: elements.clone(),
+            };
+            runs.iter().map(run).collect()
+        };
+        let parts = [runs(&[(0, 3..10), (2, 0..1), (5, 4..30)]), runs(&[(5, 30..50)]), Vec::new()];
         let all = |runs: &[Run]| -> Vec<(usize, usize)> {
             runs.iter().flat_map(|run| run.elements.clone().map(|i| (run.tensor, i))).collect()
         };
         for bucket in [1, 3, 7, 8, 100] {
-            let windows: Vec<Vec<Run>> =
-                (0..34usize.div_ceil(bucket)).map(|round| window(&runs, round, bucket)).collect();
-            assert!(windows.iter().all(|window| all(window).len() <= bucket));
-            assert_eq!(all(&windows.concat()), all(&runs));
+            let buckets = buckets(&parts, bucket);
+            assert_eq!(buckets.len(), 34usize.div_ceil(bucket));
+            for (place, part) in parts.iter().enumerate() {
+                let of_place: Vec<&Vec<Run>> = buckets.iter().map(|runs| &runs[place]).collect();
+                let lengths: Vec<usize> = of_place.iter().map(|runs| all(runs).len()).collect();
+                let last = lengths.iter().rposition(|length| *length > 0).unwrap_or(0);
+                assert!(lengths[..last].iter().all(|length| *length == bucket));
+                assert!(lengths.iter().all(|length| *length <= bucket));
+                assert_eq!(
+                    all(&of_place.into_iter().flatten().cloned().collect::<Vec<_>>()),
+                    all(part)
+                );
+            }
         }
     }
 }

@@ -1,8 +1,9 @@
 //! Copies of slabs below the device: in memory of the host, or on a disk.
 //!
-//! A copy on the host is a file that is mapped while it is written or read; the system keeps it in memory as long as it can. A
-//! copy on disk is written through and then given up by the system's cache, so that reading it takes a disk's time. Bytes move
-//! in pieces, between which whoever asked may call it off. Knows no arena's budget and no thread.
+//! A copy on the host lies where [`HostMemory`] has room: in a file that is mapped while it is written or read, which the system
+//! keeps in memory as long as it can, or page-locked where a GPU is to read it (`cuda::PinnedMemory`). A copy on disk is written
+//! through and then given up by the system's cache, so that reading it takes a disk's time. Bytes move in pieces, between which
+//! whoever asked may call it off. Knows no arena's budget and no thread.
 //!
 //! Invariants:
 //!   * a slab comes back from its copy bit for bit, or with an error, or called off and then undefined
@@ -10,7 +11,7 @@
 
 use crate::buffer::DType;
 use crate::slab::{Slab, SlabReader};
-use rustix::fs::{Advice, fadvise, fdatasync};
+use rustix::fs::{Advice, FallocateFlags, fadvise, fdatasync};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use std::fs::{File, OpenOptions};
 use std::io::{Error, ErrorKind, Result};
@@ -20,21 +21,40 @@ use std::path::{Path, PathBuf};
 /// Bytes that move between two looks at whether they still should.
 pub const PIECE: usize = 4 << 20;
 
-/// Where a copy is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Below {
+/// Where a copy is to be.
+#[derive(Clone, Copy)]
+pub enum Below<'a> {
     /// In memory of the host.
-    Host,
+    Host(&'a dyn HostMemory),
     /// On a disk.
     Disk,
 }
 
-/// A copy of a slab. Dropping it removes the file.
+/// Memory of the host that has room for copies.
+pub trait HostMemory: Send + Sync {
+    /// Room for so many bytes. What is kept in a file is kept at `path`.
+    fn room(&self, bytes: usize, path: &Path) -> Result<Box<dyn HostRoom>>;
+}
+
+/// Room for one copy. Dropping it gives it back, and removes its file if it has one.
+pub trait HostRoom: Send {
+    /// Writes a piece that begins at byte `start`, a multiple of [`PIECE`].
+    fn put(&mut self, start: usize, piece: &[u8]) -> Result<()>;
+
+    /// Reads a piece that begins at byte `start`, a multiple of [`PIECE`].
+    fn get(&self, start: usize, piece: &mut [u8]) -> Result<()>;
+}
+
+/// A copy of a slab. Dropping it gives its room back.
 pub struct SlabCopy {
-    path: PathBuf,
-    below: Below,
+    place: Place,
     dtype: DType,
     shapes: Vec<(usize, usize)>,
+}
+
+enum Place {
+    Host(Box<dyn HostRoom>),
+    Disk(CopyFile),
 }
 
 impl SlabCopy {
@@ -47,47 +67,42 @@ impl SlabCopy {
         goes_on: &dyn Fn() -> bool,
     ) -> Result<Option<SlabCopy>> {
         let (dtype, shapes) = form;
-        let shapes = shapes.to_vec();
-        // From here on the file is removed if this fails.
-        let copy = SlabCopy { path: path.to_path_buf(), below, dtype, shapes };
         let bytes = slab.bytes();
-        assert_eq!(bytes.len() as u64, copy.bytes(), "a copy has the form of its slab");
-        let file =
-            OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path)?;
-        let whole = match below {
-            Below::Host => write_mapped(&file, bytes, goes_on)?,
-            Below::Disk => write_through(&file, bytes, goes_on)?,
+        let mut place = match below {
+            Below::Host(memory) => Place::Host(memory.room(bytes.len(), path)?),
+            Below::Disk => Place::Disk(CopyFile::new(path)?),
         };
-        Ok(whole.then_some(copy))
+        for (index, piece) in bytes.chunks(PIECE).enumerate() {
+            if !goes_on() {
+                return Ok(None);
+            }
+            match &mut place {
+                Place::Host(room) => room.put(index * PIECE, piece)?,
+                Place::Disk(copy) => write_through(&copy.file, index * PIECE, piece)?,
+            }
+        }
+        let copy = SlabCopy { place, dtype, shapes: shapes.to_vec() };
+        assert_eq!(bytes.len() as u64, copy.bytes(), "a copy has the form of its slab");
+        Ok(Some(copy))
     }
 
     /// Reads the copy into a slab of the same form; false if `goes_on` called it off.
     pub fn read(&self, slab: &mut Slab, goes_on: &dyn Fn() -> bool) -> Result<bool> {
         assert_eq!((slab.dtype(), slab.shapes()), (self.dtype, &*self.shapes), "form of a copy");
-        let file = File::open(&self.path)?;
         let bytes = slab.bytes_mut();
-        if file.metadata()?.len() != bytes.len() as u64 {
-            return Err(Error::new(ErrorKind::UnexpectedEof, "the copy has another size"));
-        }
-        match self.below {
-            Below::Host => read_mapped(&file, bytes, goes_on),
-            Below::Disk => {
-                for (index, piece) in bytes.chunks_mut(PIECE).enumerate() {
-                    if !goes_on() {
-                        return Ok(false);
-                    }
-                    let start = (index * PIECE) as u64;
-                    file.read_exact_at(piece, start)?;
-                    forget(&file);
+        for (index, piece) in bytes.chunks_mut(PIECE).enumerate() {
+            if !goes_on() {
+                return Ok(false);
+            }
+            match &self.place {
+                Place::Host(room) => room.get(index * PIECE, piece)?,
+                Place::Disk(copy) => {
+                    copy.file.read_exact_at(piece, (index * PIECE) as u64)?;
+                    forget(&copy.file);
                 }
-                Ok(true)
             }
         }
-    }
-
-    /// Where it is.
-    pub fn below(&self) -> Below {
-        self.below
+        Ok(true)
     }
 
     /// Element type of the slab.
@@ -107,7 +122,21 @@ impl SlabCopy {
     }
 }
 
-impl Drop for SlabCopy {
+/// A copy's file, which is removed with it.
+struct CopyFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl CopyFile {
+    fn new(path: &Path) -> Result<CopyFile> {
+        let mut options = OpenOptions::new();
+        let file = options.read(true).write(true).create(true).truncate(true).open(path)?;
+        Ok(CopyFile { path: path.to_path_buf(), file })
+    }
+}
+
+impl Drop for CopyFile {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
     }
@@ -118,34 +147,47 @@ fn forget(file: &File) {
     let _ = fadvise(file, 0, None, Advice::DontNeed);
 }
 
-fn write_through(file: &File, bytes: &[u8], goes_on: &dyn Fn() -> bool) -> Result<bool> {
-    for (index, piece) in bytes.chunks(PIECE).enumerate() {
-        if !goes_on() {
-            return Ok(false);
-        }
-        file.write_all_at(piece, (index * PIECE) as u64)?;
-        fdatasync(file)?;
-        forget(file);
-    }
-    Ok(true)
+fn write_through(file: &File, start: usize, piece: &[u8]) -> Result<()> {
+    file.write_all_at(piece, start as u64)?;
+    fdatasync(file)?;
+    forget(file);
+    Ok(())
 }
 
-fn write_mapped(file: &File, bytes: &[u8], goes_on: &dyn Fn() -> bool) -> Result<bool> {
-    // Blocks are taken beforehand: a page without one would end the process when it is written to.
-    if !bytes.is_empty() {
-        rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), 0, bytes.len() as u64)
-            .or_else(|fault| grow(file, bytes.len(), fault))?;
-    }
-    for (index, piece) in bytes.chunks(PIECE).enumerate() {
-        if !goes_on() {
-            return Ok(false);
+/// Host memory as files that are mapped piece by piece.
+pub struct MappedFiles;
+
+impl HostMemory for MappedFiles {
+    fn room(&self, bytes: usize, path: &Path) -> Result<Box<dyn HostRoom>> {
+        let copy = CopyFile::new(path)?;
+        // Blocks are taken beforehand: a page without one would end the process when it is written to.
+        if bytes > 0 {
+            rustix::fs::fallocate(&copy.file, FallocateFlags::empty(), 0, bytes as u64)
+                .or_else(|fault| grow(&copy.file, bytes, fault))?;
         }
+        Ok(Box::new(copy))
+    }
+}
+
+impl HostRoom for CopyFile {
+    fn put(&mut self, start: usize, piece: &[u8]) -> Result<()> {
         let window =
-            Window::new(file, index * PIECE, piece.len(), ProtFlags::READ | ProtFlags::WRITE)?;
+            Window::new(&self.file, start, piece.len(), ProtFlags::READ | ProtFlags::WRITE)?;
         // SAFETY: the window is `piece.len()` bytes of a mapping that nobody else knows.
         unsafe { std::ptr::copy_nonoverlapping(piece.as_ptr(), window.address, piece.len()) };
+        Ok(())
     }
-    Ok(true)
+
+    fn get(&self, start: usize, piece: &mut [u8]) -> Result<()> {
+        // A page behind the file's end would end the process.
+        if self.file.metadata()?.len() < (start + piece.len()) as u64 {
+            return Err(Error::new(ErrorKind::UnexpectedEof, "the copy has become shorter"));
+        }
+        let window = Window::new(&self.file, start, piece.len(), ProtFlags::READ)?;
+        // SAFETY: as for writing.
+        unsafe { std::ptr::copy_nonoverlapping(window.address, piece.as_mut_ptr(), piece.len()) };
+        Ok(())
+    }
 }
 
 /// Takes the blocks of a file by writing zeros, where the file system cannot otherwise.
@@ -157,18 +199,6 @@ fn grow(file: &File, bytes: usize, fault: rustix::io::Errno) -> Result<()> {
     (0..bytes)
         .step_by(PIECE)
         .try_for_each(|start| file.write_all_at(&zeros[..PIECE.min(bytes - start)], start as u64))
-}
-
-fn read_mapped(file: &File, bytes: &mut [u8], goes_on: &dyn Fn() -> bool) -> Result<bool> {
-    for (index, piece) in bytes.chunks_mut(PIECE).enumerate() {
-        if !goes_on() {
-            return Ok(false);
-        }
-        let window = Window::new(file, index * PIECE, piece.len(), ProtFlags::READ)?;
-        // SAFETY: as for writing.
-        unsafe { std::ptr::copy_nonoverlapping(window.address, piece.as_mut_ptr(), piece.len()) };
-    }
-    Ok(true)
 }
 
 /// A piece of a file in memory.
@@ -215,7 +245,7 @@ mod tests {
 
     #[test]
     fn a_slab_comes_back_from_host_and_disk_bit_for_bit_and_leaves_no_file() {
-        for (below, name) in [(Below::Host, "host"), (Below::Disk, "disk")] {
+        for (below, name) in [(Below::Host(&MappedFiles), "host"), (Below::Disk, "disk")] {
             // The second has a whole piece and a part of one.
             for rows in [3, PIECE / 20 + 11] {
                 let arena = Arena::new(None);
@@ -242,12 +272,27 @@ mod tests {
         let arena = Arena::new(None);
         let slab = filled(&arena, PIECE / 20 + 11);
         let path = place("off");
-        for below in [Below::Host, Below::Disk] {
+        for below in [Below::Host(&MappedFiles), Below::Disk] {
             let looks = Cell::new(0);
             let goes_on = || looks.replace(looks.get() + 1) < 1;
             let form = (slab.dtype(), slab.shapes());
             let copy = SlabCopy::write(&slab.reader(), form, &path, below, &goes_on).unwrap();
             assert!(copy.is_none() && !path.exists() && looks.get() == 2);
+        }
+    }
+
+    #[test]
+    fn a_copy_that_was_cut_short_is_an_error_and_not_the_end_of_the_process() {
+        let arena = Arena::new(None);
+        let mut slab = filled(&arena, PIECE / 20 + 11);
+        for (below, name) in [(Below::Host(&MappedFiles), "short-host"), (Below::Disk, "short")] {
+            let path = place(name);
+            let form = (slab.dtype(), slab.shapes());
+            let copy = SlabCopy::write(&slab.reader(), form, &path, below, &|| true);
+            let copy = copy.unwrap().unwrap();
+            File::options().write(true).open(&path).unwrap().set_len(PIECE as u64).unwrap();
+            let fault = copy.read(&mut slab, &|| true).unwrap_err();
+            assert_eq!(fault.kind(), ErrorKind::UnexpectedEof, "{fault}");
         }
     }
 

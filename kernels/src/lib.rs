@@ -36,7 +36,7 @@ mod pool;
 pub use activity::{Activity, Ongoing};
 pub use arena::{Arena, Kind, OutOfMemory, Owner};
 pub use attention::{AttentionShape, DecodeBatch};
-pub use below::{Below, SlabCopy};
+pub use below::{Below, HostMemory, MappedFiles, SlabCopy};
 pub use buffer::{Buffer, DType, View, ViewMut};
 pub use cpu::CpuKernels;
 pub use format::{CacheFormat, CacheLayout, CacheSpec, WeightFormat};

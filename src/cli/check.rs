@@ -90,7 +90,11 @@ pub fn run(args: CheckArgs) -> Result<()> {
 fn devices(threads: usize) -> String {
     #[cfg(feature = "cuda")]
     let cuda = match rehearsal_kernels::cuda::devices() {
-        Ok(count) => format!("cuda {count} (only the seam's three kernels are built)"),
+        Ok(count) => {
+            let nccl = rehearsal_kernels::cuda::nccl_version();
+            let nccl = nccl.map_or_else(|why| why, |version| format!("NCCL {version}"));
+            format!("cuda {count} (only the seam's three kernels are built); {nccl}")
+        }
         Err(reason) => reason,
     };
     #[cfg(not(feature = "cuda"))]

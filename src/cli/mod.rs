@@ -8,6 +8,7 @@ pub mod failure;
 mod output;
 
 // Before a run, and a run.
+mod backend;
 pub mod check;
 mod check_report;
 mod launch;

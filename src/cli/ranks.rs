@@ -177,6 +177,7 @@ fn flatten(path: &str, value: &Value, table: &mut BTreeMap<String, String>) {
 
 #[cfg(feature = "mpi")]
 mod over_mpi {
+    use super::super::backend::connect;
     use super::*;
     use crate::cluster::{Ident, Joined, Link, Mpi, Stop, join};
     use anyhow::Context;
@@ -184,7 +185,7 @@ mod over_mpi {
     use std::time::Duration;
 
     /// What a person is told of the processes of these names, and what they agreed on.
-    fn described(names: &[String], library: &str, note: Option<String>) -> String {
+    fn described(names: &[String], library: &str, notes: Vec<String>) -> String {
         let hosts: std::collections::BTreeSet<&str> =
             names.iter().filter_map(|name| name.rsplit(' ').next()).collect();
         let hosts: Vec<&str> = hosts.into_iter().collect();
@@ -195,8 +196,9 @@ mod over_mpi {
             false => "without fault tolerance: if one dies, the launcher may end the others",
         };
         let (count, hosts) = (names.len(), hosts.join(", "));
-        let note = note.map(|note| format!("\n{note}")).unwrap_or_default();
-        format!("{count} processes on {hosts} over {library}, {tolerance}{note}")
+        let mut lines = vec![format!("{count} processes on {hosts} over {library}, {tolerance}")];
+        lines.extend(notes);
+        lines.join("\n")
     }
 
     impl Ranks {
@@ -238,7 +240,7 @@ mod over_mpi {
                 _ if mpi.rank() < mesh.ranks() => trainers,
                 _ => samplers_layout,
             };
-            let team = Team {
+            let mut team = Team {
                 link: mpi.clone(),
                 mesh,
                 schedule: cluster.schedule,
@@ -249,9 +251,17 @@ mod over_mpi {
                 has_integers: lack_integers.is_empty(),
                 ..Team::alone()
             };
-            let described = described(&names, mpi.library(), note);
+            let carried = connect(loaded, &names, &mut team);
+            let (carried, failed) = carried.map_or_else(|e| (None, Some(e)), |told| (told, None));
+            let notes = [note, carried].into_iter().flatten().collect();
+            let described = described(&names, mpi.library(), notes);
             let processes = Processes { team, control, described };
-            Ok(Ranks { processes, memory, names, mpi })
+            let ranks = Ranks { processes, memory, names, mpi };
+            match failed {
+                None => Ok(ranks),
+                // Nobody goes before the others know why.
+                Some(failed) => Err(ranks.part(Err(failed)).expect_err("it ends with a failure")),
+            }
         }
 
         pub(super) fn leave(self) {

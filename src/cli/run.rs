@@ -3,6 +3,7 @@
 //! Everything that can be refused is refused before the folder is touched: the config, its data files,
 //! the budget, the disk. Then the folder is opened and the actors take over.
 
+use super::backend::require_backend;
 use super::check::check_files;
 use super::check_report::CheckReport;
 use super::command::{Threads, cores, warned};
@@ -103,12 +104,14 @@ pub fn run(args: RunArgs) -> Result<()> {
     let Some(launched) = Launched::from_environment() else {
         let loaded = load(&args)?;
         require_mesh(&loaded, 1)?;
+        require_backend(&loaded, 1)?;
         return lead(&args, loaded, None);
     };
     let readied = || {
         launched.require_mpi()?;
         let loaded = load(&args)?;
         let mesh = require_mesh(&loaded, launched.processes)?;
+        require_backend(&loaded, launched.processes)?;
         Ok((loaded, mesh))
     };
     let (mut loaded, mesh) = readied().map_err(|mistake| launched.words(mistake, FIRST_WORD))?;

@@ -8,6 +8,7 @@
 //!   * all ranks of a group make the same calls in the same order; the first that sees otherwise tells all of them
 //!   * after an error no rank of the run goes on
 
+use super::carrier::{Carrier, announce, announced};
 use super::link::{Broken, Call, Frame, Lane, Link, Operation};
 use super::mesh::cut;
 use std::ops::Range;
@@ -149,8 +150,8 @@ impl Group {
         bytes: impl Fn(usize) -> Vec<u8>,
     ) -> Result<Sent<'_>, Broken> {
         let turn = self.turn(name, operation, elements, width);
-        turn.send_to_all(bytes)?;
-        Ok(Sent { turn })
+        let beside = turn.send_to_all(bytes)?;
+        Ok(Sent { turn, beside })
     }
 
     /// What all ranks have, in order of the ranks, at the rank of place `to`; nothing at the others.
@@ -198,13 +199,17 @@ impl Group {
 /// A call whose bytes are sent and whose answers are still to be taken.
 pub struct Sent<'a> {
     turn: Turn<'a>,
+    beside: Beside,
 }
+
+/// What a carrier takes to which places once all ranks are at the call.
+type Beside = Vec<(usize, Vec<u8>)>;
 
 impl Sent<'_> {
     /// The other ranks' bytes, in order of the ranks; `None` in this rank's own place. Waits until they are here.
     pub fn take(self) -> Result<Vec<Option<Vec<u8>>>, Broken> {
         let bytes = |frame: Option<Frame>| frame.map(|frame| frame.bytes);
-        Ok(self.turn.receive_from_all()?.into_iter().map(bytes).collect())
+        Ok(self.turn.receive_from_all(self.beside)?.into_iter().map(bytes).collect())
     }
 }
 
@@ -242,22 +247,69 @@ impl Turn<'_> {
         Err(why)
     }
 
-    fn send_to_all(&self, bytes: impl Fn(usize) -> Vec<u8>) -> Result<(), Broken> {
+    fn send_to_all(&self, bytes: impl Fn(usize) -> Vec<u8>) -> Result<Beside, Broken> {
         let (own, count) = (self.group.own, self.group.ranks.len());
+        let carrier = self.group.link.carrier();
+        let mut beside = Vec::new();
         // Each begins with its right neighbour, so that not all send to the same rank at once.
-        (1..count).map(|step| (own + step) % count).try_for_each(|to| self.send(to, bytes(to)))
+        for to in (1..count).map(|step| (own + step) % count) {
+            let mut frame = bytes(to);
+            if let Some(carrier) = carrier {
+                let (announced, payload) = announce(frame, carrier.shortest());
+                beside.extend(payload.map(|payload| (to, payload)));
+                frame = announced;
+            }
+            self.send(to, frame)?;
+        }
+        Ok(beside)
     }
 
     /// The others' frames; `None` in this rank's own place.
-    fn receive_from_all(&self) -> Result<Vec<Option<Frame>>, Broken> {
+    fn receive_from_all(&self, beside: Beside) -> Result<Vec<Option<Frame>>, Broken> {
         let (own, count) = (self.group.own, self.group.ranks.len());
         let frame = |from| if from == own { Ok(None) } else { self.receive(from).map(Some) };
-        (0..count).map(frame).collect()
+        let frames = (0..count).map(frame).collect::<Result<_, _>>()?;
+        match self.group.link.carrier() {
+            Some(carrier) => self.receive_beside(carrier, beside, frames),
+            None => Ok(frames),
+        }
+    }
+
+    /// Takes what frames announce from the carrier, which gives the others what was announced to them.
+    fn receive_beside(
+        &self,
+        carrier: &dyn Carrier,
+        beside: Beside,
+        mut frames: Vec<Option<Frame>>,
+    ) -> Result<Vec<Option<Frame>>, Broken> {
+        let rank = |place: usize| self.group.ranks[place];
+        let (mut places, mut into) = (Vec::new(), Vec::new());
+        for (place, frame) in frames.iter_mut().enumerate() {
+            let Some(frame) = frame else { continue };
+            match announced(&mut frame.bytes) {
+                Some(None) => {}
+                Some(Some(length)) => {
+                    places.push(place);
+                    into.push((rank(place), length));
+                }
+                None => return self.apart(place, &format!("{} with no payload", frame.call)),
+            }
+        }
+        if beside.is_empty() && into.is_empty() {
+            return Ok(frames);
+        }
+        let out: Vec<_> = beside.into_iter().map(|(to, payload)| (rank(to), payload)).collect();
+        // Everybody is at the call by now, so that the deadline begins anew.
+        let taken = carrier.exchange(&self.call, &out, &into, self.group.deadline)?;
+        for (place, bytes) in places.into_iter().zip(taken) {
+            frames[place].as_mut().expect("it announced a payload").bytes = bytes;
+        }
+        Ok(frames)
     }
 
     fn exchange(&self, bytes: impl Fn(usize) -> Vec<u8>) -> Result<Vec<Option<Frame>>, Broken> {
-        self.send_to_all(bytes)?;
-        self.receive_from_all()
+        let beside = self.send_to_all(bytes)?;
+        self.receive_from_all(beside)
     }
 
     fn unpack<T: Number>(&self, from: usize, frame: &Frame, to: &mut [T]) -> Result<(), Broken> {

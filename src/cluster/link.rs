@@ -8,6 +8,7 @@
 //!   * frames of one rank to another arrive once, and in order within a lane
 //!   * no wait outlasts its deadline without progress of whom it is for, and every end of one says who that was (`wait`)
 
+use super::carrier::Carrier;
 use super::progress::Board;
 use super::wait;
 use serde::{Deserialize, Serialize};
@@ -157,6 +158,11 @@ pub trait Link: Send + Sync {
 
     /// Why the ranks have stopped, if they have.
     fn stopped(&self) -> Option<Broken>;
+
+    /// What carries long payloads of exchanges beside the link, if anything does: on all ranks, or on none.
+    fn carrier(&self) -> Option<&dyn Carrier> {
+        None
+    }
 
     /// The next frame of a rank in a lane. Waits for it for as long as that rank makes progress, and then `deadline`.
     fn receive(

@@ -8,6 +8,7 @@ pub mod mesh;
 
 // How ranks speak with each other, and what they do together.
 mod agreement;
+pub mod carrier;
 pub mod collective;
 pub mod control;
 pub mod join;
@@ -17,6 +18,8 @@ pub mod local;
 pub mod mpi;
 #[cfg(feature = "mpi")]
 mod mpi_calls;
+#[cfg(any(feature = "cuda", test))]
+pub mod nccl;
 pub mod pipe;
 pub mod progress;
 pub mod stop;
@@ -30,6 +33,7 @@ pub mod reshard;
 
 #[cfg(feature = "mpi")]
 pub use self::mpi::Mpi;
+pub use carrier::Carrier;
 pub use collective::Group;
 pub use control::{Control, Letter};
 pub use join::{Ident, Joined, join};

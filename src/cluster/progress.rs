@@ -164,15 +164,9 @@ impl Board {
     }
 
     /// Tells the others for whom a rank waits, until the guard is dropped.
-    pub fn wait_for(&self, rank: usize, other: usize, call: String) -> impl Drop + '_ {
-        struct Guard<'a>(&'a Progress);
-        impl Drop for Guard<'_> {
-            fn drop(&mut self) {
-                self.0.waits().take();
-            }
-        }
+    pub fn wait_for(&self, rank: usize, other: usize, call: String) -> Told<'_> {
         self.ranks[rank].waits().replace(Waited { rank: other, call });
-        Guard(&self.ranks[rank])
+        Told(&self.ranks[rank])
     }
 
     /// How far a rank is.
@@ -186,6 +180,15 @@ impl Board {
         other.last.store(seen.last as u8, Ordering::Relaxed);
         other.count.store(seen.count, Ordering::Relaxed);
         *other.waits() = seen.waits.filter(|waited| waited.rank < self.ranks.len());
+    }
+}
+
+/// See [`Board::wait_for`].
+pub struct Told<'a>(&'a Progress);
+
+impl Drop for Told<'_> {
+    fn drop(&mut self) {
+        self.0.waits().take();
     }
 }
 

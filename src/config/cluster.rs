@@ -22,6 +22,8 @@ pub struct ClusterConfig {
     pub samplers: usize,
     /// Order in which a stage runs the passes of its micro-batches.
     pub schedule: PipelineSchedule,
+    /// What carries the long payloads of exchanges between the ranks of a group.
+    pub backend: Backend,
     /// Seconds without progress (not one layer, tensor, piece of a file or frame) after which a rank that others wait for is
     /// named and the run stops; so also a process that is silent for as long. Work that goes on takes as long as it takes.
     pub deadline_seconds: u64,
@@ -39,6 +41,7 @@ impl Default for ClusterConfig {
             expert: 1,
             samplers: 0,
             schedule: PipelineSchedule::OneForwardOneBackward,
+            backend: Backend::Mpi,
             deadline_seconds: 60,
             rollout: RolloutLayout::default(),
             hardware: None,
@@ -61,6 +64,16 @@ impl Default for RolloutLayout {
     fn default() -> Self {
         RolloutLayout { tensor: 1, expert: 1 }
     }
+}
+
+/// What carries exchanges: gradients, changed weights, tokens of experts, parts of tensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Backend {
+    /// The MPI library.
+    Mpi,
+    /// NCCL, between a GPU of each rank.
+    Nccl,
 }
 
 /// How a stage orders its passes (arXiv 2401.10241).

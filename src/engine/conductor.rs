@@ -412,13 +412,14 @@ impl Planned {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rehearsal_kernels::Arena;
+    use rehearsal_kernels::{Arena, MappedFiles};
 
     /// What a device has learned to be a step, after some of these phases; `None` is a hand-over.
     fn learned(samples: bool, phases: &[Option<Stretch>]) -> Vec<Stretch> {
         let folder = tempfile::tempdir().unwrap();
         let (arena, deadline) = (Arena::new(Some(1 << 20)), Duration::from_secs(1));
-        let transfers = Transfers::new(arena, folder.path().to_path_buf(), u64::MAX, deadline);
+        let (path, host) = (folder.path().to_path_buf(), Arc::new(MappedFiles));
+        let transfers = Transfers::new(arena, path, host, u64::MAX, deadline);
         let mut conductor = Conductor::new(Arc::new(transfers), [true, true, samples]);
         for phase in phases {
             match phase {

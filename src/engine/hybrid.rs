@@ -32,8 +32,9 @@ use crate::train::ranks::{experts_of, part_of};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
 use crate::train::{Items, Optimizer, Ranks, Rollouts};
 use anyhow::{Context, Result, bail, ensure};
-use rehearsal_kernels::WeightFormat;
-use rehearsal_kernels::{Activity, Arena, CpuKernels, Kernels, Kind, Profile, Profiled};
+use rehearsal_kernels::{
+    Activity, Arena, CpuKernels, Kernels, Kind, MappedFiles, Profile, Profiled, WeightFormat,
+};
 use serde::{Deserialize, Serialize};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -127,7 +128,10 @@ impl HybridEngine {
         let EngineConfig { host_budget, deadline_seconds, .. } = setup.engine;
         let host_budget = host_budget.map_or(u64::MAX, |budget| budget.0);
         let deadline = Duration::from_secs(deadline_seconds.max(1));
-        let transfers = Transfers::new(arena.clone(), setup.spill.clone(), host_budget, deadline);
+        let gpu = setup.team.link.carrier();
+        let host = gpu.map_or_else(|| Arc::new(MappedFiles) as _, |gpu| gpu.host_memory());
+        let folder = setup.spill.clone();
+        let transfers = Transfers::new(arena.clone(), folder, host, host_budget, deadline);
         let (plans, overlaps) = (setup.engine.offload.is_none(), setup.engine.overlap);
         let samples = setup.team.samplers == 0 || setup.team.is_sampler();
         let conductor = Conductor::new(Arc::new(transfers), [plans, overlaps, samples]);

@@ -285,7 +285,10 @@ impl Slot {
     fn write(&self, reader: SlabReader, tier: Tier, moving: &Moving) {
         let began = Instant::now();
         let (tier, room) = self.transfers.room_below(tier, self.bytes());
-        let below = if tier == Tier::Host { Below::Host } else { Below::Disk };
+        let below = match tier {
+            Tier::Host => Below::Host(&*self.transfers.host),
+            _ => Below::Disk,
+        };
         let form = (self.form.0, &*self.form.1);
         let copy = SlabCopy::write(&reader, form, &self.path, below, &|| moving.goes_on());
         drop(reader);

@@ -11,7 +11,7 @@ use super::offload::Slot;
 use super::offload_plan::{Bandwidth, Tier};
 use super::timeline::Recorder;
 use crate::cluster::progress::beside;
-use rehearsal_kernels::{Arena, Kind};
+use rehearsal_kernels::{Arena, HostMemory, Kind};
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,6 +37,8 @@ pub(super) struct Transfers {
     pub arena: Arena,
     /// Folder of the copies.
     pub folder: PathBuf,
+    /// Where copies on the host lie.
+    pub host: Arc<dyn HostMemory>,
     pub record: Recorder,
     /// Longest that a transfer may take.
     pub deadline: Duration,
@@ -68,10 +70,17 @@ impl Drop for HostRoom {
 
 impl Transfers {
     /// A channel without a thread: it comes with the first job.
-    pub fn new(arena: Arena, folder: PathBuf, host_budget: u64, deadline: Duration) -> Transfers {
+    pub fn new(
+        arena: Arena,
+        folder: PathBuf,
+        host: Arc<dyn HostMemory>,
+        host_budget: u64,
+        deadline: Duration,
+    ) -> Transfers {
         Transfers {
             arena,
             folder,
+            host,
             record: Recorder::default(),
             deadline,
             host_budget,

@@ -39,6 +39,8 @@ mod prefill;
 #[cfg(feature = "mpi")]
 mod process_checkpoints;
 #[cfg(feature = "mpi")]
+mod process_nccl;
+#[cfg(feature = "mpi")]
 mod process_runs;
 #[cfg(feature = "mpi")]
 mod processes;

@@ -98,12 +98,8 @@ fn blocks(count: usize) -> u32 {
 impl CudaDevice {
     /// Opens GPU `index` and loads the kernels; `Err` says what is missing.
     pub fn open(index: usize) -> Result<CudaDevice, String> {
-        let count = super::devices()?;
-        if index >= count {
-            return Err(format!("cuda device {index} does not exist; there are {count}, from 0"));
-        }
+        let context = super::context(index)?;
         let failed = |fault: DriverError| format!("cuda device {index} does not open: {fault}");
-        let context = CudaContext::new(index).map_err(failed)?;
         let name = context.name().map_err(failed)?;
         Ok(CudaDevice {
             rms_norm: Kernel::load(&context, "rms_norm")?,

@@ -12,13 +12,29 @@
 //!     where there is no GPU, and says that it found none
 //!   * every fault is an `Err` that says what was tried; no silent fallback to the CPU
 
+mod communicator;
 mod device;
+mod nccl;
+mod pinned;
 mod self_test;
 
+pub use communicator::{NcclCommunicator, NcclDevice};
 pub use device::{CudaDevice, DeviceMatrix};
+pub use nccl::version as nccl_version;
+pub use pinned::PinnedMemory;
 pub use self_test::self_test;
 
 use cudarc::driver::{CudaContext, sys};
+use std::sync::Arc;
+
+/// GPU `index`, opened; `Err` says what is missing.
+fn context(index: usize) -> Result<Arc<CudaContext>, String> {
+    let count = devices()?;
+    if index >= count {
+        return Err(format!("cuda device {index} does not exist; there are {count}, from 0"));
+    }
+    CudaContext::new(index).map_err(|fault| format!("cuda device {index} does not open: {fault}"))
+}
 
 /// Number of GPUs, at least 1; `Err` says why none was found.
 pub fn devices() -> Result<usize, String> {

@@ -1,7 +1,7 @@
 //! A slab's ways: out and back, asked for and taken before, called off, refused, over and over.
 
 use super::*;
-use rehearsal_kernels::{CpuKernels, Kernels, Kind};
+use rehearsal_kernels::{CpuKernels, Kernels, Kind, MappedFiles};
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -18,7 +18,9 @@ fn place(budget: Option<u64>, host_budget: u64) -> Place {
     let kernels = CpuKernels::new(1, arena.clone());
     let deadline = Duration::from_secs(60);
     let path = folder.path().to_path_buf();
-    let transfers = Arc::new(Transfers::new(arena.clone(), path, host_budget, deadline));
+    let host = Arc::new(MappedFiles);
+    let transfers = Transfers::new(arena.clone(), path, host, host_budget, deadline);
+    let transfers = Arc::new(transfers);
     Place { arena, kernels, transfers, folder }
 }
 

@@ -142,11 +142,7 @@ impl Search<'_> {
                     Some((2, item, leave))
                 }
                 Action::Write(item, tier) if wanted & bit(item) == 0 => {
-                    let start = self.start;
-                    let is_kept = match tier {
-                        Tier::Host => start.host & bit(item) != 0 || self.fits_beside(item),
-                        _ => start.host & bit(item) == 0,
-                    };
+                    let is_kept = self.may_rest(&state, item, tier);
                     is_kept.then_some((3 + u32::from(tier == Tier::Disk), item, 0))
                 }
                 _ => None,
@@ -159,10 +155,21 @@ impl Search<'_> {
         None
     }
 
-    /// Whether an item has room on the host beside those that rest there between steps.
-    fn fits_beside(&self, item: usize) -> bool {
-        self.start.disk & bit(item) == 0
-            && self.bytes(self.start.host | bit(item)) <= self.problem.host_bytes
+    /// Whether a copy may lie there: where the step begins with one, or until the item changes later in the step, on the host only
+    /// in room that those which rest there between steps do not want.
+    fn may_rest(&self, state: &State, item: usize, tier: Tier) -> bool {
+        let Search { start, .. } = self;
+        let (at_rest, elsewhere) = match tier {
+            Tier::Host => (start.host, start.disk),
+            _ => (start.disk, start.host),
+        };
+        let later = &self.changed[state.slot.div_ceil(2).min(self.run.len())..];
+        let has_room =
+            || self.bytes(start.host | state.host | bit(item)) <= self.problem.host_bytes;
+        at_rest & bit(item) != 0
+            || elsewhere & bit(item) == 0
+                && later.iter().any(|mask| mask & bit(item) != 0)
+                && (tier != Tier::Host || has_room())
     }
 
     /// The plan that ends with this label, with its nanoseconds and bytes.

@@ -157,7 +157,7 @@ impl Aligned {
         self.here().map(|batch| batch.report.clone()).reduce(after).unwrap_or_default()
     }
 
-    /// Seconds of an interval beside which the step's batch was neither scored nor trained on.
+    /// Seconds of an interval outside the time from the start of scoring to the end of the update.
     fn alone(&self, at: [f64; 2]) -> f64 {
         let [[start, _], [_, end]] = self.spans;
         (at[1] - at[0]).max(0.0) - common(at, [start, end])

@@ -63,15 +63,8 @@ fn place_on_host(names: &[String], rank: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::loaded;
     use super::*;
-    use crate::config::RunConfig;
-    use std::path::Path;
-
-    fn loaded(set: &[&str]) -> Loaded {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
-        let set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
-        RunConfig::load(&path, &set).unwrap()
-    }
 
     #[test]
     fn nccl_is_refused_for_one_process_and_by_a_build_without_gpus() {

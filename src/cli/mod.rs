@@ -39,3 +39,11 @@ mod stopwatch;
 
 pub use command::Cli;
 pub use launch::Launched;
+
+/// `configs/smoke.toml` with what `--set` says, for tests.
+#[cfg(test)]
+fn loaded(set: &[&str]) -> crate::config::Loaded {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
+    let set: Vec<String> = set.iter().map(|assignment| assignment.to_string()).collect();
+    crate::config::RunConfig::load(&path, &set).unwrap()
+}

@@ -105,13 +105,10 @@ fn echoed(rank: usize, told: Option<Broken>) -> Option<Error> {
     })
 }
 
-/// The layout of sampling over so many ranks.
-fn sampling(loaded: &Loaded, ranks: usize) -> Result<Sampling> {
-    if ranks == 0 {
-        return Ok(Sampling { ranks, tensor: 1, expert: 1 });
-    }
-    let layout = Sampling::new(loaded.config.cluster.rollout, ranks, &loaded.config.model);
-    Ok(layout.map_err(|error| {
+/// The layouts in which those that train and those that only sample do the latter.
+fn sampling(loaded: &Loaded, mesh: Mesh) -> Result<[Sampling; 2]> {
+    let layouts = Sampling::of_run(&loaded.config.cluster, mesh, &loaded.config.model);
+    Ok(layouts.map_err(|error| {
         let path: Vec<&str> = std::iter::once("cluster").chain(error.path()).collect();
         loaded.fault(&path, error.to_string())
     })?)
@@ -206,8 +203,7 @@ mod over_mpi {
         pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
             let cluster = &loaded.config.cluster;
             let deadline = Duration::from_secs(cluster.deadline_seconds.max(1));
-            let trainers = Sampling { ranks: mesh.ranks(), tensor: 1, expert: mesh.expert() };
-            let samplers_layout = sampling(loaded, launched.processes - mesh.ranks())?;
+            let [trainers, samplers_layout] = sampling(loaded, mesh)?;
             let binary = std::fs::read("/proc/self/exe").context("failed to read this binary")?;
             let own = Ident {
                 host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
@@ -235,11 +231,7 @@ mod over_mpi {
             let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
             let Joined { control, names, memory, lack_integers } = joined;
             let note = without_integers(loaded, &lack_integers, &names);
-            let sampling = match cluster.samplers {
-                0 => sampling(loaded, mesh.ranks())?,
-                _ if mpi.rank() < mesh.ranks() => trainers,
-                _ => samplers_layout,
-            };
+            let sampling = if mpi.rank() < mesh.ranks() { trainers } else { samplers_layout };
             let mut team = Team {
                 link: mpi.clone(),
                 mesh,
@@ -276,7 +268,7 @@ impl Ranks {
     /// Refuses: this build knows no other process.
     pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
         launched.require_mpi()?;
-        drop((sampling(loaded, mesh.ranks())?, same_everywhere(loaded, out)));
+        drop((sampling(loaded, mesh)?, same_everywhere(loaded, out)));
         drop((free_memory().map(share_for_arenas), Team::alone()));
         drop(without_integers(loaded, &[], &[]));
         unreachable!("a build without MPI requires it in vain")
@@ -287,15 +279,9 @@ impl Ranks {
 
 #[cfg(test)]
 mod tests {
+    use super::super::loaded;
     use super::*;
-    use crate::config::RunConfig;
-    use std::path::Path;
-
-    fn loaded(set: &[&str]) -> Loaded {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
-        let set: Vec<String> = set.iter().map(|s| s.to_string()).collect();
-        RunConfig::load(&path, &set).unwrap()
-    }
+    use crate::cluster::mesh::Load;
 
     #[test]
     fn a_rank_repeats_at_length_who_is_gone_and_in_few_words_who_failed() {
@@ -343,12 +329,18 @@ mod tests {
 
     #[test]
     fn a_layout_of_sampling_that_does_not_divide_is_refused_with_those_that_do() {
-        let refusal = |set: &str| sampling(&loaded(&[set]), 4).unwrap_err().to_string();
+        let sampling = |set: &str| {
+            let loaded = loaded(&[set]);
+            let model = &loaded.config.model;
+            let load = Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
+            sampling(&loaded, Mesh::new([4, 1, 1], 4, load).unwrap())
+        };
+        let refusal = |set: &str| sampling(set).unwrap_err().to_string();
         let text = refusal("cluster.rollout.expert=3");
         assert!(text.contains("expert = 3 does not divide the number of ranks = 4; use"), "{text}");
         let text = refusal("cluster.rollout.tensor=4");
         assert!(text.contains("tensor = 4 does not divide num_attention_heads = 2; use 1 or 2"));
-        let layout = sampling(&loaded(&["cluster.rollout.expert=2"]), 4).unwrap();
+        let [layout, _] = sampling("cluster.rollout.expert=2").unwrap();
         assert_eq!(layout, Sampling { ranks: 4, tensor: 1, expert: 2 });
     }
 }

@@ -5,6 +5,7 @@
 
 use super::link::{Broken, Call, Frame, Lane, Link};
 use super::progress::Board;
+use super::stop::Stop;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender, unbounded};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
@@ -20,14 +21,14 @@ pub struct Local {
     from: Vec<Receiver<Frame>>,
     /// Of each rank, frames that came while another lane's were waited for.
     early: Vec<Mutex<VecDeque<Frame>>>,
-    stopped: Arc<Mutex<Option<Broken>>>,
+    stop: Arc<Stop>,
     board: Arc<Board>,
 }
 
 impl Local {
     /// Links of so many ranks.
     pub fn new(ranks: usize) -> Vec<Local> {
-        let (stopped, board) = (Arc::new(Mutex::new(None)), Board::new(ranks));
+        let (stop, board) = (Arc::<Stop>::default(), Board::new(ranks));
         // A channel for each ordered pair.
         let mut senders: Vec<Vec<Sender<Frame>>> = (0..ranks).map(|_| Vec::new()).collect();
         let mut receivers = Vec::new();
@@ -39,7 +40,7 @@ impl Local {
         let ends = senders.into_iter().zip(receivers).enumerate();
         let rank = |(rank, (to, from))| {
             let early = (0..ranks).map(|_| Mutex::default()).collect();
-            Local { rank, to, from, early, stopped: stopped.clone(), board: board.clone() }
+            Local { rank, to, from, early, stop: stop.clone(), board: board.clone() }
         };
         ends.map(rank).collect()
     }
@@ -127,12 +128,11 @@ impl Link for Local {
     }
 
     fn stop(&self, why: &Broken) {
-        // The first reason is the one that all are told.
-        self.stopped.lock().unwrap_or_else(|e| e.into_inner()).get_or_insert(why.clone());
+        self.stop.set(why);
     }
 
     fn stopped(&self) -> Option<Broken> {
-        self.stopped.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        self.stop.why()
     }
 }
 

@@ -16,7 +16,7 @@ use super::carrier::Carrier;
 use super::collective::Group;
 use super::link::{Broken, Call, Frame, Lane, Link};
 use super::progress::{Board, Told};
-use super::wait::standing;
+use super::wait::{Stillness, standing};
 use crate::config::Fault;
 use rehearsal_kernels::HostMemory;
 use serde::{Deserialize, Serialize};
@@ -170,7 +170,7 @@ impl<C: Communicator> Nccl<C> {
             if others.stand_still(what, deadline) && error.is_none() {
                 break self.failed(format!("NCCL did not end {what}, {}", others.late(deadline)));
             }
-            match others.began.elapsed() / 8 {
+            match others.still.began.elapsed() / 8 {
                 short if short < SHORTEST_PAUSE => std::thread::yield_now(),
                 pause => std::thread::sleep(pause.min(PAUSE)),
             }
@@ -192,39 +192,40 @@ struct Others<'a> {
     own: usize,
     ranks: Vec<usize>,
     counts: Vec<u64>,
-    began: Instant,
-    since: Instant,
+    still: Stillness,
     /// Tells the ranks which of these made progress last: whoever waits for this rank is patient for as long as it is.
     told: Option<Told<'a>>,
 }
 
 impl<'a> Others<'a> {
     fn new(link: &'a Arc<dyn Link>, mut ranks: Vec<usize>) -> Others<'a> {
-        let (board, own, began) = (&**link.board(), link.rank(), Instant::now());
+        let (board, own, still) = (&**link.board(), link.rank(), Stillness::new());
         ranks.sort_unstable();
         ranks.dedup();
         ranks.retain(|rank| *rank != own);
         let counts = ranks.iter().map(|rank| board.count(*rank)).collect();
-        Others { board, own, ranks, counts, began, since: began, told: None }
+        Others { board, own, ranks, counts, still, told: None }
     }
 
     /// Whether none of them made progress for the deadline.
     fn stand_still(&mut self, what: &str, deadline: Duration) -> bool {
         // What comes soon is not worth telling that it is waited for.
-        let is_to_tell = self.told.is_none() && self.began.elapsed() > SOON;
+        let is_late = self.still.began.elapsed() > SOON;
+        let is_to_tell = self.told.is_none() && is_late;
         let mut moved = is_to_tell.then(|| self.ranks.first().copied()).flatten();
+        let mut is_changed = false;
         for (rank, count) in self.ranks.iter().zip(&mut self.counts) {
             let now = self.board.count(*rank);
             if std::mem::replace(count, now) != now {
-                (self.since, moved) = (Instant::now(), Some(*rank));
+                (is_changed, moved) = (true, Some(*rank));
             }
         }
-        if let Some(rank) = moved.filter(|_| self.began.elapsed() > SOON) {
+        if let Some(rank) = moved.filter(|_| is_late) {
             // First the old one: what it told ends with it.
             self.told = None;
             self.told = Some(self.board.wait_for(self.own, rank, what.to_string()));
         }
-        self.since.elapsed() >= deadline
+        self.still.lasts(is_changed, deadline)
     }
 
     /// What they are at, for the end of a sentence.

@@ -30,12 +30,14 @@ pub(super) fn receive<L: Link + ?Sized>(
     };
     let mut clock = Clock::new(board, rank, from);
     // What comes soon is not worth telling that it is waited for.
-    if let Some(frame) = link.take(from, lane, call, clock.since + look)? {
+    if let Some(frame) = link.take(from, lane, call, clock.still.began + look)? {
         return took(frame);
     }
-    let _told = board.wait_for(rank, from, call.to_string());
+    let told = board.wait_for(rank, from, call.to_string());
     loop {
         if let Some(frame) = link.take(from, lane, call, Instant::now() + look)? {
+            // Who has its frame waits no longer, whatever becomes of it.
+            drop(told);
             return took(frame);
         }
         if clock.stands_still(deadline) {
@@ -45,32 +47,53 @@ pub(super) fn receive<L: Link + ?Sized>(
 }
 
 /// Since when nothing changed of those that are waited for.
+pub(super) struct Stillness {
+    pub(super) began: Instant,
+    since: Instant,
+    looked: Instant,
+}
+
+impl Stillness {
+    /// From now on.
+    pub(super) fn new() -> Stillness {
+        let now = Instant::now();
+        Stillness { began: now, since: now, looked: now }
+    }
+
+    /// Whether there was no change for the deadline, at a look that found one or not.
+    pub(super) fn lasts(&mut self, is_changed: bool, deadline: Duration) -> bool {
+        let now = Instant::now();
+        // Whoever was stopped itself has seen nobody meanwhile.
+        let was_away = now - self.looked > deadline / 2;
+        if is_changed || was_away {
+            self.since = now;
+        }
+        self.looked = now;
+        now - self.since >= deadline
+    }
+}
+
+/// How far those are that are waited for.
 struct Clock<'a> {
     board: &'a Board,
     rank: usize,
     from: usize,
     /// They and how far they were: the one that is waited for, whom that one waits for, and so on.
     chain: Vec<(usize, u64)>,
-    since: Instant,
-    looked: Instant,
+    still: Stillness,
 }
 
 impl Clock<'_> {
     fn new(board: &Board, rank: usize, from: usize) -> Clock<'_> {
-        let now = Instant::now();
-        Clock { board, rank, from, chain: chain(board, rank, from), since: now, looked: now }
+        let still = Stillness::new();
+        Clock { board, rank, from, chain: chain(board, rank, from), still }
     }
 
     /// Whether there was no change for the deadline.
     fn stands_still(&mut self, deadline: Duration) -> bool {
-        let (now, chain) = (Instant::now(), chain(self.board, self.rank, self.from));
-        // Whoever was stopped itself has seen nobody meanwhile.
-        let was_away = now - self.looked > deadline / 2;
-        if chain != self.chain || was_away {
-            (self.chain, self.since) = (chain, now);
-        }
-        self.looked = now;
-        now - self.since >= deadline
+        let now = chain(self.board, self.rank, self.from);
+        let before = std::mem::replace(&mut self.chain, now);
+        self.still.lasts(before != self.chain, deadline)
     }
 
     /// Names the one at the end of the waits.

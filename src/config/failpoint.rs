@@ -26,12 +26,7 @@ pub fn failpoint(name: &str) {
         Some(Plan { how: How::parse(&how), ..Plan::parse(&spec, witness) })
     });
     if let Some(plan) = plan {
-        match plan.how {
-            How::Delay(long) if plan.is_delayed(name) => std::thread::sleep(long),
-            How::Delay(_) => {}
-            _ if plan.is_due(name) => plan.fire(),
-            _ => {}
-        }
+        plan.pass(name);
     }
 }
 
@@ -81,29 +76,32 @@ impl Plan {
         Plan { name, how, left: AtomicU64::new(passage), witness }
     }
 
-    fn is_due(&self, name: &str) -> bool {
-        name == self.name
-            && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
-                == Ok(1)
-    }
-
-    /// Whether the passage that is named, or a later one, is delayed. The first of them is witnessed.
-    fn is_delayed(&self, name: &str) -> bool {
-        if self.is_due(name) {
-            self.testify();
-        }
-        name == self.name && self.left.load(Ordering::Relaxed) == 0
-    }
-
-    fn fire(&self) {
-        self.testify();
+    fn pass(&self, name: &str) {
         match self.how {
-            How::Kill | How::Delay(_) => self.kill(),
-            How::Panic => panic!("panic at the failpoint {}", self.name),
-            How::Hang => loop {
+            How::Delay(long) if self.is_delayed(name) => std::thread::sleep(long),
+            How::Kill if self.is_due(name) => self.kill(),
+            How::Panic if self.is_due(name) => panic!("panic at the failpoint {}", self.name),
+            How::Hang if self.is_due(name) => loop {
                 std::thread::park();
             },
+            _ => {}
         }
+    }
+
+    /// Whether this is the passage that is named, which is witnessed.
+    fn is_due(&self, name: &str) -> bool {
+        let one_less = |left: u64| left.checked_sub(1);
+        let is_due = name == self.name
+            && self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_less) == Ok(1);
+        if is_due {
+            self.testify();
+        }
+        is_due
+    }
+
+    /// Whether it is that one or a later one.
+    fn is_delayed(&self, name: &str) -> bool {
+        self.is_due(name) || name == self.name && self.left.load(Ordering::Relaxed) == 0
     }
 
     fn testify(&self) {

@@ -58,16 +58,21 @@ struct Open {
     waited: f64,
 }
 
+/// What a device's transfers are like.
+pub(super) struct Manner {
+    /// Whether they are planned: there is a budget, and `engine.offload` is no list.
+    pub plans: bool,
+    /// Whether they run beside computation.
+    pub overlaps: bool,
+    /// Whether the device samples. A step begins with that, or else with the first phase after an update.
+    pub samples: bool,
+}
+
 /// See the module.
 pub(super) struct Conductor {
     pub transfers: Arc<Transfers>,
     pub shelf: Arc<Shelf>,
-    /// Whether it may plan: there is a budget, and `engine.offload` is no list.
-    plans: bool,
-    /// Whether transfers run beside computation.
-    overlaps: bool,
-    /// Whether this device samples. A step begins with that, or else with the first phase after an update.
-    samples: bool,
+    manner: Manner,
     /// Whether a step has begun and its update has not ended.
     is_in_step: bool,
     model: Option<(ModelConfig, Prefill)>,
@@ -80,22 +85,19 @@ pub(super) struct Conductor {
 }
 
 impl Conductor {
-    /// For a device with these transfers; tells whether they are planned, and run beside computation, and whether the device
-    /// samples.
-    pub fn new(transfers: Arc<Transfers>, [plans, overlaps, samples]: [bool; 3]) -> Conductor {
+    /// For a device with these transfers.
+    pub fn new(transfers: Arc<Transfers>, mut manner: Manner) -> Conductor {
         let shelf = Arc::<Shelf>::default();
-        if plans {
+        if manner.plans {
             let shelf = Arc::downgrade(&shelf);
             let room = move |_| shelf.upgrade().is_some_and(|shelf| shelf.make_room());
             transfers.arena.ask_for_room(Some(Arc::new(room)));
         }
-        let plans = plans && transfers.arena.budget().is_some();
+        manner.plans &= transfers.arena.budget().is_some();
         Conductor {
             transfers,
             shelf,
-            plans,
-            overlaps,
-            samples,
+            manner,
             is_in_step: false,
             model: None,
             cycle: Vec::new(),
@@ -137,7 +139,7 @@ impl Conductor {
             return;
         }
         let scored = scored.into_iter().map(Stretch::Score).collect();
-        let sampled = self.samples.then_some(Stretch::Generate).into_iter().collect();
+        let sampled = self.manner.samples.then_some(Stretch::Generate).into_iter().collect();
         let stretches = [sampled, scored, vec![Stretch::Train]].concat();
         let expected = |stretch: Stretch| {
             let working = self.least_working(&stretch);
@@ -202,7 +204,7 @@ impl Conductor {
 
     /// Whether a step begins with this phase. An eval of the policy belongs to none.
     fn is_first(&self, stretch: &Stretch) -> bool {
-        match self.samples {
+        match self.manner.samples {
             true => *stretch == Stretch::Generate,
             false => *stretch != Stretch::Score(Role::Policy),
         }
@@ -261,7 +263,7 @@ impl Conductor {
         self.transfers.reserve(0);
         let arena = &self.transfers.arena;
         arena.allow_working(None);
-        let Some(budget) = arena.budget().filter(|_| self.plans) else { return };
+        let Some(budget) = arena.budget().filter(|_| self.manner.plans) else { return };
         let seen = self.cycle.iter().chain(&self.passed).filter(|seen| seen.stretch == *stretch);
         let working = seen.map(|seen| seen.working).max().unwrap_or(0);
         let working = working.max(self.least_working(stretch));
@@ -269,7 +271,7 @@ impl Conductor {
     }
 
     fn ask(&self, steps: &[Step]) {
-        if !self.overlaps {
+        if !self.manner.overlaps {
             return;
         }
         let kept = self.shelf.kept();
@@ -295,7 +297,7 @@ impl Conductor {
         let is_step = passed.first().is_some_and(|first| self.is_first(&first.stretch))
             && passed.last().is_some_and(|last| last.stretch == Stretch::Train)
             && passed.iter().all(is_once);
-        if !self.plans || !is_step {
+        if !self.manner.plans || !is_step {
             return;
         }
         let known = std::mem::take(&mut self.cycle);
@@ -313,7 +315,7 @@ impl Conductor {
 
     /// Plans the step anew, if that is worth it.
     fn plan(&mut self) {
-        if !self.plans || self.cycle.is_empty() {
+        if !self.manner.plans || self.cycle.is_empty() {
             return;
         }
         let problem = self.problem();
@@ -420,7 +422,8 @@ mod tests {
         let (arena, deadline) = (Arena::new(Some(1 << 20)), Duration::from_secs(1));
         let (path, host) = (folder.path().to_path_buf(), Arc::new(MappedFiles));
         let transfers = Transfers::new(arena, path, host, u64::MAX, deadline);
-        let mut conductor = Conductor::new(Arc::new(transfers), [true, true, samples]);
+        let mut conductor =
+            Conductor::new(Arc::new(transfers), Manner { plans: true, overlaps: true, samples });
         for phase in phases {
             match phase {
                 Some(stretch) => conductor.begin(stretch.clone()).unwrap(),

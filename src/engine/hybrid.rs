@@ -10,7 +10,7 @@
 //! "Parked" is on the host or the disk if the plan (`offload_plan`) or a list of `engine.offload` wants it off the device, else
 //! still resident. Packed weights carry the policy version; the sampler refuses another one before its first token.
 
-use super::conductor::Conductor;
+use super::conductor::{Conductor, Manner};
 use super::formats::Formats;
 use super::parked_optimizer::ParkedOptimizer;
 use super::phase::{Phase, PhaseReport, PrepareStage, Role};
@@ -134,7 +134,7 @@ impl HybridEngine {
         let transfers = Transfers::new(arena.clone(), folder, host, host_budget, deadline);
         let (plans, overlaps) = (setup.engine.offload.is_none(), setup.engine.overlap);
         let samples = setup.team.samplers == 0 || setup.team.is_sampler();
-        let conductor = Conductor::new(Arc::new(transfers), [plans, overlaps, samples]);
+        let conductor = Conductor::new(Arc::new(transfers), Manner { plans, overlaps, samples });
         let plain = CpuKernels::new(setup.engine.threads, arena);
         let kernels: Arc<dyn Kernels> = match profile {
             Some(profile) => Arc::new(Profiled::new(Box::new(plain), profile)),

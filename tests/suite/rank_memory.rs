@@ -178,6 +178,21 @@ fn scored_groups(grpo: &GrpoStage) -> Vec<ScoredGroup> {
     (0..grpo.prompts).map(group).collect()
 }
 
+/// A job of the first version, with no sequence that stops early.
+fn job(requests: Vec<GenerateRequest>, max_new_tokens: usize, temperature: f64) -> GenerateJob {
+    GenerateJob {
+        requests,
+        max_new_tokens,
+        temperature,
+        top_p: 1.0,
+        top_k: 0,
+        stop_tokens: Vec::new(),
+        seed: 4,
+        step: 0,
+        policy_version: 0,
+    }
+}
+
 /// Sampling, scoring by all other models and an update; a rank that only samples does that alone.
 fn align(engine: &mut HybridEngine, config: &RunConfig, grpo: &GrpoStage, is_sampler: bool) {
     let (new, prompt) = (grpo.max_new_tokens, EXAMPLE - grpo.max_new_tokens);
@@ -189,17 +204,7 @@ fn align(engine: &mut HybridEngine, config: &RunConfig, grpo: &GrpoStage, is_sam
     };
     if config.cluster.samplers == 0 || is_sampler {
         engine.enter_generate(grpo.rollout_dtype).unwrap();
-        let job = GenerateJob {
-            requests: (0..grpo.prompts).map(request).collect(),
-            max_new_tokens: new,
-            temperature: 1.0,
-            top_p: 1.0,
-            top_k: 0,
-            stop_tokens: Vec::new(),
-            seed: 4,
-            step: 0,
-            policy_version: 0,
-        };
+        let job = job((0..grpo.prompts).map(request).collect(), new, 1.0);
         engine.generate(&job, &mut |_| {}).unwrap();
     }
     if is_sampler {
@@ -358,17 +363,7 @@ fn sample_and_save(engine: &mut HybridEngine, config: &RunConfig, folder: &Path)
         prompt: slot as u64,
         samples: 1,
     };
-    let job = GenerateJob {
-        requests: (0..16).map(request).collect(),
-        max_new_tokens: eval.max_new_tokens,
-        temperature: 0.0,
-        top_p: 1.0,
-        top_k: 0,
-        stop_tokens: Vec::new(),
-        seed: 4,
-        step: 0,
-        policy_version: 0,
-    };
+    let job = job((0..16).map(request).collect(), eval.max_new_tokens, 0.0);
     engine.generate(&job, &mut |_| {}).unwrap();
     engine.save(folder, true).unwrap();
 }

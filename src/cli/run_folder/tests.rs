@@ -1,14 +1,9 @@
 //! The table of the head doc, row by row, and two runs in one folder.
 
 use super::super::failure::exit_code;
+use super::super::loaded;
 use super::*;
 use crate::config::RunConfig;
-
-fn loaded(assignments: &[&str]) -> Loaded {
-    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smoke.toml");
-    let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
-    RunConfig::load(&file, &assignments).unwrap()
-}
 
 fn typed() -> TypedCommand {
     TypedCommand { directory: "/".into(), words: vec!["rehearsal".into(), "run".into()] }

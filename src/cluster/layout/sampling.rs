@@ -2,11 +2,11 @@
 //!
 //! Both divide the ranks, and the larger one the smaller, so that groups of neighbours lie within each other.
 
-use super::super::mesh::{MeshError, cut};
+use super::super::mesh::{Mesh, MeshError, cut};
 use super::{Home, Slice, Split, Tensor};
 use crate::config::cluster::RolloutLayout;
 use crate::config::nearest::joined;
-use crate::config::{Attention, ModelConfig};
+use crate::config::{Attention, ClusterConfig, ModelConfig};
 use std::ops::Range;
 
 /// The layout of sampling: every rank goes through all layers.
@@ -54,6 +54,21 @@ impl Sampling {
             return Err(MeshError::TensorAndExpert { tensor, expert });
         }
         Ok(Sampling { ranks, tensor, expert })
+    }
+
+    /// How those that train sample and score, and how those do that only sample. Where there are any, `rollout` is theirs, and who
+    /// trains scores with its experts where they are.
+    pub fn of_run(
+        cluster: &ClusterConfig,
+        mesh: Mesh,
+        model: &ModelConfig,
+    ) -> Result<[Sampling; 2], MeshError> {
+        let (ranks, expert) = (mesh.ranks(), mesh.expert());
+        let all = |ranks| Sampling::new(cluster.rollout, ranks, model);
+        Ok(match cluster.samplers {
+            0 => [all(ranks)?, Sampling { ranks: 0, tensor: 1, expert: 1 }],
+            samplers => [Sampling { ranks, tensor: 1, expert }, all(samplers)?],
+        })
     }
 
     /// A rank's share of what its tensor group cuts.

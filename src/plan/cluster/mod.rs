@@ -147,20 +147,21 @@ pub fn cluster_plan(
     }
 }
 
-pub(super) fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<Layouts, PlanError> {
+/// Who trains with whom, and how those that train and those that only sample do the latter.
+pub(super) fn mesh(
+    cluster: &ClusterConfig,
+    model: &ModelConfig,
+) -> Result<(Mesh, [Sampling; 2]), PlanError> {
     let load = mesh::Load { layers: model.num_hidden_layers, experts: model.n_routed_experts };
     let sizes = [cluster.data, cluster.pipeline, cluster.expert];
     let refused = |error: MeshError| PlanError { path: error.path(), message: error.to_string() };
     let mesh = Mesh::new(sizes, cluster.data * cluster.pipeline, load).map_err(refused)?;
     Team::require_pieces(mesh, cluster.schedule, model.num_hidden_layers).map_err(refused)?;
-    let sampling = match cluster.samplers {
-        0 => Sampling::new(cluster.rollout, mesh.ranks(), model).map_err(refused)?,
-        // The layout of `rollout` is that of who only samples; who trains scores with its experts where they are.
-        samplers => {
-            Sampling::new(cluster.rollout, samplers, model).map_err(refused)?;
-            Sampling { ranks: mesh.ranks(), tensor: 1, expert: mesh.expert() }
-        }
-    };
+    Ok((mesh, Sampling::of_run(cluster, mesh, model).map_err(refused)?))
+}
+
+fn layouts(cluster: &ClusterConfig, model: &ModelConfig) -> Result<Layouts, PlanError> {
+    let (mesh, [sampling, _]) = mesh(cluster, model)?;
     let training =
         Training::new(mesh, model.num_hidden_layers).in_chunks(cluster.schedule.chunks());
     let tensors = placement::of_model(model, false);

@@ -20,10 +20,10 @@ mod sampling;
 mod tests;
 mod training;
 
-use super::cluster::{PlanError, layouts};
+use super::cluster::{PlanError, mesh};
 use super::memory::{Memory, Owners, StageMemory, others, total};
+use crate::cluster::Team;
 use crate::cluster::layout::Sampling;
-use crate::cluster::{Mesh, Team};
 use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::{EngineConfig, ModelConfig, Offload, RunConfig, Stage, StageKind};
 use crate::model::pass_bytes::PassBytes;
@@ -67,20 +67,11 @@ pub fn device_memory(
 /// The ranks of a run as its processes will make them out.
 fn team(config: &RunConfig) -> Result<Team, PlanError> {
     let cluster = &config.cluster;
-    let layouts = layouts(cluster, &config.model)?;
-    let mesh: Mesh = *layouts.training.mesh();
-    let samplers_layout = match cluster.samplers {
-        0 => Sampling { ranks: 0, tensor: 1, expert: 1 },
-        samplers => Sampling {
-            ranks: samplers,
-            tensor: cluster.rollout.tensor,
-            expert: cluster.rollout.expert,
-        },
-    };
+    let (mesh, [sampling, samplers_layout]) = mesh(cluster, &config.model)?;
     Ok(Team {
         mesh,
         schedule: cluster.schedule,
-        sampling: layouts.sampling,
+        sampling,
         samplers: cluster.samplers,
         samplers_layout,
         ..Team::alone()
@@ -177,12 +168,11 @@ impl<'a> Device<'a> {
             StageKind::Grpo(_) => engine.grpo_forms(),
             _ => (engine.attention, Prefill::ByCost),
         };
-        let sampling = if place.is_none() { team.samplers_layout } else { team.sampling };
         let part = |part| Layout::of_part(model, value_head, part);
-        let sampled = part(Part::in_sampling(model, &sampling, 0));
+        let in_sampling = || part(Part::in_sampling(model, &sampling(team, place), 0));
         let training = team.layout(model.num_hidden_layers);
         let (own, moments) = match place {
-            None => (part(Part::in_sampling(model, &sampling, 0)), Moments::default()),
+            None => (in_sampling(), Moments::default()),
             Some(place) => {
                 let rank = place * team.mesh.data();
                 let tensors = placement::of_model(model, value_head);
@@ -193,6 +183,7 @@ impl<'a> Device<'a> {
                 (part(Part::in_training(model, &training, rank)), moments)
             }
         };
+        let sampled = in_sampling();
         Device { config, stage, model, team, place, threads, own, sampled, form, prefill, moments }
     }
 
@@ -289,7 +280,7 @@ impl<'a> Device<'a> {
     }
 
     fn sampling(&self) -> Sampling {
-        if self.place.is_none() { self.team.samplers_layout } else { self.team.sampling }
+        sampling(self.team, self.place)
     }
 
     /// Passes of the policy in training.
@@ -305,4 +296,9 @@ impl<'a> Device<'a> {
         let (config, layout, form, threads) = (self.model, &self.sampled, self.form, self.threads);
         PassBytes { config, layout, expert_ranks: expert, tensor_ranks: tensor, form, threads }
     }
+}
+
+/// The layout in which a stage of the pipeline, or who only samples, samples and scores.
+fn sampling(team: &Team, place: Option<usize>) -> Sampling {
+    if place.is_none() { team.samplers_layout } else { team.sampling }
 }

@@ -13,11 +13,10 @@ use super::journal_lines::{offload, step_event};
 use super::messages::*;
 use crate::config::{Dtype, Stage};
 use crate::console::Event;
-use crate::engine::Machine;
 use crate::engine::phase::{GenerateReport, GrpoReport, PhaseReport, StepReport};
 use crate::engine::timeline::{Timeline, common};
 use crate::engine::utilisation::{
-    Chores, Switched, padding_share, rollout_bandwidth, tail_factor, useful_share,
+    Chores, Machines, Switched, padding_share, rollout_bandwidth, tail_factor, useful_share,
 };
 use serde_json::{Map, Value, json};
 
@@ -46,8 +45,8 @@ pub(super) struct Aligned {
     pub(super) enter_seconds: f64,
     /// What moved beside what was computed.
     pub(super) timeline: Timeline,
-    /// Of the changes of phase, and of scoring.
-    pub(super) chores: [Chores; 4],
+    /// Of the change to sampling, of the one to Score and sampling before it, of scoring, of the change to Train, and of the update.
+    pub(super) chores: [Chores; 5],
 }
 
 /// Where a batch comes from.
@@ -89,6 +88,11 @@ pub(super) struct Entered {
 impl Entered {
     pub(super) fn of(report: &PhaseReport) -> Entered {
         Entered { seconds: report.seconds, chores: report.chores }
+    }
+
+    /// The same, with what the jobs before it did beside their work.
+    pub(super) fn after_jobs(report: &PhaseReport) -> Entered {
+        Entered::of(report).and(Entered { seconds: 0.0, chores: report.left })
     }
 
     pub(super) fn and(self, other: Entered) -> Entered {
@@ -174,12 +178,12 @@ impl Aligned {
     fn exposed(&self) -> Value {
         let sum = |figure: fn(&Chores) -> f64| self.chores.iter().map(figure).sum::<f64>();
         let judged = |batch: &Origin| self.alone([batch.generate[1], batch.judge[1]]);
-        let [_, _, scoring, _] = &self.chores;
+        let [_, _, scoring, ..] = &self.chores;
         let beside = scoring.pack_seconds + scoring.offload_seconds + scoring.reference_seconds;
         let mut exposed = json!({
             "reward": self.here().map(judged).sum::<f64>() + (self.score_seconds - beside).max(0.0),
             "reference": sum(|chores| chores.reference_seconds),
-            "sync": sum(|chores| chores.pack_seconds) + self.report.pack_seconds,
+            "sync": sum(|chores| chores.pack_seconds),
             "offload": sum(|chores| chores.offload_seconds),
         });
         if let Some(compared) = self.next.as_ref().and_then(|next| next.compared) {
@@ -233,7 +237,7 @@ impl Aligned {
 
 impl Aligned {
     /// The step's line for the journal.
-    pub(super) fn event(&self, stage: &Stage, step: u64, machine: &Machine) -> Event {
+    pub(super) fn event(&self, stage: &Stage, step: u64, machines: &Machines) -> Event {
         let statistics = &self.scored.statistics;
         let rewards: Map<_, _> = statistics
             .components
@@ -263,8 +267,8 @@ impl Aligned {
             .with("importance_weight_mean", grpo.importance.map(|weights| weights.weight_mean))
             .with("truncated_share", grpo.importance.map(|weights| weights.truncated_share))
             .with("new_tokens", here.new_tokens)
-            .with("rfu", useful_share(useful_flops, self.seconds, machine))
-            .with("rollout_bandwidth", rollout_bandwidth(&here, machine))
+            .with("rfu", useful_share(useful_flops, self.seconds, machines))
+            .with("rollout_bandwidth", rollout_bandwidth(&here, machines))
             .with("tail_factor", tail_factor(&here))
             .with("padding_share", padding_share(&self.report))
             .with("exposed_seconds", self.exposed())

@@ -24,6 +24,7 @@ use crate::console::Event;
 use crate::data::example::Prompt;
 use crate::engine::phase::{Phase, PhaseReport};
 use crate::engine::timeline::Timeline;
+use crate::engine::utilisation::Chores;
 use crate::rl::rollout::JudgedGroup;
 use std::time::Instant;
 
@@ -37,26 +38,26 @@ impl Direction {
     ) -> Result<Aligned, Failure> {
         let (clock, began) = (Instant::now(), seconds_now());
         let known = self.ahead.take().filter(|batch| batch.step == at.step);
-        let (mut batch, mut entered, sampled_in) = match known {
+        let (mut entered, mut handed_over, mut next) = (Entered::default(), None, None);
+        let (mut batch, sampled_in) = match known {
             // It was sampled beside the step before.
-            Some(batch) => (batch, Entered::default(), at.step.saturating_sub(1)),
+            Some(batch) => (batch, at.step.saturating_sub(1)),
             None => {
                 let ready = self.ready_to_sample(at.version, settings.rollout_dtype).await?;
-                let batch = self.sample(at, at.step, settings, prompts, &ready.report).await?;
-                (batch, Entered::of(&ready.report), at.step)
+                (entered, handed_over) = (Entered::of(&ready.report), ready.handed_over);
+                (self.sample(at, at.step, settings, prompts, &ready.report).await?, at.step)
             }
         };
         let own = Origin::of(&batch, sampled_in);
         let groups = std::mem::take(&mut batch.generated.groups);
         // The next batch is sampled before the policy changes.
         let is_ahead = settings.max_staleness > 0 && at.step + 1 < at.steps;
-        let (mut handed_over, mut next) = (None, None);
         let updated = match is_ahead {
             false => self.update(settings, groups).await?,
             true => {
                 let ready = self.ready_to_sample(at.version, settings.rollout_dtype).await?;
                 entered = entered.and(Entered::of(&ready.report));
-                handed_over = ready.handed_over;
+                handed_over = handed_over.or(ready.handed_over);
                 let ahead = self.sample_ahead(at, settings, &ready.report);
                 let update = self.update(settings, groups);
                 let ((ahead, compared), updated) = match self.ports.sampler {
@@ -70,7 +71,7 @@ impl Direction {
             }
         };
         let Updated { scored, update, timeline, entered: last, spans, .. } = updated;
-        let Updated { score_seconds, scoring, training, .. } = updated;
+        let Updated { score_seconds, scoring, training, trained, .. } = updated;
         Ok(Aligned {
             scored,
             report: update.report,
@@ -87,7 +88,7 @@ impl Direction {
             score_seconds,
             enter_seconds: entered.seconds + scoring.seconds + training.seconds,
             // What scoring did beside rewards is told when its phase is left.
-            chores: [entered.chores, scoring.chores, last.left, training.chores],
+            chores: [entered.chores, scoring.chores, last.left, training.chores, trained],
             entered: last,
             timeline,
         })
@@ -137,7 +138,7 @@ impl Direction {
     ) -> Result<Updated, Failure> {
         let start = seconds_now();
         let entered = self.enter(Phase::Score).await?;
-        let (scoring, began) = (Entered::of(&entered), Instant::now());
+        let (scoring, began) = (Entered::after_jobs(&entered), Instant::now());
         let settings = settings.clone();
         let request = ScoreGroups { id: self.id(), groups, settings: settings.clone() };
         let scored = self.ask(&self.ports.score, request).await?;
@@ -149,13 +150,23 @@ impl Direction {
         let request = UpdatePolicy { id: self.id(), groups: scored.groups.clone(), settings };
         let update = self.ask(&self.ports.update, request).await?;
         let train = [began, seconds_now()];
-        let timeline = self.stay(Phase::Train).await?.timeline;
+        let PhaseReport { timeline, left: trained, .. } = self.stay(Phase::Train).await?;
         let spans = [score, train];
-        Ok(Updated { scored, update, timeline, entered, spans, score_seconds, scoring, training })
+        Ok(Updated {
+            scored,
+            update,
+            timeline,
+            entered,
+            spans,
+            score_seconds,
+            scoring,
+            training,
+            trained,
+        })
     }
 
     /// Has the device tell how it stands in the phase that it is in.
-    async fn stay(&self, phase: Phase) -> Result<PhaseReport, Failure> {
+    pub(super) async fn stay(&self, phase: Phase) -> Result<PhaseReport, Failure> {
         let request = EnterPhase { id: self.id(), phase, sample_as: Dtype::F32 };
         self.ask(&self.ports.enter_phase, request).await
     }
@@ -172,8 +183,11 @@ struct Updated {
     /// Start and end of scoring by models, changes of phase included, and of the update, in seconds since 1970.
     spans: [[f64; 2]; 2],
     score_seconds: f64,
+    /// The change to Score, with what sampling did beside its work.
     scoring: Entered,
     training: Entered,
+    /// What the update did beside its work.
+    trained: Chores,
 }
 
 impl Direction {

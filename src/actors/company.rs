@@ -25,6 +25,7 @@ use super::supervisor::{Charge, Supervisor};
 use super::worker::{DeviceLink, DeviceMaker, Worker};
 use crate::config::{ConsoleMode, EngineConfig, Fault, RunConfig};
 use crate::engine::Machine;
+use crate::engine::utilisation::Machines;
 use actix::{Actor, Arbiter, ArbiterHandle};
 use anyhow::Result;
 use std::sync::Arc;
@@ -324,7 +325,11 @@ impl Seats {
     fn lead(&self, hiring: &Hiring, setup: &Setup) -> Box<dyn Staff> {
         let (config, folders) = (Arc::clone(&setup.config), setup.folders.clone());
         let (ports, stop) = (self.director_ports(), Arc::clone(&setup.stop));
-        let site = Site { machine: setup.machine.clone(), processes: setup.processes.clone() };
+        let (count, samplers) = (self.ranks.count(), setup.config.cluster.samplers);
+        // A device of one process that only samples has a part of its machine.
+        let sampling = if count > 1 && samplers > 0 { samplers } else { count };
+        let machines = Machines { each: setup.machine.clone(), count, sampling };
+        let site = Site { machines, processes: setup.processes.clone() };
         hiring.member(&self.director, move |post| {
             let (config, stop) = (Arc::clone(&config), Arc::clone(&stop));
             Director::new(post, config, folders.clone(), ports.clone(), site.clone(), stop)

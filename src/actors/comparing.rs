@@ -11,11 +11,12 @@ use super::post::seconds_now;
 use super::reward_scorer::score_job;
 use crate::config::Dtype;
 use crate::engine::phase::{Phase, PhaseReport, Role, SequenceScore};
+use crate::engine::utilisation::Chores;
 use crate::rl::rollout::JudgedGroup;
 
 impl Direction {
-    /// Compares a batch with the policy that sampled it, which is still loaded where it was sampled; tells what the change
-    /// of phase took as well.
+    /// Compares a batch with the policy that sampled it, which is still loaded where it was sampled. Tells what the change of
+    /// phase took as well, and what is the step's of what was done beside: packing and waiting for it are told as comparing.
     pub(super) async fn compare(
         &self,
         groups: &[JudgedGroup],
@@ -29,7 +30,14 @@ impl Direction {
         let job = score_job(Role::Policy, groups, temperature);
         let scores = self.ask(port, Score { id: self.id(), job }).await?;
         let (gap_max, gap_mean) = gaps(groups, &scores);
-        Ok((Compared { gap_max, gap_mean, at: [began, seconds_now()] }, Entered::of(&entered)))
+        let compared = Compared { gap_max, gap_mean, at: [began, seconds_now()] };
+        let mut entered = Entered { seconds: entered.seconds, chores: entered.left };
+        match self.ports.sampler {
+            // Beside the update, and nobody waited for it.
+            Some(_) => entered.chores = Chores::default(),
+            None => entered.chores.switched(self.stay(Phase::Score).await?.left.switched),
+        }
+        Ok((compared, entered))
     }
 
     /// Has those that only sample score.

@@ -191,7 +191,6 @@ fn steps(mut whole: StepReport, part: &StepReport, rank: usize) -> Result<StepRe
         return Err(apart(rank, &shown(part), &shown(&whole)));
     }
     whole.seconds = whole.seconds.max(part.seconds);
-    whole.pack_seconds = whole.pack_seconds.max(part.pack_seconds);
     whole.memory_high_water = whole.memory_high_water.max(part.memory_high_water);
     whole.micro_batch = whole.micro_batch.min(part.micro_batch);
     whole.ran.extend(part.ran.iter().cloned());

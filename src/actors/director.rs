@@ -14,7 +14,7 @@
 use super::director_ports::DirectorPorts;
 use super::evals::Moment;
 use super::handing_over::Sampler;
-use super::journal_lines::{describe, step_event};
+use super::journal_lines::{run_event, step_event};
 use super::messages::*;
 use super::port::{Desk, Port};
 use super::post::{Hazard, Post, answers_for_itself};
@@ -28,10 +28,9 @@ use crate::config::fault::signal_name;
 use crate::config::stage::StageKind;
 use crate::config::{Dtype, RunConfig, idle_samplers};
 use crate::console::Event;
-use crate::engine::Machine;
 use crate::engine::phase::StepReport;
 use crate::engine::phase::{ModelSource, Phase, PhaseReport};
-use crate::engine::utilisation::useful_share;
+use crate::engine::utilisation::{Machines, useful_share};
 use actix::fut::ActorFutureExt;
 use actix::{AsyncContext, Handler};
 use std::cell::{Cell, RefCell};
@@ -57,8 +56,8 @@ pub type StopSignal = Arc<AtomicI32>;
 /// Where a run is made.
 #[derive(Clone, Debug, Default)]
 pub struct Site {
-    /// What the machine does in a second.
-    pub machine: Machine,
+    /// What its machines do in a second.
+    pub machines: Machines,
     /// Which processes make it, over what; `None` for one by itself.
     pub processes: Option<String>,
 }
@@ -197,14 +196,7 @@ impl Direction {
             require_artefacts(&self.config, commit.manifest.stage_index, is_done)?;
         }
         let resumed = commit.is_some() || (0..self.config.stages.len()).any(is_done);
-        let stages: Vec<_> = self.config.stages.iter().map(describe).collect();
-        let event = Event::new("run")
-            .with("resumed", resumed)
-            .with("seed", self.config.seed)
-            .with("machine", &self.site.machine)
-            .with("processes", &self.site.processes)
-            .with("stages", stages);
-        self.record(event).await?;
+        self.record(run_event(&self.config, &self.site, resumed)).await?;
         let data = self.ask(&self.ports.prepare_data, PrepareData {}).await?;
         for text in data.notes.into_iter().chain(idle_samplers(&self.config)) {
             self.record(Event::new("note").with("text", text)).await?;
@@ -365,7 +357,7 @@ impl Direction {
         if let StageKind::Grpo(settings) = &stage.kind {
             let aligned = self.align(at, settings, None).await?;
             self.require_exact(stage, at.step + 1, &aligned).await?;
-            let event = aligned.event(stage, at.step + 1, &self.site.machine);
+            let event = aligned.event(stage, at.step + 1, &self.site.machines);
             let groups = aligned.scored.groups;
             let rollouts = RecordRollouts { stage: stage.name.clone(), step: at.step + 1, groups };
             self.ask(&self.ports.record_rollouts, rollouts).await?;
@@ -381,7 +373,7 @@ impl Direction {
             self.ask(trainer, TrainStep { id: self.id(), stage: at.index, step: at.step }).await?;
         let seconds = began.elapsed().as_secs_f64();
         let event = step_event(stage, at.step + 1, &report, seconds, &entered)
-            .with("useful_share", useful_share(report.useful_flops, seconds, &self.site.machine))
+            .with("useful_share", useful_share(report.useful_flops, seconds, &self.site.machines))
             .with("phase_seconds", serde_json::json!({"train": report.seconds}));
         Ok((report, event))
     }

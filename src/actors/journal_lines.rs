@@ -1,6 +1,8 @@
 //! What the Director writes of a run and of a step: the keys that every line of a kind has.
 
+use super::director::Site;
 use crate::cluster::{Doing, Span};
+use crate::config::RunConfig;
 use crate::config::stage::{Stage, StageKind};
 use crate::console::Event;
 use crate::engine::offload_plan::Tier;
@@ -98,8 +100,20 @@ pub(super) fn offload(timeline: &Timeline) -> serde_json::Value {
     })
 }
 
+/// The first line of a run, or of what goes on with it.
+pub(super) fn run_event(config: &RunConfig, site: &Site, resumed: bool) -> Event {
+    Event::new("run")
+        .with("resumed", resumed)
+        .with("seed", config.seed)
+        .with("machine", &site.machines.each)
+        .with("ranks", site.machines.count)
+        .with("sampling_ranks", site.machines.sampling)
+        .with("processes", &site.processes)
+        .with("stages", config.stages.iter().map(describe).collect::<Vec<_>>())
+}
+
 /// A stage, as the run's first line lists it.
-pub(super) fn describe(stage: &Stage) -> serde_json::Value {
+fn describe(stage: &Stage) -> serde_json::Value {
     let steps = match &stage.kind {
         StageKind::Pretrain(s) => Some(s.steps),
         StageKind::LongContext(s) => Some(s.steps),

@@ -49,6 +49,11 @@ impl RankSeats {
         }
     }
 
+    /// How many processes the run has, as rank 0 sees it.
+    pub fn count(&self) -> usize {
+        self.couriers.len() + 1
+    }
+
     /// Whether rank 0 leads this process.
     pub fn is_led(&self) -> bool {
         self.mail.as_ref().is_some_and(|mail| mail.rank() > 0)

@@ -75,11 +75,15 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
         before.report.rows + last.report.rows,
         before.report.seconds + last.report.seconds,
     );
-    let (unique_rows, useful_flops, pack_seconds) = (
+    let (unique_rows, useful_flops) = (
         before.report.unique_rows + last.report.unique_rows,
         before.report.useful_flops + last.report.useful_flops,
-        before.report.pack_seconds + last.report.pack_seconds,
     );
+    let ran = if last.report.ran.is_empty() {
+        before.report.ran.clone()
+    } else {
+        last.report.ran.clone()
+    };
     let gap = |grpo: &GrpoReport| (grpo.logprob_gap_max, grpo.logprob_gap_mean, grpo.sampler_kl);
     let gap = before.report.grpo.as_ref().map(gap);
     let shown = if last.report.skipped { before.report } else { last.report };
@@ -96,7 +100,7 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
             unique_rows,
             useful_flops,
             seconds,
-            pack_seconds,
+            ran,
             policy_version,
             grpo,
             ..shown
@@ -116,7 +120,6 @@ mod tests {
         let report = StepReport {
             tokens: 10,
             useful_flops: if skipped { 0.0 } else { 6.0 },
-            pack_seconds: if skipped { 0.0 } else { 0.5 },
             loss: if skipped { f64::NAN } else { gap },
             policy_version,
             skipped,
@@ -132,7 +135,7 @@ mod tests {
         let grpo = joined.report.grpo.unwrap();
         assert_eq!((grpo.logprob_gap_max, grpo.sampler_kl, grpo.kl), (0.25, 0.25, 0.5));
         assert_eq!((joined.report.tokens, joined.updates, joined.skipped_updates), (20, 2, 0));
-        assert_eq!((joined.report.useful_flops, joined.report.pack_seconds), (12.0, 1.0));
+        assert_eq!(joined.report.useful_flops, 12.0);
     }
 
     #[test]
@@ -144,6 +147,11 @@ mod tests {
             assert_eq!((joined.report.loss, joined.skipped_updates), (loss, 1));
             assert_eq!(joined.report.useful_flops, 6.0, "what was discarded is of no use");
         }
+        let ran = |number: u32| (number, Vec::new());
+        let mut taken_down = update(0.25, 1, false);
+        taken_down.report.ran = vec![ran(0), ran(1)];
+        let joined = join(taken_down.clone(), update(0.5, 2, false));
+        assert_eq!(joined.report.ran, taken_down.report.ran, "one of the step's updates was");
         let never = join(update(0.25, 0, true), update(0.5, 0, true));
         assert_eq!((never.report.skipped, never.updates, never.skipped_updates), (true, 2, 2));
     }

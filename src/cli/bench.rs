@@ -20,7 +20,7 @@ use crate::config::{Bytes, Dtype, EngineConfig, Fault, ModelConfig, load_model};
 use crate::data::example::{Batch, Sequence};
 use crate::engine::Profile;
 use crate::engine::phase::{GenerateJob, GenerateRequest, ModelSource, Phase, TrainJob};
-use crate::engine::utilisation::useful_share;
+use crate::engine::utilisation::{Machines, useful_share};
 use crate::plan::cache_bytes_per_token;
 use crate::plan::limit::{self, Sampling};
 use anyhow::Result;
@@ -311,7 +311,8 @@ fn grpo(args: &BenchGrpoArgs) -> Result<Outcome> {
     let seconds = limit::alignment(&config, &sampling, trained, references, &outcome.machine);
     outcome.figures[LIMIT] = json!(sampling.new_tokens() / seconds);
     let useful = (mean(|s| s.useful_flops), mean(|s| s.seconds));
-    outcome.figures["rfu"] = json!(useful_share(useful.0, useful.1, &outcome.machine));
+    outcome.figures["rfu"] =
+        json!(useful_share(useful.0, useful.1, &Machines::one(outcome.machine.clone())));
     Ok(outcome)
 }
 

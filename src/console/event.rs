@@ -5,7 +5,8 @@
 //! event; the ones that board, console and plots read are:
 //!   * `run`: `resumed` (bool), `seed`, `stages` (list of `{name, kind, steps}`; steps null if not
 //!     known yet), `machine` (what it does in a second, measured when this process began, with the
-//!     keys of `bench machine --json`: every share of a step is of these rates)
+//!     keys of `bench machine --json`), `ranks` and `sampling_ranks` (processes, and those that sample: every share of a step
+//!     is of these rates times as many)
 //!   * `stage-start`: `steps`; `stage-end`: `seconds`
 //!   * `step`: `loss`, `learning_rate`, `gradient_norm`, `tokens`, `tokens_per_second`, `seconds`;
 //!     `dropped` (share of the pairs of token and expert) in a stage that lets full devices drop;
@@ -13,7 +14,7 @@
 //!     `entropy`, `clip_share`, `length_mean`, `zero_variance_groups`, `logprob_gap_max` (of sampler and trainer of one
 //!     version), `stale_gap_max` (of the sampler and a policy that has changed since), `rollout_dtype`, `sampler_kl`, with importance weights `importance_weight_mean` and
 //!     `truncated_share`, and of the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
-//!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`); where models or moments moved,
+//!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`, `compare`); where models or moments moved,
 //!     `offload_exposed_share` (of the step) and `offload`: `seconds`, `exposed_seconds`, `overlap_share`, `bytes_in`,
 //!     `bytes_out`, `computed` (lists of phase, start, end), `waited` (start, end), `moved` (item, `read` or `write`, the
 //!     copy's tier, start, end, bytes), all in seconds since the step began;

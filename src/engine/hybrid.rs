@@ -93,7 +93,7 @@ pub struct HybridEngine {
     pub(super) conductor: Conductor,
     /// What of its totals the chores have.
     pub(super) settled: (f64, [u64; 2]),
-    /// What was done beside sampling, rewards and training since the last change of phase.
+    /// What was done beside sampling, rewards and training since a phase was last asked for.
     pub(super) chores: Chores,
     /// What the phase made; dropped when it ends.
     pub(super) working: Working,
@@ -254,7 +254,7 @@ impl HybridEngine {
         Ok((model, Some(ranks)))
     }
 
-    /// Leaves the current phase's memory and readies the next one's. Does nothing if already there.
+    /// Leaves the current phase's memory and readies the next one's. Does nothing if already there but tell how it stands.
     pub fn enter_phase(&mut self, phase: Phase) -> Result<PhaseReport> {
         self.enter(phase, self.formats.weights)
     }
@@ -263,12 +263,11 @@ impl HybridEngine {
     pub(super) fn enter(&mut self, phase: Phase, sampling: WeightFormat) -> Result<PhaseReport> {
         let began = Instant::now();
         let _during = Activity::Switch.begin(&self.kernels);
-        let [mut bytes_out, mut bytes_in] = [0, 0];
-        let (mut chores, mut left) = (Chores::default(), Chores::default());
+        let ([mut bytes_out, mut bytes_in], mut chores) = ([0, 0], Chores::default());
+        self.settle();
+        let left = std::mem::take(&mut self.chores);
         let is_other = phase == Phase::Generate && self.working.sampling != sampling;
         if phase != self.phase || is_other {
-            self.settle();
-            left = std::mem::take(&mut self.chores);
             self.leave()?;
             self.phase = phase;
             self.park()?;
@@ -355,9 +354,7 @@ impl HybridEngine {
         }
         if !report.skipped {
             self.policy_version += 1;
-            let before = self.chores.pack_seconds;
             self.pack_policy(PackFor::documents(self.form, true))?;
-            report.pack_seconds = self.chores.pack_seconds - before;
         }
         report.policy_version = self.policy_version;
         Ok(report)

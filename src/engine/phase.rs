@@ -125,7 +125,7 @@ pub struct PhaseReport {
     pub bytes_in: u64,
     /// What of the seconds went into packing and moving.
     pub chores: Chores,
-    /// What the jobs of the phase before spent on the like.
+    /// What jobs spent on the like since a phase was asked for last, this one or another.
     pub left: Chores,
     /// Bytes held afterwards, by "role/kind".
     pub held: BTreeMap<String, u64>,

@@ -71,15 +71,35 @@ impl Chores {
     }
 }
 
-/// The share of the machine's f32 products that these FLOPs are in so many seconds: of a GRPO step the useful-FLOP
+/// The machines that a run is made on: one for each process, all taken to be like the one that was measured.
+#[derive(Clone, Debug, Default)]
+pub struct Machines {
+    /// What one does in a second.
+    pub each: Machine,
+    /// How many there are.
+    pub count: usize,
+    /// How many of them sample.
+    pub sampling: usize,
+}
+
+impl Machines {
+    /// That of a run of one process.
+    pub fn one(each: Machine) -> Machines {
+        Machines { each, count: 1, sampling: 1 }
+    }
+}
+
+/// The share of the machines' f32 products that these FLOPs are in so many seconds: of a GRPO step the useful-FLOP
 /// utilisation (RFU), of any other its useful share.
-pub fn useful_share(flops: f64, seconds: f64, machine: &Machine) -> Option<f64> {
-    ratio(flops, seconds * machine.all_threads.f32_flops_per_second)
+pub fn useful_share(flops: f64, seconds: f64, machines: &Machines) -> Option<f64> {
+    let each = machines.each.all_threads.f32_flops_per_second;
+    ratio(flops, seconds * each * machines.count as f64)
 }
 
 /// The share of the measured bandwidth that a rollout's least bytes are in its seconds, those of prompts included.
-pub fn rollout_bandwidth(rollout: &GenerateReport, machine: &Machine) -> Option<f64> {
-    ratio(rollout.least_bytes, rollout.seconds * machine.bandwidth(rollout.working_bytes))
+pub fn rollout_bandwidth(rollout: &GenerateReport, machines: &Machines) -> Option<f64> {
+    let each = machines.each.bandwidth(rollout.working_bytes);
+    ratio(rollout.least_bytes, rollout.seconds * each * machines.sampling as f64)
 }
 
 /// Seconds of the passes that decoded, over those that as many tokens would take if every pass were as wide as the full
@@ -113,7 +133,7 @@ mod tests {
     use crate::inference::job::DecodePasses;
     use rehearsal_kernels::machine::Rates;
 
-    fn machine() -> Machine {
+    fn machines() -> Machines {
         let all_threads = Rates {
             threads: 2,
             f32_flops_per_second: 1000.0,
@@ -121,7 +141,8 @@ mod tests {
             l3_bytes_per_second: 20.0,
             ..Rates::default()
         };
-        Machine { l2_cache_bytes: 50, l3_cache_bytes: 1000, all_threads, ..Machine::default() }
+        let (l2_cache_bytes, l3_cache_bytes) = (50, 1000);
+        Machines::one(Machine { l2_cache_bytes, l3_cache_bytes, all_threads, ..Machine::default() })
     }
 
     fn passes(rows: u64, passes: u64, seconds: f64) -> DecodePasses {
@@ -130,9 +151,11 @@ mod tests {
 
     #[test]
     fn a_share_is_of_the_products_of_all_threads_and_absent_where_none_were_measured() {
-        assert_eq!(useful_share(500.0, 2.0, &machine()), Some(0.25));
-        assert_eq!(useful_share(500.0, 2.0, &Machine::default()), None);
-        assert_eq!(useful_share(0.0, 2.0, &machine()), Some(0.0));
+        assert_eq!(useful_share(500.0, 2.0, &machines()), Some(0.25));
+        assert_eq!(useful_share(500.0, 2.0, &Machines::one(Machine::default())), None);
+        assert_eq!(useful_share(0.0, 2.0, &machines()), Some(0.0));
+        let five = Machines { count: 5, sampling: 2, ..machines() };
+        assert_eq!(useful_share(500.0, 2.0, &five), Some(0.05), "of all processes together");
     }
 
     #[test]
@@ -144,8 +167,10 @@ mod tests {
             ..GenerateReport::default()
         };
         // Two second-level caches of 50 bytes hold 100.
-        assert_eq!(rollout_bandwidth(&rollout(100.0), &machine()), Some(40.0 / (4.0 * 80.0)));
-        assert_eq!(rollout_bandwidth(&rollout(101.0), &machine()), Some(40.0 / (4.0 * 20.0)));
+        assert_eq!(rollout_bandwidth(&rollout(100.0), &machines()), Some(40.0 / (4.0 * 80.0)));
+        assert_eq!(rollout_bandwidth(&rollout(101.0), &machines()), Some(40.0 / (4.0 * 20.0)));
+        let two_sample = Machines { count: 5, sampling: 2, ..machines() };
+        assert_eq!(rollout_bandwidth(&rollout(100.0), &two_sample), Some(40.0 / (4.0 * 160.0)));
     }
 
     #[test]

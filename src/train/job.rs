@@ -66,8 +66,6 @@ pub struct StepReport {
     pub useful_flops: f64,
     /// Seconds of the step.
     pub seconds: f64,
-    /// Seconds after it in which the changed weights were packed.
-    pub pack_seconds: f64,
     /// Examples that went through the model at once: fewer than asked for if the budget allowed no more.
     pub micro_batch: usize,
     /// Most bytes that the device ever held, this step included.

@@ -123,7 +123,6 @@ pub fn train_step(
             true => 0.0,
             false => 3.0 * items.forward_flops(&trainee.model.config),
         },
-        pack_seconds: 0.0,
         seconds: began.elapsed().as_secs_f64(),
         micro_batch: examples_of(items, at_once),
         memory_high_water: trainee.kernels.arena().high_water(),

@@ -102,6 +102,25 @@ fn a_device_that_only_samples_changes_no_bit_and_samples_while_the_other_trains(
     }
 }
 
+#[test]
+fn the_step_that_hands_the_policy_over_tells_when_it_did() {
+    let folder = TempDir::new().unwrap();
+    for (staleness, handed_over) in [("0", [false, true, true]), ("1", [false, true, false])] {
+        let out = folder.path().join(staleness);
+        let staleness = format!("stage.align.max_staleness={staleness}");
+        let mut run = smoke_with(&out, &[&staleness, "stage.align.steps=3", "cluster.samplers=1"]);
+        run.args(["--threads", "2"]);
+        done(run);
+        let aligned: Vec<_> = steps(&out).into_iter().filter(|e| e["stage"] == "align").collect();
+        for told in [
+            |step: &Value| !step["switch"].is_null(),
+            |step: &Value| step["intervals"]["hand_over"].is_array(),
+        ] {
+            assert_eq!(aligned.iter().map(told).collect::<Vec<_>>(), handed_over, "{staleness}");
+        }
+    }
+}
+
 /// Sampling of single sequences, which takes longer than scoring by a rule and the update together.
 const SAMPLES_LONG: [&str; 5] = [
     "stage.align.reward=[{ verifier = \"answer-line\", partial = 0.5 }]",

@@ -143,9 +143,12 @@ fn a_change_of_phase_tells_what_of_it_was_packing_and_moving() {
         };
         check(&engine.enter_phase(Phase::Train).unwrap(), true, moves);
         engine.train(&batch()).unwrap();
+        let asked = engine.enter_phase(Phase::Train).unwrap();
+        check(&asked, false, false);
+        assert!(asked.left.pack_seconds > 0.0, "the update packed the new weights");
         let generate = engine.enter_phase(Phase::Generate).unwrap();
         check(&generate, true, moves);
-        assert!(generate.left.pack_seconds > 0.0, "the update packed the new weights");
+        assert_eq!(generate.left, Default::default(), "it was told before");
         check(&engine.enter_phase(Phase::Score).unwrap(), false, false);
         let sequences = vec![vec![1, 2, 3, 4, 5]];
         let job = ScoreJob { role: Role::Reference, sequences, temperature: 1.0, first: vec![2] };

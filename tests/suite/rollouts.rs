@@ -183,7 +183,6 @@ fn useful_flops_take_each_prompt_once_and_each_reply_once_or_thrice() {
         let repeated = 2.0 * prompts as f64 / (3 * prompts + own) as f64;
         let expected = if share_prompts { 0.0 } else { repeated };
         assert!((padding - expected).abs() < 1e-12, "{padding} and not {expected}");
-        assert!(report.pack_seconds > 0.0);
         let lost = scored(groups, |_, _| f64::NAN);
         let report = update(&mut engine, lost, share_prompts);
         assert!(report.skipped && report.useful_flops == 0.0, "nothing was learned: {report:?}");

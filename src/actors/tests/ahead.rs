@@ -1,5 +1,6 @@
 //! Steps whose batch was sampled beside the one before: what their lines tell, and what ends the run.
 
+use super::utilisation::SWITCHED;
 use super::*;
 
 const AHEAD: &[&str] = &["stage.align.max_staleness=1", "checkpoint.every_steps=1"];
@@ -38,6 +39,26 @@ fn a_step_tells_what_was_done_in_its_time_and_where_its_batch_was_sampled() {
     let seconds = |step: &&Event| step.get("phase_seconds").unwrap()["generate"].as_f64().unwrap();
     assert_eq!(seconds(&steps[2]), 0.0);
     assert_eq!(steps[2].number("tail_factor"), None);
+}
+
+#[test]
+fn what_comparing_did_beside_is_told_as_comparing_but_for_what_it_moved() {
+    let done = Place::new().run(&Disturbance { set: AHEAD, ..Disturbance::default() });
+    let steps = aligned(&done);
+    let told = |key: &str, name: &str| {
+        let figure = |step: &&Event| step.get(key).and_then(|told| told[name].as_f64());
+        steps.iter().map(figure).collect::<Vec<_>>()
+    };
+    // The first two steps compare a batch, in the phase that then scores; the second one readies the sampler as well.
+    let (update, scored) = ([8.0 + 256.0, 16.0 + 512.0], [32.0, 64.0]);
+    let [sync, offload] = [0, 1].map(|of| update[of] + scored[of]);
+    assert_eq!(told("exposed_seconds", "sync"), [Some(sync), Some(1.0 + sync), Some(sync)]);
+    let sampled = [1024.0, 2.0 + 1024.0, 4.0 + 1024.0];
+    assert_eq!(told("exposed_seconds", "offload"), sampled.map(|more| Some(offload + more)));
+    assert_eq!(
+        told("switch", "moved_bytes"),
+        [Some(SWITCHED as f64); 2].into_iter().chain([None]).collect::<Vec<_>>()
+    );
 }
 
 /// The policy scores what it has sampled in the first and in the second step of the stage.

@@ -144,6 +144,7 @@ impl Fake {
                 weights: [0.0; 2],
                 state: SavedState::default(),
                 value_head: false,
+                phase: None,
             }))
         })
     }
@@ -158,6 +159,7 @@ struct FakeDevice {
     weights: [f32; 2],
     state: SavedState,
     value_head: bool,
+    phase: Option<(Phase, Dtype)>,
 }
 
 impl FakeDevice {
@@ -214,7 +216,11 @@ impl Device for FakeDevice {
         self.call(format!("phase {phase:?} {kept}").trim_end().to_string());
         let held = BTreeMap::from([("policy/weights".to_string(), 8)]);
         let sampled_as = (phase == Phase::Generate).then_some(sample_as);
-        Ok(PhaseReport { held, high_water: 8, sampled_as, ..utilisation::entered(phase) })
+        let report = match self.phase.replace((phase, sample_as)) == Some((phase, sample_as)) {
+            true => utilisation::stayed(phase),
+            false => utilisation::entered(phase),
+        };
+        Ok(PhaseReport { held, high_water: 8, sampled_as, ..report })
     }
 
     fn hand_over(&mut self, _: u64) -> Result<Switched> {

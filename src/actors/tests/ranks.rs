@@ -1,7 +1,7 @@
 //! Runs of several ranks: threads with a company each, joined over TCP, with a stand-in for each device.
 
 use super::fake_device::{Fake, Script};
-use super::{Disturbance, Place, Result, all_steps, rollout_keys};
+use super::{Disturbance, Place, Result, all_steps, rollout_keys, utilisation};
 use crate::actors::company::Seats;
 use crate::actors::mail::Mail;
 use crate::actors::messages::*;
@@ -70,6 +70,14 @@ fn three_ranks_make_the_run_of_one_and_every_device_does_every_job() {
         steps.iter().map(|step| step.get("rewards").cloned()).collect::<Vec<_>>()
     };
     assert_eq!(rewards(&ranks[0]), rewards(&expected));
+    // Three machines, of which each rank's sampling was of use, and one update.
+    assert_eq!(ranks[0].named("run")[0].whole("ranks"), Some(3));
+    for step in ranks[0].named("step").iter().filter(|step| step.text("kind") == Some("grpo")) {
+        let number = |key: &str| step.number(key).unwrap();
+        let found = number("rfu") * number("seconds") * 3.0 * utilisation::PRODUCTS;
+        assert!((found - 14e6).abs() < 1.0, "{found}");
+        assert!(number("rollout_bandwidth") < 0.1 + 1e-9, "no more than each of them alone");
+    }
 }
 
 #[test]

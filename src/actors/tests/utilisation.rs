@@ -4,12 +4,12 @@ use super::{Disturbance, Place};
 use crate::engine::offload_plan::Tier;
 use crate::engine::phase::{DecodePasses, GenerateReport, Phase, PhaseReport, StepReport};
 use crate::engine::timeline::{Moved, Span, Timeline};
-use crate::engine::utilisation::Chores;
+use crate::engine::utilisation::{Chores, Switched};
 use crate::engine::{Machine, Rates};
 use serde_json::json;
 
 /// f32 operations a second of the invented machine.
-const PRODUCTS: f64 = 1e9;
+pub const PRODUCTS: f64 = 1e9;
 /// Useful FLOPs of an alignment step on the fake device.
 pub const FLOPS: f64 = 8e6;
 
@@ -27,11 +27,26 @@ fn chores(pack_seconds: f64, offload_seconds: f64, reference_seconds: f64) -> Ch
     Chores { pack_seconds, offload_seconds, reference_seconds, ..Chores::default() }
 }
 
+/// Bytes that the policy's way to the layout of sampling takes where it scores its own rollouts.
+pub const SWITCHED: u64 = 7;
+
+/// What a device reports that is asked for the phase that it is in.
+pub fn stayed(phase: Phase) -> PhaseReport {
+    let mut left = match phase {
+        Phase::Train => chores(256.0, 512.0, 0.0),
+        _ => chores(1e4, 1e4, 1e4),
+    };
+    if phase == Phase::Score {
+        left.switched = Switched { moved_bytes: SWITCHED, ..Switched::default() };
+    }
+    PhaseReport { left, timeline: timeline(phase), ..PhaseReport::default() }
+}
+
 /// What a change of phase reports; each part is a power of two, so that a sum tells what is in it.
 pub fn entered(phase: Phase) -> PhaseReport {
     let (chores, left) = match phase {
         Phase::Generate => (chores(1.0, 2.0, 0.0), chores(1e3, 1e3, 1e3)),
-        Phase::Score => (chores(0.0, 4.0, 0.0), Chores::default()),
+        Phase::Score => (chores(0.0, 4.0, 0.0), chores(0.0, 1024.0, 0.0)),
         Phase::Train => (chores(8.0, 16.0, 0.0), chores(32.0, 64.0, 128.0)),
         Phase::Idle => (Chores::default(), Chores::default()),
     };
@@ -69,13 +84,7 @@ pub fn sampled(seconds: f64) -> GenerateReport {
 
 /// What an update reports beside its loss.
 pub fn updated() -> StepReport {
-    StepReport {
-        useful_flops: 5e6,
-        rows: 10,
-        unique_rows: 8,
-        pack_seconds: 256.0,
-        ..StepReport::default()
-    }
+    StepReport { useful_flops: 5e6, rows: 10, unique_rows: 8, ..StepReport::default() }
 }
 
 fn close(found: f64, wanted: f64) {
@@ -105,7 +114,7 @@ fn every_step_tells_its_share_of_the_rates_that_stand_in_the_first_line() {
         // Steps 1 and 3 come after an eval of replies, which readied the sampler for them.
         let readied = if step.whole("step") == Some(2) { [1.0, 2.0] } else { [0.0; 2] };
         assert_eq!(seconds("sync"), readied[0] + 8.0 + 32.0 + 256.0);
-        assert_eq!(seconds("offload"), readied[1] + 4.0 + 16.0 + 64.0);
+        assert_eq!(seconds("offload"), readied[1] + 4.0 + 16.0 + 64.0 + 512.0 + 1024.0);
         assert_eq!(seconds("reference"), 128.0);
         // Judging is exposed from the end of sampling on. What the device did beside rewards in scoring, by its report,
         // is longer than all of scoring.

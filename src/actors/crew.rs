@@ -126,16 +126,16 @@ pub fn together(name: &str, parts: Vec<Yield>) -> Result<Yield, Failure> {
     Ok(whole)
 }
 
-/// Bytes moved are sums, times those of the slowest, bytes held those of the rank that holds most of each.
+/// Bytes moved are sums, times those of the slowest, bytes held those of the rank that holds most.
 fn phases(mut whole: PhaseReport, part: PhaseReport) -> PhaseReport {
     whole.seconds = whole.seconds.max(part.seconds);
     whole.bytes_out += part.bytes_out;
     whole.bytes_in += part.bytes_in;
     whole.high_water = whole.high_water.max(part.high_water);
     whole.most_used = whole.most_used.max(part.most_used);
-    for (owner, bytes) in part.held {
-        let held = whole.held.entry(owner).or_default();
-        *held = bytes.max(*held);
+    let sum = |report: &PhaseReport| report.held.values().sum::<u64>();
+    if sum(&part) > sum(&whole) {
+        whole.held = part.held;
     }
     for (whole, part) in [(&mut whole.chores, part.chores), (&mut whole.left, part.left)] {
         whole.pack_seconds = whole.pack_seconds.max(part.pack_seconds);
@@ -268,15 +268,14 @@ mod tests {
 
     #[test]
     fn a_phase_holds_what_the_rank_that_holds_most_holds() {
-        let phase = |bytes: u64, high_water| {
-            let held = BTreeMap::from([("policy/weights".to_string(), bytes)]);
+        let phase = |[weights, cache]: [u64; 2], high_water| {
+            let held = [("policy/weights", weights), ("policy/cache", cache)];
+            let held = held.map(|(owner, bytes)| (owner.to_string(), bytes)).into();
             Yield::Phase(PhaseReport { bytes_out: 3, held, high_water, ..Default::default() })
         };
-        let whole = together("EnterPhase", vec![phase(8, 20), phase(12, 10)]).unwrap();
-        let Yield::Phase(report) = whole else { panic!() };
-        assert_eq!(
-            (report.held["policy/weights"], report.high_water, report.bytes_out),
-            (12, 20, 6)
-        );
+        let parts = vec![phase([8, 9], 20), phase([4, 16], 10), phase([12, 2], 10)];
+        let Yield::Phase(report) = together("EnterPhase", parts).unwrap() else { panic!() };
+        let held = [report.held["policy/weights"], report.held["policy/cache"]];
+        assert_eq!((held, report.high_water, report.bytes_out), ([4, 16], 20, 9));
     }
 }

@@ -41,8 +41,29 @@ struct Service {
     worker: Arc<Desk>,
     /// The letters that this deputy answers, and which request a work belongs to.
     served: RefCell<BTreeSet<u64>>,
-    numbers: RefCell<BTreeMap<WorkId, u64>>,
+    numbers: RefCell<Numbers>,
     answers: RefCell<Vec<JoinHandle<()>>>,
+}
+
+/// The request that a work's groups go to: the last one that asked for it.
+#[derive(Default)]
+struct Numbers(BTreeMap<WorkId, u64>);
+
+impl Numbers {
+    fn asked(&mut self, id: WorkId, number: u64) {
+        self.0.insert(id, number);
+    }
+
+    fn of(&self, id: WorkId) -> Option<u64> {
+        self.0.get(&id).copied()
+    }
+
+    /// A request is answered; a later one for the same work may still want its groups.
+    fn answered(&mut self, id: WorkId, number: u64) {
+        if self.of(id) == Some(number) {
+            self.0.remove(&id);
+        }
+    }
 }
 
 impl Deputy {
@@ -84,7 +105,7 @@ impl Handler<AcceptGroup> for Deputy {
 
     fn handle(&mut self, message: AcceptGroup, _: &mut Self::Context) -> Self::Result {
         let AcceptGroup { id, group } = message;
-        let number = self.service.numbers.borrow().get(&id).copied();
+        let number = self.service.numbers.borrow().of(id);
         let mail = Arc::clone(&self.service.mail);
         self.post.work(AcceptGroup::NAME, async move {
             match number {
@@ -102,7 +123,7 @@ impl Service {
         loop {
             for (number, id, job) in self.mail.open() {
                 if self.served.borrow_mut().insert(number) {
-                    self.numbers.borrow_mut().insert(id, number);
+                    self.numbers.borrow_mut().asked(id, number);
                     let mut answers = self.answers.borrow_mut();
                     answers.retain(|answer| !answer.is_finished());
                     answers.push(actix::spawn(Rc::clone(self).answer(number, id, job)));
@@ -121,7 +142,7 @@ impl Service {
     async fn answer(self: Rc<Self>, number: u64, id: WorkId, job: super::crew::Job) {
         let outcome = self.ports.carry.ask(Carry { id, job }).await;
         let failure = outcome.as_ref().err().cloned();
-        self.numbers.borrow_mut().remove(&id);
+        self.numbers.borrow_mut().answered(id, number);
         // Where it cannot be sent the ranks have stopped, and rank 0 waits for it no more.
         let _ = self.mail.answer(number, outcome);
         if let Some(failure) = failure {
@@ -133,5 +154,22 @@ impl Service {
     fn send_pulse(&self) {
         // A pulse that is not sent is followed by the next one.
         let _ = self.mail.send(0, 0, &Parcel::Pulse { pulse: self.worker.pulse() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_go_to_the_last_request_for_their_work_until_that_one_is_answered() {
+        let (mut numbers, id) = (Numbers::default(), WorkId { director: 1, number: 2, part: 0 });
+        assert_eq!(numbers.of(id), None);
+        numbers.asked(id, 7);
+        numbers.asked(id, 9);
+        numbers.answered(id, 7);
+        assert_eq!(numbers.of(id), Some(9), "it was asked for again");
+        numbers.answered(id, 9);
+        assert_eq!(numbers.of(id), None);
     }
 }

@@ -106,7 +106,12 @@ impl Plain {
                 .insert(event.text("stage").unwrap_or_default().to_string(), step_figures(event));
         }
         match event.name() {
-            "stage-start" => self.pace = Some((event.time(), 0)),
+            "stage-start" => {
+                let stage = event.text("stage").unwrap_or_default();
+                let row = self.board.stages.iter().find(|row| row.name == stage);
+                // A run that goes on is in the middle of it.
+                self.pace = Some((event.time(), row.map_or(0, |row| row.step)));
+            }
             "step" if self.pace.is_none() => {
                 self.pace = Some((event.time(), event.whole("step").unwrap_or_default()))
             }

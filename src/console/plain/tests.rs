@@ -169,11 +169,13 @@ fn the_time_left_of_a_resumed_stage_counts_only_what_this_process_saw() {
     plain.recall(&Event::new("stage-start").of_stage("sft", "sft").with("steps", 10).at(1.0));
     plain.recall(&Event::step("sft", "sft", 4).at(2.0));
     plain.show(&Event::new("run").with("resumed", true).at(1000.0));
+    // The heading is shown again.
+    plain.show(&Event::new("stage-start").of_stage("sft", "sft").with("steps", 10).at(1001.0));
     plain.show(&Event::step("sft", "sft", 5).at(1002.0));
     plain.show(&Event::step("sft", "sft", 6).at(1005.0));
     let bytes = screen.0.lock().expect("one thread").clone();
     let text = String::from_utf8(bytes).expect("text");
-    assert!(text.contains("resumes") && text.ends_with("60%  stage 1/1 sft  12s left"), "{text:?}");
+    assert!(text.contains("resumes") && text.ends_with("60%  stage 1/1 sft  8s left"), "{text:?}");
 }
 
 #[test]

@@ -206,7 +206,9 @@ impl Mail {
         } else if self.rank() == 0 {
             let parcel = Parcel::End { outcome: outcome.clone() };
             for (rank, _) in self.others() {
-                let _ = self.send(rank, 0, &parcel);
+                if let Err(failure) = self.send(rank, 0, &parcel) {
+                    self.fail(0, &failure);
+                }
             }
         }
         if self.control.stop().why().is_none() {

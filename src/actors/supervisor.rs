@@ -37,8 +37,12 @@ use tokio::sync::mpsc;
 /// How often every actor is looked at.
 const WATCH_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How long the leader of rank 0 has to write down that the ranks stop: what the devices do is of no use any more.
-const LAST_LINE: Duration = Duration::from_millis(300);
+/// How long the leader of rank 0 has at most to write down that the ranks stop: what the devices do is of no use any more, and the
+/// launcher ends all processes when the first of them goes, which takes leave of the others for a second.
+const LAST_LINE: Duration = Duration::from_millis(800);
+
+/// How often it is looked whether it has.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// What the supervisor is made with.
 pub struct Charge {
@@ -209,8 +213,9 @@ impl Inner {
         actix::spawn(async move {
             if let Some(mail) = &self.mail {
                 let why = mail.broken().await;
-                if mail.rank() == 0 {
-                    tokio::time::sleep(LAST_LINE).await;
+                let until = Instant::now() + LAST_LINE;
+                while mail.rank() == 0 && !self.ended.get() && Instant::now() < until {
+                    tokio::time::sleep(LOOK).await;
                 }
                 self.end(Outcome::Failed(Failure::from(why)));
             }

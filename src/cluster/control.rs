@@ -7,9 +7,10 @@
 //! Invariants:
 //!   * no frame is acted on before its seal is opened; one that is refused stops the run by name
 //!   * a rank that goes without leave, or is silent for the deadline, stops all others with the same words
-//!   * letters on their way are bounded in number and size; who sends more is refused
+//!   * letters on their way are bounded in number and size, and who sends more is refused; why all stop is never refused (`outbox`)
 
 use super::link::Broken;
+use super::outbox::{MOST_LETTERS, Next, Outbox, Untaken};
 use super::progress::{Board, Seen};
 use super::stop::Stop;
 use super::wait::standing;
@@ -18,18 +19,14 @@ use serde::{Deserialize, Serialize};
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
-
-/// Frames on their way to a rank at most.
-const MOST_FRAMES: usize = 1024;
 
 /// Letters that may come before somebody listens.
 const MOST_EARLY: usize = 64;
 
 /// Longest time between two signs of life.
-const BEAT: Duration = Duration::from_secs(1);
+const BEAT: Duration = Duration::from_millis(250);
 
 /// How long a rank that stops waits until its words are sent.
 const LAST_WORDS: Duration = Duration::from_millis(500);
@@ -97,17 +94,11 @@ enum Heard {
 struct Peer {
     rank: usize,
     name: String,
-    out: SyncSender<Outgoing>,
+    out: Arc<Outbox>,
     stream: TcpStream,
     /// When something came last.
     heard: Mutex<Instant>,
     has_left: AtomicBool,
-}
-
-enum Outgoing {
-    Carried(Vec<u8>),
-    /// Answered once all before it is written.
-    Flush(SyncSender<()>),
 }
 
 impl Control {
@@ -124,18 +115,20 @@ impl Control {
             stream.set_nodelay(true)?;
             stream.set_read_timeout(None)?;
             stream.set_write_timeout(Some(deadline))?;
-            let (out, outgoing) = sync_channel(MOST_FRAMES);
-            ends.push((stream.try_clone()?, close, outgoing, open));
+            let out = Arc::<Outbox>::default();
+            ends.push((stream.try_clone()?, close, Arc::clone(&out), open));
             let (heard, has_left) = (Mutex::new(Instant::now()), AtomicBool::new(false));
             peers.push(Peer { rank, name, out, stream, heard, has_left });
         }
         let listener = Mutex::new(Heard::Early(Vec::new()));
         let shared = Arc::new(Shared { rank, stop, board, deadline, peers, listener });
-        let beat = (deadline / 8).min(BEAT);
-        for (at, (stream, close, outgoing, open)) in ends.into_iter().enumerate() {
+        let beat = (deadline / 16).min(BEAT);
+        // From a rank to rank 0, and from there to the others.
+        shared.board.tells_within(beat * 2);
+        for (at, (stream, close, outbox, open)) in ends.into_iter().enumerate() {
             let (reader, from) = (Arc::clone(&shared), stream.try_clone()?);
             let told = Told::new(&shared, at);
-            spawn("control-out", move || speak(stream, close, &outgoing, beat, told))?;
+            spawn("control-out", move || speak(stream, close, &outbox, beat, told))?;
             spawn("control-in", move || reader.read_all(at, from, open))?;
         }
         let watcher = Arc::downgrade(&shared);
@@ -143,7 +136,8 @@ impl Control {
         let told = Arc::downgrade(&shared);
         shared.stop.on_stop(move |why| {
             if let Some(shared) = told.upgrade() {
-                shared.peers.iter().for_each(|peer| peer.say(&Word::Stop(why.clone())));
+                let word = carried(&Word::Stop(why.clone()));
+                shared.peers.iter().for_each(|peer| peer.out.word_first(word.clone()));
             }
         });
         Ok(Arc::new(Control { shared }))
@@ -183,11 +177,11 @@ impl Control {
         carried.push(LETTER);
         carried.extend_from_slice(&letter.correlation.to_le_bytes());
         carried.extend_from_slice(&letter.body);
-        peer.out.try_send(Outgoing::Carried(carried)).map_err(|error| match error {
-            TrySendError::Full(_) => failed(format!(
-                "{MOST_FRAMES} letters to rank {to} are on their way; it takes none"
+        peer.out.letter(carried).map_err(|untaken| match untaken {
+            Untaken::Full => failed(format!(
+                "{MOST_LETTERS} letters to rank {to} are on their way; it takes none"
             )),
-            TrySendError::Disconnected(_) => self.shared.gone(peer),
+            Untaken::Closed => self.shared.gone(peer),
         })
     }
 
@@ -210,17 +204,14 @@ impl Control {
     pub fn leave(&self) {
         for peer in &self.shared.peers {
             peer.has_left.store(true, Ordering::SeqCst);
-            peer.say(&Word::Leave);
+            peer.out.word(carried(&Word::Leave));
         }
     }
 
     /// Waits a moment until what was said is on its way.
     pub fn flush(&self) {
         let until = Instant::now() + LAST_WORDS;
-        let waits: Vec<Receiver<()>> = self.shared.peers.iter().map(Peer::flushed).collect();
-        for wait in waits {
-            let _ = wait.recv_timeout(until.saturating_duration_since(Instant::now()));
-        }
+        self.shared.peers.iter().for_each(|peer| peer.out.flush(until));
     }
 }
 
@@ -229,24 +220,15 @@ impl Drop for Control {
         self.flush();
         for peer in &self.shared.peers {
             peer.has_left.store(true, Ordering::SeqCst);
+            peer.out.close();
             let _ = peer.stream.shutdown(Shutdown::Both);
         }
     }
 }
 
-impl Peer {
-    fn say(&self, word: &Word) {
-        let mut carried = vec![WORD];
-        carried.extend_from_slice(&encode(word));
-        // A peer that takes nothing is found out by its silence.
-        let _ = self.out.try_send(Outgoing::Carried(carried));
-    }
-
-    fn flushed(&self) -> Receiver<()> {
-        let (done, wait) = sync_channel(1);
-        let _ = self.out.try_send(Outgoing::Flush(done));
-        wait
-    }
+/// What a frame with this word carries.
+fn carried(word: &Word) -> Vec<u8> {
+    [&[WORD], &encode(word)[..]].concat()
 }
 
 impl Shared {
@@ -335,10 +317,10 @@ impl Shared {
         for peer in &self.peers {
             let silence = lock(&peer.heard).elapsed();
             if silence > self.deadline && !peer.has_left.load(Ordering::SeqCst) {
-                self.stop.set(&Broken::Late {
+                self.stop.set(&Broken::Silent {
                     rank: self.rank,
                     missing: peer.rank,
-                    call: format!("its control link with {}", peer.name),
+                    name: peer.name.clone(),
                     seconds: self.deadline.as_secs(),
                     last: standing(&self.board, peer.rank),
                 });
@@ -379,35 +361,20 @@ impl Told {
 }
 
 /// Writes what is to be said to a peer, and every so often a sign of life.
-fn speak(
-    mut stream: TcpStream,
-    mut close: Seal,
-    outgoing: &Receiver<Outgoing>,
-    beat: Duration,
-    mut told: Told,
-) {
+fn speak(mut stream: TcpStream, mut close: Seal, outbox: &Outbox, beat: Duration, mut told: Told) {
     let mut next = Instant::now() + beat;
     loop {
-        let left = next.saturating_duration_since(Instant::now());
-        let waited = match left.is_zero() {
-            true => Err(RecvTimeoutError::Timeout),
-            false => outgoing.recv_timeout(left),
-        };
-        let carried = match waited {
-            Ok(Outgoing::Carried(carried)) => carried,
-            Ok(Outgoing::Flush(done)) => {
-                let _ = done.try_send(());
-                continue;
-            }
-            Err(RecvTimeoutError::Timeout) => {
+        let carried = match outbox.next(next) {
+            Next::Carried(carried) => carried,
+            Next::Nothing => {
                 next = Instant::now() + beat;
-                [&[WORD], &encode(&told.news())[..]].concat()
+                carried(&told.news())
             }
-            Err(RecvTimeoutError::Disconnected) => return,
+            Next::Closed => return,
         };
         if stream.write_all(&close.close(&carried)).is_err() {
             // That the other end is closed, or silent, is found out by whoever reads.
-            return;
+            return outbox.close();
         }
     }
 }
@@ -419,7 +386,7 @@ fn watch(shared: &Weak<Shared>, every: Duration) {
         std::thread::sleep(every);
         let Some(shared) = shared.upgrade() else { return };
         // Whoever was stopped itself has heard nobody meanwhile.
-        if last.elapsed() > every * 3 {
+        if last.elapsed() > shared.deadline / 2 {
             shared.peers.iter().for_each(|peer| *lock(&peer.heard) = Instant::now());
         }
         last = Instant::now();

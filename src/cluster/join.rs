@@ -5,7 +5,8 @@
 //! 3. Rank 0 makes the run's secret and number, and tells them with its addresses and everybody's names.
 //! 4. Every other rank connects to rank 0 over TCP and shows that it knows the secret; rank 0 shows the same.
 //!
-//! Knows no config: what must be the same on all ranks is a table of texts. Every wait ends at one deadline.
+//! Knows no config: what must be the same on all ranks is a table of texts. Every wait ends at a deadline, and rank 0 tells those
+//! that did answer who did not, for which they wait somewhat longer than it.
 
 use super::control::{Connection, Control};
 use super::link::{Broken, Call, Frame, Lane, Link, Operation};
@@ -89,41 +90,46 @@ pub fn join(
     [deadline, silence]: [Duration; 2],
     stop: Arc<Stop>,
 ) -> Result<Joined, Broken> {
-    let joining = Joining { link, ranks, since: Instant::now(), until: Instant::now() + deadline };
     let rank = link.rank();
-    let (terms, connections) = match rank {
+    // The others wait for rank 0, which waits for the last of them.
+    let longest = if rank == 0 { deadline } else { deadline + deadline / 4 };
+    let joining = Joining { link, ranks, longest, until: Instant::now() + longest };
+    let (terms, (connections, absent)) = match rank {
         0 => joining.lead(own)?,
         _ => {
             let terms = joining.follow(own)?;
             let connection = joining.connect(&terms, own)?;
-            (terms, vec![connection])
+            (terms, (vec![connection], None))
         }
     };
     let board = Arc::clone(link.board());
     let control = Control::new(rank, connections, silence, board, stop);
     let control = control.map_err(|error| joining.failed(format!("control links: {error}")))?;
+    if let Some(absent) = absent {
+        control.stop().set(&absent);
+        return Err(absent);
+    }
     let Terms { names, memory, lack_integers, .. } = terms;
     Ok(Joined { control, names, memory, lack_integers })
 }
 
+/// Connections with others, and who did not come if one did not.
+type Seats = (Vec<Connection>, Option<Broken>);
+
 struct Joining<'a> {
     link: &'a dyn Link,
     ranks: usize,
-    since: Instant,
+    longest: Duration,
     until: Instant,
 }
 
 impl Joining<'_> {
     /// Rank 0's part.
-    fn lead(&self, own: &Ident) -> Result<(Terms, Vec<Connection>), Broken> {
-        let mut idents = vec![own.clone()];
-        for rank in 1..self.ranks {
-            idents.push(self.receive(rank, "who is there")?);
-        }
-        let verdict = match refusal(&idents) {
+    fn lead(&self, own: &Ident) -> Result<(Terms, Seats), Broken> {
+        let verdict = self.idents(own).and_then(|idents| match refusal(&idents) {
             Some(refused) => Err(refused),
             None => self.terms(&idents),
-        };
+        });
         let (answer, verdict) = match verdict {
             Ok((terms, listener)) => (Verdict::Taken(terms.clone()), Ok((terms, listener))),
             Err(refused) => (Verdict::Refused(refused.clone()), Err(refused)),
@@ -134,6 +140,12 @@ impl Joining<'_> {
         let (terms, listener) = verdict?;
         let connections = self.accept(&terms, &listener)?;
         Ok((terms, connections))
+    }
+
+    /// Who is there, by rank.
+    fn idents(&self, own: &Ident) -> Result<Vec<Ident>, Broken> {
+        let others = (1..self.ranks).map(|rank| self.receive(rank, "who is there"));
+        std::iter::once(Ok(own.clone())).chain(others).collect()
     }
 
     /// What every other rank is to know.
@@ -158,7 +170,7 @@ impl Joining<'_> {
     }
 
     /// Takes in everybody who knows the secret.
-    fn accept(&self, terms: &Terms, listener: &TcpListener) -> Result<Vec<Connection>, Broken> {
+    fn accept(&self, terms: &Terms, listener: &TcpListener) -> Result<Seats, Broken> {
         let unready = |error| self.failed(format!("a listener for control links: {error}"));
         listener.set_nonblocking(true).map_err(unready)?;
         let (found, connections) = channel();
@@ -180,11 +192,14 @@ impl Joining<'_> {
                 }
             }
             if Instant::now() >= self.until {
-                let call = format!("joining, for the control link of {}", terms.names[at + 1]);
-                return Err(self.late(at + 1, call));
+                let what = format!("the control link of {}", terms.names[at + 1]);
+                return Ok((
+                    by_rank.into_iter().flatten().collect(),
+                    Some(self.absent(at + 1, what)),
+                ));
             }
         }
-        Ok(by_rank.into_iter().flatten().collect())
+        Ok((by_rank.into_iter().flatten().collect(), None))
     }
 
     /// Another rank's part up to the verdict.
@@ -206,8 +221,8 @@ impl Joining<'_> {
                 if left.is_zero() {
                     let shown: Vec<String> = addresses.iter().map(|a| a.to_string()).collect();
                     let (name, shown) = (&terms.names[0], shown.join(", "));
-                    let call = format!("joining, for an answer of {name} at {shown} ({last})");
-                    return Err(self.late(0, call));
+                    let what = format!("the control link of {name} at {shown} ({last})");
+                    return Err(self.absent(0, what));
                 }
                 match self.introduce(*address, terms, left.min(ONE_ADDRESS)) {
                     Ok(connection) => return Ok(connection),
@@ -255,7 +270,7 @@ impl Joining<'_> {
     fn receive<T: for<'a> Deserialize<'a>>(&self, from: usize, name: &str) -> Result<T, Broken> {
         let call = self.call(name);
         let frame = self.link.take(from, Lane::Groups, &call, self.until)?;
-        let frame = frame.ok_or_else(|| self.late(from, call.to_string()))?;
+        let frame = frame.ok_or_else(|| self.absent(from, format!("word of {name}")))?;
         let unread = |error| self.failed(format!("rank {from} joins with {error}"));
         decode(&frame.bytes).map_err(unread)
     }
@@ -264,9 +279,9 @@ impl Joining<'_> {
         Broken::Failed { rank: self.link.rank(), why, code: 1 }
     }
 
-    fn late(&self, missing: usize, call: String) -> Broken {
-        let (rank, seconds) = (self.link.rank(), (self.until - self.since).as_secs());
-        Broken::Late { rank, missing, call, seconds, last: String::new() }
+    fn absent(&self, missing: usize, what: String) -> Broken {
+        let (rank, seconds) = (self.link.rank(), self.longest.as_secs());
+        Broken::Absent { rank, missing, what, seconds }
     }
 }
 

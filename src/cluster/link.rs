@@ -83,9 +83,9 @@ pub struct Frame {
 /// Why ranks no longer work together. None of them goes on after it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum Broken {
-    /// Ranks did not come in time.
+    /// A rank that others wait for did nothing for too long.
     #[error(
-        "rank {rank} waited {seconds} s in {call} for rank {missing}, which did not come{last}"
+        "rank {rank} waited in {call} for rank {missing}, which made no progress for {seconds} s{last}"
     )]
     Late {
         /// Who waited.
@@ -94,10 +94,39 @@ pub enum Broken {
         missing: usize,
         /// In which call, and who is between the two.
         call: String,
-        /// How long without any progress.
+        /// How long the missing one may do nothing.
         seconds: u64,
-        /// What the missing one was last at, as the end of a sentence; empty where that is not known.
+        /// What it was last at, as the end of a sentence.
         last: String,
+    },
+    /// A rank's process gave no sign of life.
+    #[error("rank {missing}, {name}, gave rank {rank} no sign of life for {seconds} s{last}")]
+    Silent {
+        /// Who listened.
+        rank: usize,
+        /// Who was silent.
+        missing: usize,
+        /// What that one is called.
+        name: String,
+        /// How long.
+        seconds: u64,
+        /// What it was last at, as the end of a sentence.
+        last: String,
+    },
+    /// A rank did not answer while the ranks became a run.
+    #[error(
+        "rank {missing} did not answer rank {rank} within {seconds} s, which waited for {what}; see whether its host can be \
+         reached and its process runs, or raise cluster.deadline_seconds"
+    )]
+    Absent {
+        /// Who waited.
+        rank: usize,
+        /// For whom.
+        missing: usize,
+        /// For what.
+        what: String,
+        /// How long.
+        seconds: u64,
     },
     /// Ranks are at different calls.
     #[error("rank {rank} is at {call}, rank {other} at {theirs}")]

@@ -20,6 +20,7 @@ pub mod mpi;
 mod mpi_calls;
 #[cfg(any(feature = "cuda", test))]
 pub mod nccl;
+mod outbox;
 pub mod pipe;
 pub mod progress;
 pub mod stop;

@@ -144,7 +144,7 @@ impl<C: Communicator> Nccl<C> {
         begin: impl FnOnce(&mut C) -> Result<(), String>,
         end: impl FnOnce(&mut C) -> T,
     ) -> Result<T, Broken> {
-        let mut others = Others::new(&self.below, ranks);
+        let mut others = Others::new(&self.below, ranks, deadline);
         let mut place = self.communicator.lock().unwrap_or_else(|e| e.into_inner());
         let gone = || self.failed(format!("NCCL was ended before {what}"));
         let communicator =
@@ -167,7 +167,7 @@ impl<C: Communicator> Nccl<C> {
             {
                 break self.failed(format!("NCCL failed in {what}: {text}"));
             }
-            if others.stand_still(what, deadline) && error.is_none() {
+            if others.stand_still(what) && error.is_none() {
                 break self.failed(format!("NCCL did not end {what}, {}", others.late(deadline)));
             }
             match others.still.began.elapsed() / 8 {
@@ -198,8 +198,9 @@ struct Others<'a> {
 }
 
 impl<'a> Others<'a> {
-    fn new(link: &'a Arc<dyn Link>, mut ranks: Vec<usize>) -> Others<'a> {
-        let (board, own, still) = (&**link.board(), link.rank(), Stillness::new());
+    fn new(link: &'a Arc<dyn Link>, mut ranks: Vec<usize>, deadline: Duration) -> Others<'a> {
+        let (board, own) = (&**link.board(), link.rank());
+        let still = Stillness::new(board, deadline);
         ranks.sort_unstable();
         ranks.dedup();
         ranks.retain(|rank| *rank != own);
@@ -207,8 +208,8 @@ impl<'a> Others<'a> {
         Others { board, own, ranks, counts, still, told: None }
     }
 
-    /// Whether none of them made progress for the deadline.
-    fn stand_still(&mut self, what: &str, deadline: Duration) -> bool {
+    /// Whether none of them made progress for too long.
+    fn stand_still(&mut self, what: &str) -> bool {
         // What comes soon is not worth telling that it is waited for.
         let is_late = self.still.began.elapsed() > SOON;
         let is_to_tell = self.told.is_none() && is_late;
@@ -225,7 +226,7 @@ impl<'a> Others<'a> {
             self.told = None;
             self.told = Some(self.board.wait_for(self.own, rank, what.to_string()));
         }
-        self.still.lasts(is_changed, deadline)
+        self.still.lasts(is_changed)
     }
 
     /// What they are at, for the end of a sentence.

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 /// A piece of work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,6 +117,8 @@ pub struct Seen {
 /// How far all ranks are.
 pub struct Board {
     ranks: Box<[Progress]>,
+    /// Milliseconds until the others hear of what a rank did.
+    delay: AtomicU64,
 }
 
 #[derive(Default)]
@@ -128,12 +131,24 @@ struct Progress {
 impl Board {
     /// So many ranks that have done nothing.
     pub fn new(ranks: usize) -> Arc<Board> {
-        Arc::new(Board { ranks: (0..ranks).map(|_| Progress::default()).collect() })
+        let ranks = (0..ranks).map(|_| Progress::default()).collect();
+        Arc::new(Board { ranks, delay: AtomicU64::new(0) })
     }
 
     /// How many ranks there are.
     pub fn ranks(&self) -> usize {
         self.ranks.len()
+    }
+
+    /// The others hear of what a rank did so much later at most.
+    pub fn tells_within(&self, delay: Duration) {
+        let whole = delay.as_millis().try_into().unwrap_or(u64::MAX);
+        self.delay.store(whole, Ordering::Relaxed);
+    }
+
+    /// How long a rank may be seen to stand still that may do so for `deadline`.
+    pub fn patience(&self, deadline: Duration) -> Duration {
+        deadline.saturating_add(Duration::from_millis(self.delay.load(Ordering::Relaxed)))
     }
 
     /// Counts a piece of work.

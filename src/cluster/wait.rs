@@ -4,7 +4,7 @@
 //! rank at the end of the waits. So a deadline says how long a rank may stand still, not how long its work may take, and
 //! who is named is the one that is stuck, not one that waits for it.
 //!
-//! Invariant: a wait ends at the deadline after the last change that could be seen of those that are waited for.
+//! Invariant: a wait ends at the deadline after the last change of those that are waited for, and the time that news of one takes.
 
 use super::link::{Broken, Call, Frame, Lane, Link};
 use super::progress::{Board, Work};
@@ -28,7 +28,7 @@ pub(super) fn receive<L: Link + ?Sized>(
         board.made(rank, Work::Take);
         Ok(frame)
     };
-    let mut clock = Clock::new(board, rank, from);
+    let mut clock = Clock::new(board, rank, from, deadline);
     // What comes soon is not worth telling that it is waited for.
     if let Some(frame) = link.take(from, lane, call, clock.still.began + look)? {
         return took(frame);
@@ -40,7 +40,7 @@ pub(super) fn receive<L: Link + ?Sized>(
             drop(told);
             return took(frame);
         }
-        if clock.stands_still(deadline) {
+        if clock.stands_still() {
             return Err(clock.late(call, deadline));
         }
     }
@@ -51,25 +51,26 @@ pub(super) struct Stillness {
     pub(super) began: Instant,
     since: Instant,
     looked: Instant,
+    longest: Duration,
 }
 
 impl Stillness {
-    /// From now on.
-    pub(super) fn new() -> Stillness {
+    /// From now on; ranks may stand still for `deadline`.
+    pub(super) fn new(board: &Board, deadline: Duration) -> Stillness {
         let now = Instant::now();
-        Stillness { began: now, since: now, looked: now }
+        Stillness { began: now, since: now, looked: now, longest: board.patience(deadline) }
     }
 
-    /// Whether there was no change for the deadline, at a look that found one or not.
-    pub(super) fn lasts(&mut self, is_changed: bool, deadline: Duration) -> bool {
+    /// Whether it has lasted too long, at a look that found a change or not.
+    pub(super) fn lasts(&mut self, is_changed: bool) -> bool {
         let now = Instant::now();
         // Whoever was stopped itself has seen nobody meanwhile.
-        let was_away = now - self.looked > deadline / 2;
+        let was_away = now - self.looked > self.longest / 2;
         if is_changed || was_away {
             self.since = now;
         }
         self.looked = now;
-        now - self.since >= deadline
+        now - self.since >= self.longest
     }
 }
 
@@ -84,16 +85,16 @@ struct Clock<'a> {
 }
 
 impl Clock<'_> {
-    fn new(board: &Board, rank: usize, from: usize) -> Clock<'_> {
-        let still = Stillness::new();
+    fn new(board: &Board, rank: usize, from: usize, deadline: Duration) -> Clock<'_> {
+        let still = Stillness::new(board, deadline);
         Clock { board, rank, from, chain: chain(board, rank, from), still }
     }
 
-    /// Whether there was no change for the deadline.
-    fn stands_still(&mut self, deadline: Duration) -> bool {
+    /// Whether there was no change for too long.
+    fn stands_still(&mut self) -> bool {
         let now = chain(self.board, self.rank, self.from);
         let before = std::mem::replace(&mut self.chain, now);
-        self.still.lasts(before != self.chain, deadline)
+        self.still.lasts(before != self.chain)
     }
 
     /// Names the one at the end of the waits.

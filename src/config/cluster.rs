@@ -25,7 +25,8 @@ pub struct ClusterConfig {
     /// What carries the long payloads of exchanges between the ranks of a group.
     pub backend: Backend,
     /// Seconds without progress (not one layer, tensor, piece of a file or frame) after which a rank that others wait for is
-    /// named and the run stops; so also a process that is silent for as long. Work that goes on takes as long as it takes.
+    /// named and the run stops (news of progress take up to half a second between processes, which are waited for, too); so also
+    /// a process that is silent for as long. Work that goes on takes as long as it takes.
     pub deadline_seconds: u64,
     /// The layout of sampling.
     pub rollout: RolloutLayout,

@@ -155,7 +155,7 @@ fn a_host_that_no_longer_answers_is_named_at_the_deadline() {
     // mpirun itself waits for its daemon on the other host, which hears nothing.
     hosts.end_all();
     let said = text(&child.wait_with_output().unwrap());
-    for part in ["rank 0 of 2 ends: rank 0 waited 2 s in", "for rank 1, which did not come"] {
+    for part in ["rank 0 of 2 ends: rank", "rank 1", "for 2 s; "] {
         assert!(said.contains(part), "{said}");
     }
 }

@@ -70,6 +70,23 @@ fn a_rank_that_stands_still_is_named_on_all_others_with_what_it_did_last() {
 }
 
 #[test]
+fn what_is_told_late_is_waited_for() {
+    let call = &Call {
+        name: "step 7".into(),
+        operation: Operation::Pass,
+        number: 0,
+        elements: 0,
+        width: 1,
+    };
+    let links = Local::new(2);
+    links[0].board().tells_within(DEADLINE);
+    let began = Instant::now();
+    let why = links[0].receive(1, Lane::Up(0), call, DEADLINE).unwrap_err();
+    assert!(matches!(why, Broken::Late { missing: 1, .. }), "{why}");
+    assert!(began.elapsed() >= 2 * DEADLINE, "{:?}", began.elapsed());
+}
+
+#[test]
 fn who_waits_for_a_rank_that_is_stuck_is_not_the_one_that_is_named() {
     // Rank 0 waits for rank 1 in a call of theirs, rank 1 for rank 2 in another.
     let links: Vec<Arc<dyn Link>> =
@@ -84,7 +101,9 @@ fn who_waits_for_a_rank_that_is_stuck_is_not_the_one_that_is_named() {
         [first.join().unwrap(), between.join().unwrap()]
     });
     assert_eq!(errors[0], errors[1], "all are told the same");
-    for part in ["gradients for rank 1, which waits in", "tokens for rank 2, which did not come"] {
+    for part in
+        ["gradients for rank 1, which waits in", "tokens for rank 2, which made no progress for"]
+    {
         assert!(errors[0].contains(part), "{}", errors[0]);
     }
     assert!(errors[0].ends_with("it has done nothing yet"), "{}", errors[0]);

@@ -261,8 +261,9 @@ impl Seats {
     ) -> Result<Vec<Box<dyn Staff>>> {
         let (link, run) = (link.clone(), setup.folders.run.clone());
         let budget = setup.config.engine.budget.map(|bytes| bytes.0);
-        let notes =
-            Arc::new(Notes::open(setup.console, &run, self.desks(), setup.limits.mailbox, budget)?);
+        let (mailbox, is_launched) = (setup.limits.mailbox, setup.mail.is_some());
+        let notes = Notes::open(setup.console, &run, self.desks(), mailbox, budget, is_launched)?;
+        let notes = Arc::new(notes);
         let groups = self.rollout_generator.port(self.worker.desk());
         let crew = self.ranks.crew(self.worker.desk());
         let config = Arc::clone(&setup.config);

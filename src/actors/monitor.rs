@@ -87,13 +87,15 @@ struct Open {
 }
 
 impl Notes {
-    /// Opens the journal of the run in `folder`; without a console mode nothing is kept.
+    /// Opens the journal of the run in `folder`; without a console mode nothing is kept. `is_launched` says whether the process
+    /// is one of several.
     pub fn open(
         mode: Option<ConsoleMode>,
         folder: &Path,
         desks: Vec<Arc<Desk>>,
         mailbox: usize,
         budget: Option<u64>,
+        is_launched: bool,
     ) -> Result<Notes> {
         let open = match mode {
             None => None,
@@ -101,7 +103,8 @@ impl Notes {
                 let path = folder.join(JOURNAL_FILE);
                 let journal = Journal::open(&path)?;
                 let mut board = Board { memory_budget: budget, ..Board::new(folder) };
-                let mut plain = (mode != ConsoleMode::Off).then(|| Plain::stdout(folder));
+                let mut plain =
+                    (mode != ConsoleMode::Off).then(|| Plain::stdout(folder, is_launched));
                 for event in read_events(&path)? {
                     board.take(&event);
                     if let Some(plain) = &mut plain {

@@ -121,7 +121,8 @@ impl RankSeats {
     ) -> Result<Vec<Box<dyn Staff>>> {
         let mail = Arc::clone(self.mail.as_ref().expect("an outpost has mail"));
         // Nothing is kept here: the journal is rank 0's.
-        let notes = Notes::open(None, &setup.folders.run, Vec::new(), setup.limits.mailbox, None)?;
+        let (run, mailbox) = (&setup.folders.run, setup.limits.mailbox);
+        let notes = Notes::open(None, run, Vec::new(), mailbox, None, true)?;
         let (notes, link) = (Arc::new(notes), link.clone());
         let groups: Port<AcceptGroup> = self.deputy.port(seats.worker.desk());
         let ports = DeputyPorts {

@@ -11,6 +11,7 @@ use super::text::{duration, figure, fitted, visible, wrapped};
 use crate::config::fault::START_AGAIN;
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::os::unix::process::parent_id;
 use std::path::{Path, PathBuf};
 
 /// One column less than a terminal has, so that no line wraps.
@@ -54,9 +55,11 @@ impl Plain {
         }
     }
 
-    /// To standard output.
-    pub fn stdout(run_dir: &Path) -> Plain {
-        let terminal = rustix::termios::isatty(rustix::stdio::stdout());
+    /// To standard output. Who launches several processes gives each a terminal of its own and passes on what comes there, be
+    /// it into a file: where the launcher itself writes to decides.
+    pub fn stdout(run_dir: &Path, is_launched: bool) -> Plain {
+        let own = rustix::termios::isatty(rustix::stdio::stdout());
+        let terminal = own && (!is_launched || is_terminal(&output_of(parent_id())));
         Plain::new(Box::new(std::io::stdout()), terminal, run_dir)
     }
 
@@ -303,6 +306,16 @@ impl Plain {
                 self.out.write_all(text.as_bytes()).and_then(|()| self.out.flush()).is_err();
         }
     }
+}
+
+/// What a process writes to, as far as the system tells.
+fn output_of(process: u32) -> PathBuf {
+    std::fs::read_link(format!("/proc/{process}/fd/1")).unwrap_or_default()
+}
+
+fn is_terminal(device: &Path) -> bool {
+    let name = device.to_string_lossy();
+    ["/dev/pts/", "/dev/tty", "/dev/console"].iter().any(|kind| name.starts_with(kind))
 }
 
 impl Drop for Plain {

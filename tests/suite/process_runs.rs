@@ -186,6 +186,18 @@ fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
     }
 }
 
+#[test]
+fn what_mpirun_passes_on_into_a_log_is_lines_without_a_bar() {
+    let folder = TempDir::new().unwrap();
+    let mut words = rank(&program(), &folder.path().join("run"), &["cluster.data=2"], &[]);
+    words.iter_mut().filter(|word| *word == "off").for_each(|word| *word = "plain".to_string());
+    let mut shown = mpirun(2, &[]);
+    shown.args(words);
+    // Each process has a terminal of mpirun's.
+    let text = text(&done(shown));
+    assert!(text.contains("\nbase 20/20  loss ") && !text.contains("]   0%"), "{text}");
+}
+
 /// One process after the other dies before its job and is named; the same command goes on to the same end as `rest` says:
 /// over so many processes, with these settings. Tells how many steps were computed again after the last death.
 pub fn check_deaths(settings: &[&str], deaths: &[Death], rest: (usize, &[&str])) -> u64 {

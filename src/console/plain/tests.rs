@@ -179,6 +179,19 @@ fn the_time_left_of_a_resumed_stage_counts_only_what_this_process_saw() {
 }
 
 #[test]
+fn a_launcher_s_terminal_is_told_from_a_file() {
+    for device in ["/dev/pts/3", "/dev/tty1", "/dev/console"] {
+        assert!(is_terminal(Path::new(device)), "{device}");
+    }
+    for device in ["", "/tmp/log", "pipe:[31]", "socket:[31]", "/dev/null"] {
+        assert!(!is_terminal(Path::new(device)), "{device}");
+    }
+    let own = std::fs::read_link("/proc/self/fd/1").unwrap();
+    assert_eq!(output_of(std::process::id()), own);
+    assert_eq!(output_of(0), PathBuf::new());
+}
+
+#[test]
 fn a_failed_run_says_why() {
     let mut events = events();
     events.pop();

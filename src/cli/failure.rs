@@ -31,6 +31,15 @@ pub fn exit_code(error: &anyhow::Error) -> u8 {
     error.chain().find_map(cause_code).unwrap_or(1)
 }
 
+/// An error of these words that ends the program with this code.
+pub fn with_code(words: &str, code: u8) -> anyhow::Error {
+    match code {
+        2 => Fault::user(words),
+        4 => Fault::resources(words),
+        _ => anyhow::Error::msg(words.to_string()),
+    }
+}
+
 fn cause_code(cause: &(dyn std::error::Error + 'static)) -> Option<u8> {
     if let Some(fault) = cause.downcast_ref::<Fault>() {
         return Some(fault.exit_code());

@@ -64,6 +64,27 @@ impl Launched {
         Some(Launched { local, ..launched.clone() })
     }
 
+    /// What was typed before the program to start these processes, as far as it can be known: all of it under mpirun, where the
+    /// processes are alike; else who starts how many.
+    pub fn prefix(&self) -> Vec<String> {
+        let own: Vec<String> = std::env::args().collect();
+        let parent = rustix::process::getppid().map(|pid| pid.as_raw_nonzero().get());
+        let typed = parent.and_then(|pid| std::fs::read(format!("/proc/{pid}/cmdline")).ok());
+        let typed =
+            typed.map(|line| String::from_utf8_lossy(&line).into_owned()).unwrap_or_default();
+        let typed: Vec<&str> = typed.trim_end_matches('\0').split('\0').collect();
+        before(&own, &typed).unwrap_or_else(|| self.plain_prefix(&|name| std::env::var(name).ok()))
+    }
+
+    fn plain_prefix(&self, variable: &dyn Fn(&str) -> Option<String>) -> Vec<String> {
+        let mut words = vec![self.by.to_string()];
+        // What srun was told, or its cluster is set to, of how processes find each other.
+        let how = variable("SLURM_MPI_TYPE").filter(|how| self.by == "srun" && how != "none");
+        words.extend(how.map(|how| format!("--mpi={how}")));
+        words.extend(["-n".to_string(), self.processes.to_string()]);
+        words
+    }
+
     /// What this rank says of a mistake that it finds before it has joined the others: rank 0 as it is, any other one
     /// so much later, with its name.
     pub fn words(&self, mistake: Error, later: Duration) -> Error {
@@ -91,6 +112,29 @@ impl Launched {
             ))),
         }
     }
+}
+
+#[cfg(feature = "mpi")]
+/// What the launcher calls this start of processes; nothing if it has no name for it.
+pub fn job() -> String {
+    let named = ["PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "SLURM_JOB_ID"];
+    named.iter().find_map(|name| std::env::var(name).ok()).unwrap_or_default()
+}
+
+/// Names of mpirun; Open MPI 5 goes on as prterun, which stands beside it.
+const MPIRUN: [&str; 4] = ["mpirun", "mpiexec", "orterun", "prterun"];
+
+/// The words before this program's own in the command line of an mpirun; `None` if that line is another's, or starts
+/// other processes too.
+fn before(own: &[String], typed: &[&str]) -> Option<Vec<String>> {
+    let (launcher, program) = (typed.first()?, typed.len().checked_sub(own.len())?);
+    let name = launcher.rsplit('/').next()?;
+    if !MPIRUN.contains(&name) || program == 0 || typed[program..] != *own || typed.contains(&":") {
+        return None;
+    }
+    let mut words: Vec<String> = typed[..program].iter().map(|word| word.to_string()).collect();
+    words[0] = launcher.replace("prterun", "mpirun");
+    Some(words)
 }
 
 /// How many processes are on a host, of a list such as "4" or, of several hosts, "4(x2),3".
@@ -128,6 +172,38 @@ mod tests {
         let hydra = read(&[("PMI_SIZE", "2"), ("PMI_RANK", "0")]).unwrap();
         assert_eq!((hydra.by, hydra.rank, hydra.processes, hydra.local), ("mpiexec", 0, 2, 1));
         assert_eq!(read(&SLURM), Some(Launched { by: "srun", rank: 9, processes: 11, local: 3 }));
+    }
+
+    #[test]
+    fn the_words_before_the_program_are_those_of_its_own_mpirun() {
+        let own = ["target/rehearsal", "run", "a.toml"].map(String::from);
+        let of = |line: &str| before(&own, &line.split(' ').collect::<Vec<_>>());
+        let words = |line: &str| Some(line.split(' ').map(String::from).collect::<Vec<_>>());
+        let line = "mpirun --oversubscribe -n 4 env X=1";
+        assert_eq!(of(&format!("{line} target/rehearsal run a.toml")), words(line));
+        let five = of("/opt/bin/prterun --with-ft ulfm -n 2 target/rehearsal run a.toml");
+        assert_eq!(five, words("/opt/bin/mpirun --with-ft ulfm -n 2"));
+        for other in [
+            "mpirun -n 1 target/rehearsal run a.toml : -n 1 target/rehearsal run a.toml",
+            "mpirun -n 1 target/rehearsal run b.toml",
+            "bash target/rehearsal run a.toml",
+            "target/rehearsal run a.toml",
+            "slurmstepd: [15.0]",
+            "",
+        ] {
+            assert_eq!(of(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn without_its_words_a_launcher_starts_as_many_by_what_srun_was_told() {
+        let shown = |by, how: Option<&str>| {
+            let launched = Launched { by, rank: 0, processes: 2, local: 2 };
+            launched.plain_prefix(&|_| how.map(String::from)).join(" ")
+        };
+        assert_eq!(shown("srun", Some("pmix")), "srun --mpi=pmix -n 2");
+        assert_eq!(shown("srun", Some("none")), "srun -n 2");
+        assert_eq!(shown("mpirun", Some("pmix")), "mpirun -n 2");
     }
 
     /// What a task of `srun -N 3 -n 11` has on its last host, as the manual of srun tells of its output environment.

@@ -13,6 +13,8 @@ pub mod check;
 mod check_report;
 mod launch;
 mod machine;
+#[cfg(any(test, feature = "mpi"))]
+mod presence;
 mod ranks;
 pub mod run;
 pub mod run_folder;

@@ -85,7 +85,7 @@ impl Ranks {
                 let told = self.control().stop().why();
                 // Every rank says the same words; which of them says it is worth knowing.
                 let ends = format!("rank {rank} of {} ends", self.names.len());
-                Err(echoed(rank, told).unwrap_or(error).context(ends))
+                Err(echoed(rank, told).unwrap_or(own_words(rank, error)).context(ends))
             }
             other => other,
         };
@@ -94,15 +94,20 @@ impl Ranks {
     }
 }
 
+/// A rank's own failure, which comes back from rank 0 with this rank's name, without it.
+fn own_words(rank: usize, error: Error) -> Error {
+    let text = format!("{error:#}");
+    match text.strip_prefix(&format!("rank {rank}: ")) {
+        Some(words) => super::failure::with_code(words, super::failure::exit_code(&error)),
+        None => error,
+    }
+}
+
 /// The few words of a rank that ends because another failed: that one and rank 0 tell why, at length, and a screen has few lines.
 fn echoed(rank: usize, told: Option<Broken>) -> Option<Error> {
     let Some(Broken::Failed { rank: failed, code, .. }) = told else { return None };
     let words = format!("rank {failed} failed");
-    (rank != 0 && rank != failed).then(|| match code {
-        2 => Fault::user(words),
-        4 => Fault::resources(words),
-        _ => Error::msg(words),
-    })
+    (rank != 0 && rank != failed).then(|| super::failure::with_code(&words, code))
 }
 
 /// The layouts in which those that train and those that only sample do the latter.
@@ -175,10 +180,13 @@ fn flatten(path: &str, value: &Value, table: &mut BTreeMap<String, String>) {
 #[cfg(feature = "mpi")]
 mod over_mpi {
     use super::super::backend::connect;
+    use super::super::launch;
+    use super::super::presence::{Presence, clear};
     use super::*;
     use crate::cluster::{Ident, Joined, Link, Mpi, Stop, join};
     use anyhow::Context;
     use rehearsal_kernels::{Arena, CpuKernels, Kernels};
+    use std::path::Path;
     use std::time::Duration;
 
     /// What a person is told of the processes of these names, and what they agreed on.
@@ -198,6 +206,26 @@ mod over_mpi {
         lines.join("\n")
     }
 
+    /// Starts MPI; who it waits for in vain is named, by every rank.
+    fn started(
+        launched: &Launched,
+        own: &Ident,
+        out: &Path,
+        (deadline, stop): (Duration, &Arc<Stop>),
+    ) -> Result<Arc<Mpi>> {
+        let ranks = [launched.rank, launched.processes];
+        let presence = Presence::begin(out, ranks, deadline, [launch::job(), own.name()]);
+        match Mpi::start(deadline, Arc::clone(stop)) {
+            Ok(mpi) => {
+                presence.end();
+                Ok(mpi)
+            }
+            Err(why) => Err(presence
+                .explain(why)
+                .context(format!("rank {} of {} ends", ranks[0], ranks[1]))),
+        }
+    }
+
     impl Ranks {
         /// Joins the other processes, which must have the same binary and the same config.
         pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
@@ -215,7 +243,7 @@ mod over_mpi {
                 lacks_integers: !CpuKernels::new(1, Arena::new(None)).multiplies_integers(),
             };
             let stop = Arc::new(Stop::default());
-            let mpi = Mpi::start(deadline, Arc::clone(&stop)).map_err(anyhow::Error::msg)?;
+            let mpi = started(launched, &own, Path::new(out), (deadline, &stop))?;
             let refused = |why: Broken| match why {
                 Broken::Failed { code: 2, .. } => Fault::user(why.to_string()),
                 why => anyhow::Error::new(why),
@@ -228,8 +256,11 @@ mod over_mpi {
                      the MPI that it was built with"
                 )));
             }
-            let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop).map_err(refused)?;
-            let Joined { control, names, memory, lack_integers } = joined;
+            let joined = join(mpi.as_ref(), ranks, &own, [deadline; 2], stop);
+            if mpi.rank() == 0 {
+                clear(Path::new(out));
+            }
+            let Joined { control, names, memory, lack_integers } = joined.map_err(refused)?;
             let note = without_integers(loaded, &lack_integers, &names);
             let sampling = if mpi.rank() < mesh.ranks() { trainers } else { samplers_layout };
             let mut team = Team {
@@ -293,6 +324,14 @@ mod tests {
         assert_eq!(super::super::failure::exit_code(&other), 4);
         let gone = Broken::Gone { rank: 0, gone: 2, call: "its control link".to_string() };
         assert!(echoed(1, Some(gone)).is_none() && echoed(1, None).is_none());
+    }
+
+    #[test]
+    fn a_rank_names_itself_once_in_a_failure_of_its_own() {
+        let own = own_words(3, Fault::resources("rank 3: no room left"));
+        assert_eq!(own.to_string(), "no room left");
+        assert_eq!(super::super::failure::exit_code(&own), 4);
+        assert_eq!(own_words(0, Fault::user("rank 3: no")).to_string(), "rank 3: no");
     }
 
     #[test]

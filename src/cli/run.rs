@@ -193,10 +193,11 @@ fn follow(out: PathBuf, loaded: Loaded, ranks: &Ranks) -> Result<()> {
 /// The command that goes on with the run: the same config, whatever else was typed.
 fn resume_command(args: &RunArgs, out: &Path, launched: Option<&Launched>) -> TypedCommand {
     let text = |path: &Path| path.to_string_lossy().into_owned();
-    let mut words: Vec<String> = launched.map_or(Vec::new(), |launched| {
-        vec![launched.by.to_string(), "-n".to_string(), launched.processes.to_string()]
-    });
-    words.extend(["rehearsal".to_string(), "run".to_string(), text(&args.config)]);
+    // mpirun looks for the program where it was found before, and not for an installed one.
+    let mut words = launched.map_or(Vec::new(), Launched::prefix);
+    let program = launched.and_then(|_| std::env::args().next());
+    words.push(program.unwrap_or_else(|| "rehearsal".to_string()));
+    words.extend(["run".to_string(), text(&args.config)]);
     for assignment in &args.set {
         words.extend(["--set".to_string(), assignment.clone()]);
     }

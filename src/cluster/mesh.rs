@@ -50,7 +50,7 @@ pub enum MeshError {
     /// The processes that were started are not as many as the layout has ranks.
     #[error(
         "cluster.data = {data} times cluster.pipeline = {pipeline} is {wanted}, and {ranks} processes were started; start \
-         {wanted} (mpirun -n {wanted}), or set cluster.data = {data_that_fits}"
+         {wanted} (-n {wanted}), or set cluster.data = {data_that_fits}"
     )]
     Ranks {
         /// D.

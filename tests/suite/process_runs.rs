@@ -5,9 +5,7 @@
 //! whether the run did.
 
 use crate::mpirun::{mpirun, text};
-use crate::runs::{
-    done, events, finished, least_budget, rehearsal, said, smoke_with, steps, wait_for,
-};
+use crate::runs::{done, events, finished, least_budget, rehearsal, smoke_with, steps, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
@@ -38,14 +36,6 @@ pub fn program() -> PathBuf {
 pub fn over(ranks: usize, out: &Path, settings: &[&str]) -> Command {
     let mut command = mpirun(ranks, &[]);
     command.args(rank(&program(), out, settings, &[]));
-    command
-}
-
-/// The same over two, the second of which is started by `second`, words before its program included.
-fn over_two(out: &Path, settings: &[&str], second: Vec<String>) -> Command {
-    let mut command = mpirun(1, &[]);
-    command.args(rank(&program(), out, settings, &[]));
-    command.args([":", "-n", "1"]).args(second);
     command
 }
 
@@ -87,7 +77,7 @@ fn alive(out: &Path) -> Vec<u32> {
     std::fs::read_dir("/proc").unwrap().filter_map(own).collect()
 }
 
-fn check_nothing_is_left(out: &Path) {
+pub fn check_nothing_is_left(out: &Path) {
     let until = Instant::now() + PATIENCE;
     while !alive(out).is_empty() {
         assert!(Instant::now() < until, "processes are left behind: {:?}", alive(out));
@@ -241,7 +231,11 @@ fn check_says_how_to_go_on(out: &Path, gone: usize) {
     assert!(end["reason"].as_str().unwrap().contains(&format!("rank {gone} is gone")), "{end}");
     let status = rehearsal(&["status", out.to_str().unwrap()]).output().unwrap();
     let status = String::from_utf8_lossy(&status.stdout).into_owned();
-    assert!(status.contains("go on with: mpirun -n 2 rehearsal run"), "{status}");
+    assert!(
+        status.contains("go on with: mpirun -n 2 ")
+            && status.contains("/rehearsal run configs/smoke.toml"),
+        "{status}"
+    );
 }
 
 #[test]
@@ -356,14 +350,21 @@ fn ctrl_c_ends_all_processes_after_a_commit_and_the_command_goes_on() {
     check_failed(
         &output,
         &out,
-        &["is committed; go on with", "mpirun -n 2 rehearsal run", "--resume"],
+        &["is committed; go on with\n", "--oversubscribe -n 2 ", "--resume"],
     );
+    let said = text(&output);
+    let go_on = said.lines().skip_while(|line| !line.ends_with("go on with")).nth(1).unwrap();
     let (last, commit) = (steps(&out).pop().unwrap(), events(&out, "commit").pop().unwrap());
     assert_eq!((&commit["stage"], &commit["step"]), (&last["stage"], &last["step"]));
     assert_eq!(events(&out, "end").pop().unwrap()["state"], "stopped");
 
     let stopped = steps(&out).len();
-    let mut again = over(2, &out, &settings).spawn().unwrap();
+    // As it was said, options of mpirun included.
+    let mut again = Command::new("sh");
+    again.args(["-c", &format!("exec {}", go_on.trim())]).stdout(Stdio::null());
+    let plain = mpirun(2, &[]);
+    again.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+    let mut again = again.current_dir(env!("CARGO_MANIFEST_DIR")).spawn().unwrap();
     let until = Instant::now() + PATIENCE;
     while steps(&out).len() == stopped {
         assert!(Instant::now() < until && again.try_wait().unwrap().is_none(), "it does not go on");
@@ -393,62 +394,6 @@ fn a_process_without_instructions_for_integers_has_all_of_them_sample_from_f32()
     let told = events(&out, "run").pop().unwrap()["processes"].as_str().unwrap().to_string();
     let told: Vec<&str> = told.lines().filter(|line| line.starts_with("rank 1, process")).collect();
     assert!(told.len() == 1 && told[0].ends_with("all ranks sample from f32 weights"), "{told:?}");
-}
-
-#[test]
-fn another_binary_or_config_on_one_process_is_refused_on_all_of_them() {
-    let folder = TempDir::new().unwrap();
-    let (out, other) = (folder.path().join("run"), folder.path().join("other-rehearsal"));
-    let settings = ["cluster.data=2"];
-    let mut binary = std::fs::read(program()).unwrap();
-    binary.extend_from_slice(b"changed");
-    std::fs::write(&other, binary).unwrap();
-    std::fs::set_permissions(&other, std::fs::metadata(program()).unwrap().permissions()).unwrap();
-    let second = rank(&other, &out, &settings, &[]);
-    let output = over_two(&out, &settings, second).output().unwrap();
-    check_failed(&output, &out, &["rank 1: process", "its binary has the hash"]);
-    let second = rank(&program(), &out, &settings, &["stage.base.optimizer.learning_rate=0.5"]);
-    let output = over_two(&out, &settings, second).output().unwrap();
-    check_failed(
-        &output,
-        &out,
-        &["rank 1: process", "learning_rate = 0.5 instead of", "its config has the hash"],
-    );
-    let mut second = rank(&program(), &out, &settings, &[]);
-    second[2] = "configs/not-on-this-host.toml".to_string();
-    let output = over_two(&out, &settings, second).output().unwrap();
-    check_failed(&output, &out, &["rank 1 of 2 on ", "configs/not-on-this-host.toml: cannot be"]);
-    assert!(!out.exists(), "nothing was begun");
-}
-
-#[test]
-fn processes_that_the_layout_does_not_divide_are_refused_and_a_finished_run_ends_at_once() {
-    let folder = TempDir::new().unwrap();
-    let out = folder.path().join("run");
-    let output = over(2, &out, &["cluster.data=3"]).output().unwrap();
-    check_failed(&output, &out, &["is 3, and 2 processes were started", "set cluster.data = 2"]);
-    assert_eq!(text(&output).matches("error: ").count(), 1, "said once: {}", text(&output));
-    crate::runs::copy(finished(), &out);
-    let mut again = over(2, &out, &["cluster.data=2"]);
-    again.arg("--resume");
-    done(again);
-    check_nothing_is_left(&out);
-}
-
-#[test]
-fn a_process_by_itself_starts_no_mpi() {
-    let folder = TempDir::new().unwrap();
-    let out = folder.path().join("run");
-    let mut child = smoke_with(&out, &["stage.base.steps=5000"]).spawn().unwrap();
-    wait_for(&mut child, &out, "step");
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", child.id())).unwrap();
-    child.kill().unwrap();
-    child.wait().unwrap();
-    // The library is linked, but has loaded none of the components that it starts with.
-    assert!(maps.contains("libmpi.so") && !maps.contains("/mca_"), "MPI was started");
-    let mut check = rehearsal(&["check", "configs/smoke.toml", "--plan-only"]);
-    let output = check.output().unwrap();
-    assert!(output.status.success(), "{}", said(&output));
 }
 
 #[test]

@@ -242,6 +242,8 @@ fn the_readmes_tree_is_the_tree() {
             p.ends_with(".rs")
                 || p.ends_with(".cu")
                 || p.ends_with(".toml") && p.starts_with("configs/")
+                || p.starts_with("docs/")
+                || p.starts_with(".ci/")
         })
         .filter(|p| root().join(p).exists())
         .map(str::to_string)
@@ -254,6 +256,22 @@ fn the_readmes_tree_is_the_tree() {
         .map(|p| format!("{p} is in the README's tree only"))
         .collect();
     assert_none(missing.into_iter().chain(dead).collect());
+}
+
+#[test]
+fn links_between_pages_lead_to_files() {
+    let pages = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benches/peers/README.md"]
+        .map(|page| root().join(page));
+    let mut faults = Vec::new();
+    for page in pages.into_iter().chain(files("docs", "md")) {
+        let text = read(&page);
+        let targets = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+        let is_dead = |target: &&str| {
+            !target.is_empty() && !target.contains("://") && !page.with_file_name(target).exists()
+        };
+        faults.extend(targets.filter(is_dead).map(|to| format!("{}: no {to}", relative(&page))));
+    }
+    assert_none(faults);
 }
 
 /// Paths of a tree drawn by indentation: two blanks a level, folders end with a slash, a purpose follows.

@@ -26,7 +26,7 @@ use crate::config::engine::{AttentionForm, Prefill};
 use crate::config::fault::Fault;
 use crate::config::routing::Balance;
 use crate::config::{EngineConfig, ModelConfig};
-use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, Transformer};
+use crate::model::{Gradients, LatentCache, PackFor, PackedModel, Params, PassError, Transformer};
 use crate::train::job::{StepReport, TrainJob};
 use crate::train::ranks::{experts_of, part_of};
 use crate::train::step::{StepSettings, Trainee, examples_at_once, train_step};
@@ -348,7 +348,7 @@ impl HybridEngine {
         state.first.put_changed(optimizer.first);
         state.second.put_changed(optimizer.second);
         policy.weights.put_changed(params.slab);
-        let mut report = report.map_err(|error| grown(interrupted(error), job))?;
+        let mut report = report.map_err(|error| ended(error, job))?;
         if report.micro_batch < examples_at_once(&items, micro_batch, &self.setup.team) {
             self.fitting = report.micro_batch;
         }
@@ -413,13 +413,15 @@ impl HybridEngine {
     }
 }
 
-/// Says what else helps where a group of rollouts did not fit.
-fn grown(error: anyhow::Error, job: &TrainJob) -> anyhow::Error {
-    match job {
-        TrainJob::Grpo { share_prompts: true, .. } => Fault::resources(format!(
-            "{error}; or set share_prompts = false in the stage: then rollouts of a group go through one by one"
-        )),
-        _ => error,
+/// Why a step ended early, and what else helps where a group of rollouts did not fit.
+fn ended(error: PassError, job: &TrainJob) -> anyhow::Error {
+    match (error, job) {
+        (PassError::Memory(error), TrainJob::Grpo { share_prompts: true, .. }) => {
+            Fault::resources(format!(
+                "{error}; or set share_prompts = false in the stage: then rollouts of a group go through one by one"
+            ))
+        }
+        (error, _) => interrupted(error),
     }
 }
 
@@ -435,5 +437,35 @@ impl Drop for HybridEngine {
         if let Some(parent) = self.setup.spill.parent().filter(|parent| parent.ends_with("spill")) {
             let _ = std::fs::remove_dir(parent);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::stage::{LengthNorm, RatioLevel};
+    use crate::engine::phase::GrpoSettings;
+    use rehearsal_kernels::DType;
+
+    #[test]
+    fn a_lost_rank_is_no_want_of_memory_whatever_is_trained_on() {
+        let settings = GrpoSettings {
+            clip: 0.2,
+            kl_weight: 0.0,
+            temperature: 1.0,
+            ratio_level: RatioLevel::Token,
+            length_norm: LengthNorm::PerOutput,
+            max_new_tokens: 8,
+            importance_limit: None,
+        };
+        let job = TrainJob::Grpo { groups: vec![], settings, micro_batch: 0, share_prompts: true };
+        let gone = Broken::Gone { rank: 0, gone: 2, call: "figures".to_string() };
+        let error = ended(PassError::Ranks(gone.clone()), &job);
+        assert_eq!(error.downcast_ref(), Some(&gone));
+        let arena = Arena::new(Some(1 << 12));
+        let full = arena.buffer(arena.owner("x", Kind::Weights), DType::F32, 1 << 12, 1).err();
+        let error = ended(PassError::Memory(full.unwrap()), &job);
+        assert!(matches!(error.downcast_ref(), Some(Fault::Resources(_))), "{error}");
+        assert!(error.to_string().contains("share_prompts = false"), "{error}");
     }
 }

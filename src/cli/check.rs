@@ -2,7 +2,7 @@
 
 use super::check_report::{CheckReport, timeline};
 use super::command::{Threads, cores, warned};
-use super::machine::{free_memory, measured_products};
+use super::machine::{FreeMemory, measured_products};
 use super::output::{say, say_json};
 use crate::actors::check_stage_data;
 use crate::checkpoint::{TensorFolder, read_model_config};
@@ -67,7 +67,7 @@ fn hours(text: &str) -> Result<f64, String> {
 
 /// Checks and reports.
 pub fn run(args: CheckArgs) -> Result<()> {
-    let report = report(&args)?.on_machine(free_memory());
+    let report = report(&args)?.on_machine(FreeMemory::here());
     if args.json {
         return say_json(&report);
     }

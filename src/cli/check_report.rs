@@ -4,7 +4,7 @@ mod cluster;
 mod devices;
 mod text;
 
-use super::machine::share_for_arenas;
+use super::machine::{FreeMemory, share_for_arenas};
 use crate::config::{
     Attention, Bytes, ConfigError, Loaded, ModelConfig, Stage, StageKind, idle_samplers,
 };
@@ -82,9 +82,9 @@ pub struct CheckReport {
     /// Stage that holds most outside the arenas, and its bytes.
     #[serde(skip)]
     host: Option<(String, u64)>,
-    /// Bytes that this machine has free; another one has others, so that they are told as text alone.
+    /// What this machine has free; another one has other figures, so that they are told as text alone.
     #[serde(skip)]
-    free: Option<u64>,
+    free: Option<FreeMemory>,
 }
 
 /// `--against`.
@@ -218,9 +218,9 @@ impl CheckReport {
         })
     }
 
-    /// The same report, on a machine with so many bytes free.
-    pub fn on_machine(self, free: Option<u64>) -> CheckReport {
-        CheckReport { free, ..self }
+    /// The same report, on a machine with so much free.
+    pub fn on_machine(self, free: FreeMemory) -> CheckReport {
+        CheckReport { free: Some(free), ..self }
     }
 
     /// Why the run cannot fit into this machine, if it cannot even with one example at a time.
@@ -229,6 +229,7 @@ impl CheckReport {
         if self.run.is_some() {
             return self.devices_over_memory(free);
         }
+        let free = free.of_each(1)?;
         let (stage, phase, least) = plan.least()?;
         // Without a budget the arenas keep to their share; what stands outside them comes on top in any case.
         let arenas = if self.budget_bytes.is_some() { free } else { share_for_arenas(free) };
@@ -242,16 +243,24 @@ impl CheckReport {
                 unshare(plan, arenas)
             ));
         }
+        self.over_host(least, free).then(|| self.host_refused(least, free)).flatten()
+    }
+
+    /// Whether so many free bytes hold no arena of `least` bytes with the examples of a step beside it.
+    fn over_host(&self, least: u64, free: u64) -> bool {
+        self.host.as_ref().is_some_and(|(_, host)| least.saturating_add(*host) > free)
+    }
+
+    /// Why they do not.
+    fn host_refused(&self, least: u64, free: u64) -> Option<String> {
         let (stage, host) = self.host.as_ref()?;
-        (least.saturating_add(*host) > free).then(|| {
-            format!(
-                "this machine has {} free, and stage {stage} holds {} of examples at once beside the {} that its model \
-                 takes; lower its batch (or prompts, group_size, steps)\n{self}",
-                Bytes(free),
-                Bytes(*host),
-                Bytes(least)
-            )
-        })
+        Some(format!(
+            "this machine has {} free for a process, and stage {stage} holds {} of examples at once beside the {} that its model \
+             takes; lower its batch (or prompts, group_size, steps)\n{self}",
+            Bytes(free),
+            Bytes(*host),
+            Bytes(least)
+        ))
     }
 
     /// Most bytes that a run is planned to hold at once.
@@ -310,6 +319,11 @@ mod tests {
         let assignments: Vec<String> = assignments.iter().map(|text| text.to_string()).collect();
         let loaded = RunConfig::load(&configs().join("quickstart.toml"), &assignments).unwrap();
         CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap()
+    }
+
+    /// A machine with so many bytes free, and without limits of a process.
+    fn machine(free: u64) -> FreeMemory {
+        FreeMemory { shared: Some(free), own: None }
     }
 
     #[test]
@@ -399,14 +413,14 @@ mod tests {
         assert_eq!(told(shared - 1, &[unshare]), None, "the advice is right");
         assert_eq!(told(unshared / 2, &[]), Some(false), "it would not help");
         assert_eq!(told(unshared / 2, &[unshare]), Some(false), "it is so already");
-        let text = run(&set).on_machine(Some(shared - 1)).over_memory().unwrap();
+        let text = run(&set).on_machine(machine(shared - 1)).over_memory().unwrap();
         assert!(text.contains("limit, set stage.align.share_prompts = false, or take"), "{text}");
     }
 
     #[test]
     fn a_run_that_the_machine_cannot_hold_is_refused_with_the_plan() {
         let over =
-            |assignments: &[&str], free| run(assignments).on_machine(Some(free)).over_memory();
+            |assignments: &[&str], free| run(assignments).on_machine(machine(free)).over_memory();
         assert_eq!(over(&[], 4 << 30), None);
         let small = over(&[], 8 << 20).unwrap();
         assert!(
@@ -417,10 +431,37 @@ mod tests {
         assert!(batch.contains("stage base holds") && batch.contains("lower its batch"), "{batch}");
         let loaded = RunConfig::load(&configs().join("smoke.toml"), &[]).unwrap();
         let free = CheckReport::of_run(&loaded, BTreeMap::new(), 2, 2e11).unwrap();
-        let text = free.on_machine(Some(10 << 30)).to_string();
+        let text = free.on_machine(machine(10 << 30)).to_string();
         assert!(text.contains("budget    none; here the arenas take at most 9.00 GiB"), "{text}");
-        let text = run(&["engine.budget=\"1 GiB\""]).on_machine(Some(10 << 30)).to_string();
+        let text = run(&["engine.budget=\"1 GiB\""]).on_machine(machine(10 << 30)).to_string();
         assert!(text.contains("budget    1.00 GiB\n"), "{text}");
+    }
+
+    #[test]
+    fn processes_share_what_the_machine_has_and_examples_are_held_beside_their_arenas() {
+        let lacks = |set: &[&str], shared, own| {
+            let free = FreeMemory { shared: Some(shared), own };
+            run(set).on_machine(free).over_memory()
+        };
+        let two = ["cluster.data=2"];
+        let least = run(&two).devices[0].least().unwrap().2;
+        let enough = least + (32 << 20);
+        assert_eq!(lacks(&two, 2 * enough, Some(enough)), None);
+        let text = lacks(&two, 2 * (least - 1), None).unwrap();
+        assert!(text.contains("start fewer processes on a host"), "{text}");
+        // A limit is of each process and not divided.
+        let text = lacks(&two, 1 << 40, Some(least - 1)).unwrap();
+        assert!(text.contains("raise the limit of a process (ulimit)"), "{text}");
+        let batch = ["cluster.data=2", "stage.base.batch=1000000000"];
+        let text = lacks(&batch, 1 << 36, None).unwrap();
+        assert!(
+            text.starts_with("this machine has 32.00 GiB free for a process, and stage base"),
+            "{text}"
+        );
+        let text = lacks(&["cluster.samplers=1"], 8 << 20, None).unwrap();
+        assert!(text.starts_with("the device that trains needs"), "{text}");
+        assert!(text.contains("half of what this machine has free; free memory"), "{text}");
+        assert!(text.contains("set cluster.samplers = 0"), "{text}");
     }
 
     #[test]

@@ -11,23 +11,42 @@ use rustix::process::{Resource, getrlimit};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Bytes that this process can still hold without being refused or killed; `None` if nothing says.
+/// Bytes that can still be held here without being refused or killed; `None` where nothing says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FreeMemory {
+    /// Of the machine and of the container, for all of its processes together.
+    pub shared: Option<u64>,
+    /// What limits of a process leave this one, whatever others hold.
+    pub own: Option<u64>,
+}
+
+impl FreeMemory {
+    /// Of this process, now.
+    pub fn here() -> FreeMemory {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let left = |resource, used: &str| {
+            let limit = getrlimit(resource).current?;
+            Some(limit.saturating_sub(kibibytes(&status, used).unwrap_or(0)))
+        };
+        let available = std::fs::read_to_string("/proc/meminfo").ok();
+        let available = available.and_then(|text| kibibytes(&text, "MemAvailable:"));
+        let least = |of: [Option<u64>; 2]| of.into_iter().flatten().min();
+        FreeMemory {
+            shared: least([available, container_memory()]),
+            own: least([left(Resource::As, "VmSize:"), left(Resource::Data, "VmData:")]),
+        }
+    }
+
+    /// What each of so many processes like this one can hold.
+    pub fn of_each(self, processes: usize) -> Option<u64> {
+        let part = self.shared.map(|bytes| bytes / processes as u64);
+        part.into_iter().chain(self.own).min()
+    }
+}
+
+/// Bytes that this process can still hold, if it is alone.
 pub fn free_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let left = |resource, used: &str| {
-        let limit = getrlimit(resource).current?;
-        Some(limit.saturating_sub(kibibytes(&status, used).unwrap_or(0)))
-    };
-    let available = std::fs::read_to_string("/proc/meminfo").ok();
-    [
-        available.and_then(|text| kibibytes(&text, "MemAvailable:")),
-        left(Resource::As, "VmSize:"),
-        left(Resource::Data, "VmData:"),
-        container_memory(),
-    ]
-    .into_iter()
-    .flatten()
-    .min()
+    FreeMemory::here().of_each(1)
 }
 
 /// The share of free memory that the arenas of a run without a budget may take: nine tenths.
@@ -130,6 +149,16 @@ mod tests {
         assert_eq!(kibibytes(text, "SwapFree:"), None);
         assert!(free_memory().is_some_and(|bytes| bytes > 1 << 20));
         assert_eq!(share_for_arenas(1000), 900);
+    }
+
+    #[test]
+    fn processes_share_what_the_machine_has_and_each_has_what_its_limits_leave_it() {
+        let free = |shared, own| FreeMemory { shared, own };
+        let of = |free: FreeMemory| [1, 4].map(|processes| free.of_each(processes));
+        assert_eq!(of(free(Some(1000), None)), [Some(1000), Some(250)]);
+        assert_eq!(of(free(None, Some(400))), [Some(400), Some(400)]);
+        assert_eq!(of(free(Some(1000), Some(400))), [Some(400), Some(250)]);
+        assert_eq!(of(free(None, None)), [None, None]);
     }
 
     #[test]

@@ -7,14 +7,13 @@ use super::check_report::CheckReport;
 use super::command::cores;
 use super::failure::Said;
 use super::launch::Launched;
-use super::machine::{free_memory, share_for_arenas};
+use super::machine::{FreeMemory, share_for_arenas};
 use crate::actors::{Processes, dismiss};
 use crate::cluster::layout::Sampling;
 use crate::cluster::{Broken, Control, Mesh, Team};
 use crate::config::stage::StageKind;
 use crate::config::{Dtype, Fault, Loaded, Stage};
 use crate::console::text::visible;
-use crate::plan::ranks::Room;
 use anyhow::{Error, Result};
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -25,8 +24,8 @@ use std::sync::Arc;
 pub struct Ranks {
     /// What the actors need of the others.
     pub processes: Processes,
-    /// Bytes that every rank may hold.
-    pub memory: Option<u64>,
+    /// Bytes that every rank has free: the least of what they have.
+    free: Option<u64>,
     /// Every rank's process and host.
     names: Vec<String>,
     #[cfg(feature = "mpi")]
@@ -39,6 +38,11 @@ impl Ranks {
         self.processes.team.rank()
     }
 
+    /// Bytes that every rank's arena may take where the config has no budget.
+    pub fn arenas(&self) -> Option<u64> {
+        self.free.map(share_for_arenas)
+    }
+
     fn control(&self) -> &Arc<Control> {
         &self.processes.control
     }
@@ -46,25 +50,19 @@ impl Ranks {
     /// Refuses a run that the plan of its ranks does not fit into: whoever's plan that is, the first of them says why and all end.
     /// `has_work` is rank 0's to say: a finished run needs no room.
     pub fn require_room(&self, report: &CheckReport, has_work: bool) -> Result<()> {
-        let memory = match report.budget_bytes {
-            // A budget may take more than a share of what is free, as that of one process may.
-            Some(_) => self.memory.map(|bytes| bytes / 9 * 10),
-            None => self.memory,
-        };
-        let rooms = [report.budget_bytes.map(Room::Budget), memory.map(Room::Memory)];
-        let over = rooms.into_iter().flatten().find(|room| report.devices_exceed(*room));
+        let lack = report.devices_lack(self.free);
         let team = &self.processes.team;
         let ranks = team.mesh.ranks() + team.samplers;
         let group = team.group((0..ranks).collect());
-        let own = [u8::from(over.is_some()), u8::from(has_work)];
+        let own = [u8::from(lack.is_some()), u8::from(has_work)];
         let votes = group.all_to_all("whether a rank's plan fits", &vec![own.to_vec(); ranks])?;
         let Some(refuses) = votes.iter().position(|vote| vote[0] == 1).filter(|_| votes[0][1] == 1)
         else {
             return Ok(());
         };
-        let refusal = over.filter(|_| self.rank() == refuses);
-        if let Some(refused) = refusal.and_then(|room| report.devices_over(room, false)) {
-            let _ = writeln!(std::io::stderr(), "error: {}", visible(&refused.text));
+        let lack = lack.filter(|_| self.rank() == refuses);
+        if let Some(why) = lack.and_then(|lack| report.devices_refused(lack)) {
+            let _ = writeln!(std::io::stderr(), "error: {}", visible(&why));
         }
         Err(Said { code: 4 }.into())
     }
@@ -239,7 +237,7 @@ mod over_mpi {
                 processes: launched.processes,
                 binary: blake3::hash(&binary).to_hex().to_string(),
                 config: same_everywhere(loaded, out),
-                memory: free_memory().map(|free| share_for_arenas(free) / launched.local as u64),
+                memory: FreeMemory::here().of_each(launched.local),
                 lacks_integers: !CpuKernels::new(1, Arena::new(None)).multiplies_integers(),
             };
             let stop = Arc::new(Stop::default());
@@ -260,7 +258,7 @@ mod over_mpi {
             if mpi.rank() == 0 {
                 clear(Path::new(out));
             }
-            let Joined { control, names, memory, lack_integers } = joined.map_err(refused)?;
+            let Joined { control, names, memory: free, lack_integers } = joined.map_err(refused)?;
             let note = without_integers(loaded, &lack_integers, &names);
             let sampling = if mpi.rank() < mesh.ranks() { trainers } else { samplers_layout };
             let mut team = Team {
@@ -279,7 +277,7 @@ mod over_mpi {
             let notes = [note, carried].into_iter().flatten().collect();
             let described = described(&names, mpi.library(), notes);
             let processes = Processes { team, control, described };
-            let ranks = Ranks { processes, memory, names, mpi };
+            let ranks = Ranks { processes, free, names, mpi };
             match failed {
                 None => Ok(ranks),
                 // Nobody goes before the others know why.
@@ -300,7 +298,7 @@ impl Ranks {
     pub fn join(launched: &Launched, loaded: &Loaded, mesh: Mesh, out: &str) -> Result<Ranks> {
         launched.require_mpi()?;
         drop((sampling(loaded, mesh)?, same_everywhere(loaded, out)));
-        drop((free_memory().map(share_for_arenas), Team::alone()));
+        drop((FreeMemory::here().of_each(launched.local), Team::alone()));
         drop(without_integers(loaded, &[], &[]));
         unreachable!("a build without MPI requires it in vain")
     }

@@ -10,7 +10,7 @@ use super::command::{Threads, cores, warned};
 use super::generate::seed;
 use super::launch::{FIRST_WORD, Launched};
 use super::machine::{
-    free_disk, free_memory, held_disk, measured, measured_for_run, measured_products,
+    FreeMemory, free_disk, held_disk, measured, measured_for_run, measured_products,
     share_for_arenas,
 };
 use super::output::say;
@@ -158,7 +158,7 @@ fn lead(args: &RunArgs, loaded: Loaded, ranks: Option<(&Launched, &Ranks)>) -> R
     }
     let mut room = require_resources(&out, &loaded, wish, ranks.is_none())?;
     if let Some((_, ranks)) = ranks {
-        room.arenas = ranks.memory;
+        room.arenas = ranks.arenas();
     }
     let resume = resume_command(args, &out, ranks.map(|(launched, _)| launched));
     match open(&out, &loaded, wish, resume.clone())? {
@@ -182,7 +182,7 @@ fn follow(out: PathBuf, loaded: Loaded, ranks: &Ranks) -> Result<()> {
         config: loaded.config,
         folder: out,
         config_dir: loaded.folder,
-        memory: ranks.memory,
+        memory: ranks.arenas(),
         machine: Machine::default(),
         console: ConsoleMode::Off,
         profiles: [None, None],
@@ -267,7 +267,7 @@ struct Room {
 fn require_resources(out: &Path, loaded: &Loaded, wish: Wish, is_alone: bool) -> Result<Room> {
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = warned(configured.unwrap_or_else(cores));
-    let free = free_memory();
+    let free = FreeMemory::here();
     let products = measured_products(threads);
     let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads, products)?;
     let plan = plan.on_machine(free);
@@ -289,7 +289,7 @@ fn require_resources(out: &Path, loaded: &Loaded, wish: Wish, is_alone: bool) ->
             Bytes(free_disk)
         ))),
         false => {
-            let (arenas, planned) = (free.map(share_for_arenas), plan.peak_bytes());
+            let (arenas, planned) = (free.of_each(1).map(share_for_arenas), plan.peak_bytes());
             Ok(Room { arenas, planned, threads })
         }
     }

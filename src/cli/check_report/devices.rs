@@ -1,10 +1,10 @@
 //! What `check` and `run` say of the devices of a run that has several: what each holds, and why they are refused.
 
 use super::CheckReport;
-use crate::cli::machine::share_for_arenas;
+use crate::cli::machine::{FreeMemory, share_for_arenas};
 use crate::config::{Bytes, ModelConfig, RunConfig};
 use crate::plan::memory::total;
-use crate::plan::ranks::{Refusal, Room, exceeds, refusal};
+use crate::plan::ranks::{Room, exceeds, refusal};
 use std::fmt::{self, Formatter};
 
 /// What devices are planned from.
@@ -21,42 +21,77 @@ impl Run {
         Run { config: config.clone(), models: models.to_vec(), threads }
     }
 
-    /// Devices on one host if they all are.
-    fn count(&self) -> usize {
+    /// Processes, on one host if they all are.
+    fn processes(&self) -> usize {
         let cluster = &self.config.cluster;
-        cluster.data * cluster.pipeline + cluster.samplers
+        match self.is_one_process() {
+            true => 1,
+            false => cluster.data * cluster.pipeline + cluster.samplers,
+        }
     }
 
-    /// Whether one process has them all.
+    /// Whether one process has all devices.
     fn is_one_process(&self) -> bool {
         self.config.cluster.data * self.config.cluster.pipeline == 1
     }
 }
 
+/// What devices do not fit into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lack {
+    /// What their arenas may hold.
+    Arenas(Room),
+    /// So many bytes, with the examples of a step beside their arenas.
+    Free(u64),
+}
+
 impl CheckReport {
-    /// Whether one of the devices of processes needs more than it may hold.
-    pub fn devices_exceed(&self, room: Room) -> bool {
-        exceeds(&self.devices, room, false)
+    /// What the devices do not fit into where each process has so many bytes free; `None` if they do.
+    pub fn devices_lack(&self, free: Option<u64>) -> Option<Lack> {
+        let budget = self.budget_bytes.map(Room::Budget);
+        // A budget may take more than a share of what is free.
+        let arenas = free.map(|free| if budget.is_some() { free } else { share_for_arenas(free) });
+        let rooms = [budget, arenas.map(Room::Memory)];
+        let is_over = |room: &Room| self.exceeds(*room);
+        let over = rooms.into_iter().flatten().find(is_over).map(Lack::Arenas);
+        let is_over = |free: &u64| self.over_host(self.process_least().unwrap_or(0), *free);
+        over.or_else(|| free.filter(is_over).map(Lack::Free))
     }
 
-    /// Why the devices do not fit into so much, if they do not.
-    pub fn devices_over(&self, room: Room, is_shared: bool) -> Option<Refusal> {
-        let Run { config, models, threads } = self.run.as_ref()?;
-        let refused = refusal(config, models, (&self.devices, *threads), room, is_shared)?;
-        Some(Refusal { text: format!("{}\n{self}", refused.text), ..refused })
+    fn exceeds(&self, room: Room) -> bool {
+        self.run.as_ref().is_some_and(|run| exceeds(&self.devices, room, run.is_one_process()))
+    }
+
+    /// Why the devices do not fit.
+    pub fn devices_refused(&self, lack: Lack) -> Option<String> {
+        match lack {
+            Lack::Arenas(room) => {
+                let Run { config, models, threads } = self.run.as_ref()?;
+                let is_shared = self.run.as_ref()?.is_one_process();
+                let refused = refusal(config, models, (&self.devices, *threads), room, is_shared)?;
+                Some(format!("{}\n{self}", refused.text))
+            }
+            Lack::Free(free) => self.host_refused(self.process_least()?, free),
+        }
+    }
+
+    /// Bytes that the arenas of a process cannot do without: of all devices of one, of the largest of several.
+    fn process_least(&self) -> Option<u64> {
+        let least = self.devices.iter().filter_map(|device| Some(device.least()?.2));
+        match self.run.as_ref()?.is_one_process() {
+            true => Some(least.sum()),
+            false => least.max(),
+        }
     }
 
     pub(super) fn devices_over_budget(&self, budget: u64) -> Option<String> {
-        let is_shared = self.run.as_ref()?.is_one_process();
-        self.devices_over(Room::Budget(budget), is_shared).map(|refused| refused.text)
+        self.devices_refused(Lack::Arenas(Room::Budget(budget)))
     }
 
-    /// Of a machine that has so many bytes free, for all of them.
-    pub(super) fn devices_over_memory(&self, free: u64) -> Option<String> {
-        let count = self.run.as_ref()?.count();
-        let free = if self.budget_bytes.is_some() { free } else { share_for_arenas(free) };
-        let room = Room::Memory(free / count as u64);
-        self.devices_over(room, false).map(|refused| refused.text)
+    /// Of a machine with so much free, for all processes.
+    pub(super) fn devices_over_memory(&self, free: FreeMemory) -> Option<String> {
+        let free = free.of_each(self.run.as_ref()?.processes());
+        self.devices_refused(self.devices_lack(free)?)
     }
 
     /// Bytes of each kind of device by phase, of the stage that holds most in it.

@@ -83,7 +83,7 @@ impl fmt::Display for CheckReport {
 impl CheckReport {
     /// What only a run has: its bounds, and what it takes.
     fn write_run(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (self.budget_bytes, self.free) {
+        match (self.budget_bytes, self.free.and_then(|free| free.of_each(1))) {
             (Some(budget), _) => writeln!(out, "budget    {}", Bytes(budget))?,
             (None, Some(free)) => writeln!(
                 out,

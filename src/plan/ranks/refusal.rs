@@ -7,22 +7,20 @@ use std::fmt::Write;
 /// Ranks up to which all layouts of as many are looked through for one that fits.
 const MOST_SEARCHED: usize = 64;
 
-/// Bytes that each device may hold.
+/// Bytes that each process may hold; two devices of one process have a half each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Room {
-    /// `engine.budget`, of which each of two devices of one process has a half.
+    /// `engine.budget`.
     Budget(u64),
-    /// What each device may take of its host's memory, on the host where that is least.
+    /// What a process may take of its host's memory, where that is least.
     Memory(u64),
 }
 
 impl Room {
     /// Of one device.
     fn bytes(self, is_shared: bool) -> u64 {
-        match self {
-            Room::Budget(bytes) if is_shared => bytes / 2,
-            Room::Budget(bytes) | Room::Memory(bytes) => bytes,
-        }
+        let (Room::Budget(bytes) | Room::Memory(bytes)) = self;
+        if is_shared { bytes / 2 } else { bytes }
     }
 }
 
@@ -95,12 +93,15 @@ pub fn refusal(
             format!("set engine.budget = {least_bytes} ({}) or more", Bytes(least_bytes))
         }
         Room::Memory(_) => {
-            let _ = write!(
-                text,
-                "{} are there for it, its part of what is free on the host that has least; ",
-                Bytes(have)
-            );
-            "free memory, or start fewer processes on a host".to_string()
+            let (part, way) = match is_shared {
+                true => ("half of what this machine has free", "set cluster.samplers = 0"),
+                false => (
+                    "its part of what is free on the host that has least",
+                    "start fewer processes on a host",
+                ),
+            };
+            let _ = write!(text, "{} are there for it, {part}; ", Bytes(have));
+            format!("free memory, raise the limit of a process (ulimit), or {way}")
         }
     };
     text += &ways;

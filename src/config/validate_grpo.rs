@@ -7,6 +7,10 @@ use super::nearest::hint;
 use super::stage::GrpoStage;
 use super::validate_stage::StageRules;
 
+/// Models that judge rollouts at most: what a plan of offloading moves is told apart by 32 bits, of which four are of the
+/// policy's weights, its two moments and the reference.
+const MOST_MODELS: usize = 28;
+
 impl StageRules<'_> {
     /// The rules of GRPO and its reward.
     pub(super) fn grpo(&self, stage: &GrpoStage, reach: usize) -> Result<(), ConfigError> {
@@ -148,6 +152,10 @@ impl StageRules<'_> {
                 format!("{key} is the second reward named {name:?}; join them into one with the sum of their weights")
             })?;
         }
+        let judges = stage.reward.iter().filter(|entry| entry.model.is_some()).count();
+        self.require(judges <= MOST_MODELS, &["reward"], |key| {
+            format!("{key} names {judges} reward models; use at most {MOST_MODELS}")
+        })?;
         self.require(stage.reward.iter().any(|entry| entry.weight != 0.0), &["reward"], |key| {
             format!("{key} has only weights of 0, so nothing would be learned; raise one")
         })

@@ -74,6 +74,13 @@ pub(super) fn items(mask: u32) -> impl Iterator<Item = usize> {
     (0..32).filter(move |item| mask & bit(*item) != 0)
 }
 
+/// All sets of some of these items, from none to all.
+pub(super) fn subsets(of: u32) -> impl Iterator<Item = u32> {
+    // The bits that are not of the set carry on to its next one.
+    let next = move |set: &u32| (*set != of).then(|| set.wrapping_sub(of) & of);
+    std::iter::successors(Some(0), next)
+}
+
 impl<'a> Search<'a> {
     pub(super) fn new(problem: &'a Problem) -> Search<'a> {
         let mask = |phase: usize, of: fn(&super::Item) -> &Vec<bool>| {
@@ -258,7 +265,7 @@ impl<'a> Search<'a> {
         let is_enough = |set: u32| self.bytes(set) >= wanted;
         let is_least =
             |set: &u32| is_enough(*set) && items(*set).all(|item| !is_enough(*set & !bit(item)));
-        (0..=may_leave).filter(|set| set & !may_leave == 0).filter(is_least).collect()
+        subsets(may_leave).filter(is_least).collect()
     }
 
     /// Those that are needed again last, until they give up enough.

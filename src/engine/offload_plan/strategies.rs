@@ -42,7 +42,7 @@ pub(super) fn search(problem: &Problem, effort: usize) -> Plan {
             }
         }
     }
-    let (_, _, mut plan) = best.expect("everything can be moved in the gaps");
+    let (_, _, mut plan) = best.expect("`synchronous` finds a way where nothing is to stay");
     plan.is_optimal = is_optimal;
     plan.least_exposed_seconds = match is_optimal {
         true => plan.exposed_seconds,
@@ -123,6 +123,18 @@ impl Search<'_> {
     }
 
     /// A way to the end that moves in gaps alone, and only what must be moved.
+    ///
+    /// There is one from the first of `likely_starts`, where each phase has room for what it needs (`plan_within` has seen to
+    /// that). In the gap before a phase:
+    ///
+    /// 1. What the phase does not need can leave: it has a copy, or may be written. A copy that rests between steps has its
+    ///    room kept, one of what the last phase changes may lie on disk until then.
+    /// 2. So what the phase needs fits, in the gap as in the phase, and what is not there has a copy: nothing has left without.
+    ///    Nothing that it needs leaves for another (the third rank), so that each item moves twice at most, and the phase begins.
+    /// 3. Behind the last phase everything is on the device that the step began with, for that phase needs it; what changed is
+    ///    written to where its copy rests; copies elsewhere ended when the last phase changed what they were of.
+    ///
+    /// Where the search was exhaustive instead, that start or one with fewer copies was among those that it went through.
     fn synchronous(&mut self) -> Option<usize> {
         let mut number = 0;
         let mut next = Vec::new();

@@ -358,6 +358,16 @@ fn alignment(rewards: usize, device_bytes: u64, scale: f64) -> Problem {
 }
 
 #[test]
+fn all_sets_of_some_items_are_looked_at_and_no_other_number() {
+    for of in [0, 1, 0b1011, 0b10_0110_0001] {
+        let all: Vec<u32> = (0..=of).filter(|set| set & !of == 0).collect();
+        assert_eq!(search::subsets(of).collect::<Vec<_>>(), all);
+    }
+    // As many steps as there are sets, wherever the items stand.
+    assert_eq!(search::subsets(0b1011 << 28).count(), 8);
+}
+
+#[test]
 fn where_everything_fits_nothing_moves() {
     let plan = plan(&alignment(2, u64::MAX, 1.0)).unwrap();
     assert_eq!((plan.moved_bytes, plan.exposed_seconds, plan.is_optimal), (0, 0.0, true));

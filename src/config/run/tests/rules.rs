@@ -459,3 +459,30 @@ fn a_folder_to_start_from_holds_a_policy_that_computes_the_same() {
     let fault = load(RUN, MODEL, &[&start, short]).unwrap_err().to_string();
     assert!(fault.contains("which is a reward model and no policy"), "{fault}");
 }
+
+#[test]
+fn as_many_reward_models_may_judge_as_a_plan_of_offloading_tells_apart() {
+    let run = |count: usize| {
+        let judge = |i: usize| {
+            format!(
+                "[[stage]]\nname = \"judge-{i}\"\nkind = \"reward-model\"\ndata = \"pairs\"\nbatch = 4\n\n"
+            )
+        };
+        let stages: String = (1..count).map(judge).collect();
+        let entry = |i: usize| format!("{{ model = \"judge-{i}\" }}, ");
+        let entries: String = (1..count).map(entry).collect();
+        let align = "[[stage]]\nname = \"align\"";
+        let text = RUN.replacen(align, &format!("{stages}{align}"), 1);
+        load(
+            &text.replacen("{ model = \"helpful\"", &format!("{entries}{{ model = \"helpful\""), 1),
+            MODEL,
+            &[],
+        )
+    };
+    assert_eq!(run(28).unwrap().stages.len(), 4 + 28);
+    let fault = run(29).unwrap_err().to_string();
+    assert!(
+        fault.ends_with("stage.align.reward names 29 reward models; use at most 28"),
+        "{fault}"
+    );
+}

@@ -1,7 +1,5 @@
-//! Measured intervals as SVG, a lane for each worker: the ranks of a step that was trained over several, and sampling
-//! beside training over some steps.
-//!
-//! Drawn from the journal alone.
+//! Intervals as SVG, a lane for each worker: the ranks of a step that was trained over several, and sampling beside training
+//! over some steps, both from the journal alone; and the stages of a planned pipeline, for `check --timeline`.
 
 use super::event::Event;
 use super::plot::{LEFT, RIGHT, STYLE, TOP, WIDTH, escaped, label, push};
@@ -11,11 +9,12 @@ const ROW: f64 = 26.0;
 const BAR: f64 = 18.0;
 /// Steps of a picture of sampling at most.
 const STEPS: usize = 6;
-/// Told apart without colour vision; the same passes as in `check --timeline`.
-const PASSES: [(&str, &str); 6] = [
+/// What a rank does in a step of training, measured or planned; told apart without colour vision.
+const PASSES: [(&str, &str); 7] = [
     ("forward", "#0b5394"),
     ("input gradients", "#c55a11"),
     ("weight gradients", "#8fbc5a"),
+    ("exchange", "#f1c232"),
     ("sum", "#741b47"),
     ("update", "#7f7f7f"),
     ("gather", "#c9a0bd"),
@@ -29,7 +28,7 @@ const WORK: [(&str, &str); 5] = [
 ];
 
 /// What a worker did, by name, and when.
-type Lane<'a> = (String, Vec<(&'a str, [f64; 2])>);
+pub type Lane<'a> = (String, Vec<(&'a str, [f64; 2])>);
 
 /// What each rank did in the last step whose passes were taken down; `None` if none were.
 pub fn ranks_timeline(events: &[Event]) -> Option<String> {
@@ -45,7 +44,12 @@ pub fn ranks_timeline(events: &[Event]) -> Option<String> {
         lanes[rank].1.push((pass[1].as_str()?, [pass[2].as_f64()?, pass[3].as_f64()?]));
     }
     let title = format!("{}: what the ranks did, as measured", place(step));
-    Some(draw(&title, &PASSES, &lanes))
+    Some(passes_timeline(&title, &lanes, "seconds"))
+}
+
+/// Passes of ranks or of stages, at times of some unit.
+pub fn passes_timeline(title: &str, lanes: &[Lane<'_>], unit: &str) -> String {
+    draw(title, &PASSES, lanes, unit)
 }
 
 /// Sampling and training of the last steps of a stage whose rollouts are sampled a batch ahead; `None` without such.
@@ -71,7 +75,7 @@ pub fn sampling_timeline(events: &[Event]) -> Option<String> {
     let lanes = [("samplers".to_string(), sampling), ("trainers".to_string(), training)];
     let title =
         format!("up to {}: {share:.0} % of the updates' time has sampling beside it", place(last));
-    Some(draw(&title, &WORK, &lanes))
+    Some(draw(&title, &WORK, &lanes, "seconds"))
 }
 
 fn interval(value: &Value) -> Option<[f64; 2]> {
@@ -83,7 +87,7 @@ fn place(step: &Event) -> String {
     format!("{stage}, step {}", step.whole("step").unwrap_or_default())
 }
 
-fn draw(title: &str, legend: &[(&str, &str)], lanes: &[Lane<'_>]) -> String {
+fn draw(title: &str, legend: &[(&str, &str)], lanes: &[Lane<'_>], unit: &str) -> String {
     let all = || lanes.iter().flat_map(|(_, bars)| bars.iter().map(|(_, at)| *at));
     let start = all().map(|at| at[0]).fold(f64::INFINITY, f64::min);
     let seconds = (all().map(|at| at[1]).fold(start, f64::max) - start).max(1e-9);
@@ -99,7 +103,8 @@ fn draw(title: &str, legend: &[(&str, &str)], lanes: &[Lane<'_>]) -> String {
         format_args!(r##"<rect width="{WIDTH}" height="{height:.0}" fill="#ffffff"/>"##),
     );
     label(&mut svg, (LEFT - 60.0, 20.0), r#"font-size="15""#, title);
-    for (index, (name, colour)) in legend.iter().enumerate() {
+    let occurs = |what: &str| lanes.iter().any(|(_, bars)| bars.iter().any(|bar| bar.0 == what));
+    for (index, (name, colour)) in legend.iter().filter(|one| occurs(one.0)).enumerate() {
         let left = LEFT - 60.0 + 115.0 * index as f64;
         bar(&mut svg, [left, left + 14.0], 32.0, 8.0, colour);
         label(&mut svg, (left + 20.0, 40.0), "", name);
@@ -120,7 +125,7 @@ fn draw(title: &str, legend: &[(&str, &str)], lanes: &[Lane<'_>]) -> String {
         label(&mut svg, (left, bottom + 18.0), r#"text-anchor="middle""#, &text);
         bar(&mut svg, [left, left], bottom, 5.0, "#222222");
     }
-    label(&mut svg, (LEFT, bottom + 38.0), "", "seconds");
+    label(&mut svg, (LEFT, bottom + 38.0), "", unit);
     svg.push_str("</svg>\n");
     svg
 }

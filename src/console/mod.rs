@@ -13,7 +13,7 @@ mod board_text;
 
 // For people.
 pub mod heat_map;
-mod lanes;
+pub mod lanes;
 pub mod next_steps;
 pub mod plain;
 pub mod plot;

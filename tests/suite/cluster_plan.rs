@@ -364,7 +364,8 @@ fn a_step_is_drawn_and_a_model_alone_has_none() {
     assert!(ok, "{text}");
     let svg = std::fs::read_to_string(&file).unwrap();
     assert!(svg.starts_with("<svg") && svg.contains("4 micro-batches through 2 stages"), "{svg}");
-    assert_eq!(svg.matches("<path").count(), 6, "three passes on two stages: {svg}");
+    // Three passes of each on two stages, and the background, three colours of the legend and six marks below.
+    assert_eq!(svg.matches("<rect").count(), 4 * 3 * 2 + 1 + 3 + 6, "{svg}");
     let (ok, text) = check("model/smoke.json", &["--timeline", path]);
     assert!(!ok && text.contains("name a run's TOML"), "{text}");
     let (ok, text) = check("smoke.toml", &["--timeline", "/no/such/folder/x.svg"]);

@@ -7,7 +7,7 @@ use std::process::Command;
 /// Folder of `src/` and the folders that it may import (docs: architecture, "who may import whom").
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("actors", &["engine", "data", "rl", "checkpoint", "cluster", "console", "config"]),
-    ("plan", &["engine", "train", "model", "cluster", "config"]),
+    ("plan", &["engine", "train", "model", "cluster", "console", "config"]),
     ("engine", &["train", "inference", "model", "checkpoint", "cluster", "data", "rl", "config"]),
     ("train", &["model", "rl", "data", "cluster", "config"]),
     ("inference", &["model", "data", "rl", "config"]),

@@ -1,44 +1,25 @@
-//! A step's timeline as a picture: a row for each stage, a colour for each kind of pass. SVG, written by hand; the same plan
-//! gives the same bytes.
+//! A step's timeline as a picture: a lane for each stage, a colour for each kind of pass. The same plan gives the same bytes.
 
 use super::step::Step;
+use crate::console::lanes::{Lane, passes_timeline};
 use crate::plan::simulation::engine::{Span, What};
 use crate::train::pipeline::{Kind, Pass, Schedule};
-use std::collections::BTreeMap;
-use std::fmt::Write;
 
-const WIDTH: f64 = 960.0;
-const LEFT: f64 = 64.0;
-const RIGHT: f64 = 16.0;
-const TOP: f64 = 56.0;
-const BOTTOM: f64 = 40.0;
-const ROW: f64 = 18.0;
-/// Between rows.
-const GAP: f64 = 3.0;
-
-/// Colours that are told apart without colour vision, with what they stand for.
-const COLOURS: [(&str, &str); 5] = [
-    ("#0b5394", "forward"),
-    ("#c55a11", "input gradients"),
-    ("#8fbc5a", "weight gradients"),
-    ("#741b47", "exchange"),
-    ("#7f7f7f", "sums and optimizer"),
-];
-
-fn colour(what: What) -> &'static str {
-    let place = match what {
-        What::Forward(_) => 0,
-        What::BackwardInput(_) => 1,
-        What::BackwardWeight(_) => 2,
-        What::Exchange => 3,
-        _ => 4,
-    };
-    COLOURS[place].0
+/// Its name in pictures of passes, planned or measured.
+fn name(what: What) -> &'static str {
+    match what {
+        What::Forward(_) => "forward",
+        What::BackwardInput(_) => "input gradients",
+        What::BackwardWeight(_) => "weight gradients",
+        What::Exchange => "exchange",
+        What::Reduce => "sum",
+        _ => "update",
+    }
 }
 
 impl Step<'_> {
     /// The timeline of a short step of this run: twice as many micro-batches as stages, or as many as its schedule needs. With
-    /// machines in their seconds, messages included; without them in units of FLOPs.
+    /// machines in their seconds, messages included; without them as shares of its FLOPs.
     pub fn picture(&self, title: &str) -> String {
         let mesh = *self.layouts.training.mesh();
         let stages = mesh.pipeline();
@@ -51,8 +32,14 @@ impl Step<'_> {
             }
             None => self.without_messages(self.kind, micro_batches),
         };
-        let unit = if self.load.hardware.is_some() { " s" } else { "" };
-        svg(&format!("{title}: {micro_batches} micro-batches through {stages} stages"), &rows, unit)
+        let title = format!("{title}: {micro_batches} micro-batches through {stages} stages");
+        match self.load.hardware {
+            Some(_) => drawn(&title, &rows, 1.0, "seconds"),
+            None => {
+                let end = rows.iter().flatten().map(|span| span.end).fold(0.0, f64::max);
+                drawn(&title, &rows, end.max(f64::MIN_POSITIVE), "of the step")
+            }
+        }
     }
 
     fn without_messages(&self, kind: Kind, micro_batches: usize) -> Vec<Vec<Span>> {
@@ -74,47 +61,13 @@ impl Step<'_> {
     }
 }
 
-/// Draws rows of spans.
-fn svg(title: &str, rows: &[Vec<Span>], unit: &str) -> String {
-    let height = TOP + BOTTOM + rows.len() as f64 * (ROW + GAP);
-    let end = rows.iter().flatten().map(|span| span.end).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
-    let x = |seconds: f64| LEFT + seconds / end * (WIDTH - LEFT - RIGHT);
-    let mut out = String::new();
-    let mut put = |text: String| out.push_str(&text);
-    put(format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{WIDTH}\" height=\"{height}\" font-family=\"sans-serif\" \
-         font-size=\"12\" fill=\"#222222\">\n<rect width=\"{WIDTH}\" height=\"{height}\" fill=\"#ffffff\"/>\n\
-         <text x=\"{LEFT}\" y=\"20\" font-size=\"14\">{title}</text>\n"
-    ));
-    for (place, (colour, name)) in COLOURS.iter().enumerate() {
-        let left = LEFT + 140.0 * place as f64;
-        put(format!(
-            "<rect x=\"{left}\" y=\"32\" width=\"12\" height=\"12\" fill=\"{colour}\"/>\
-             <text x=\"{}\" y=\"42\">{name}</text>\n",
-            left + 18.0
-        ));
-    }
-    for (stage, spans) in rows.iter().enumerate() {
-        let top = TOP + stage as f64 * (ROW + GAP);
-        put(format!("<text x=\"8\" y=\"{}\">stage {stage}</text>\n", top + 13.0));
-        let mut paths: BTreeMap<&str, String> = BTreeMap::new();
-        for span in spans {
-            let (left, right) = (x(span.start), x(span.end));
-            // A gap that can be seen between neighbours of a colour.
-            let width = (right - left - 0.3).max(0.1);
-            let path = paths.entry(colour(span.what)).or_default();
-            let _ = write!(path, "M{left:.1} {top:.0}h{width:.1}v{ROW}h-{width:.1}z");
-        }
-        for (colour, path) in paths {
-            put(format!("<path fill=\"{colour}\" d=\"{path}\"/>\n"));
-        }
-    }
-    put(format!(
-        "<text x=\"{LEFT}\" y=\"{y}\">0</text><text x=\"{right}\" y=\"{y}\" text-anchor=\"end\">{end:.3}{unit}</text>\n</svg>\n",
-        y = height - 16.0,
-        right = WIDTH - RIGHT
-    ));
-    out
+fn drawn(title: &str, rows: &[Vec<Span>], end: f64, unit: &str) -> String {
+    let bar = |span: &Span| (name(span.what), [span.start / end, span.end / end]);
+    let lane = |(stage, spans): (usize, &Vec<Span>)| -> Lane<'static> {
+        (format!("stage {stage}"), spans.iter().map(bar).collect())
+    };
+    let lanes: Vec<Lane<'_>> = rows.iter().enumerate().map(lane).collect();
+    passes_timeline(title, &lanes, unit)
 }
 
 #[cfg(test)]
@@ -122,16 +75,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_has_its_stage_and_a_path_for_each_colour() {
+    fn a_stage_has_a_lane_and_each_pass_its_place_and_colour() {
         let span = |what, start: f64, end: f64| Span { what, start, end };
         let rows = [
             vec![span(What::Forward(0), 0.0, 1.0), span(What::BackwardInput(0), 3.0, 4.0)],
             vec![span(What::Forward(0), 1.0, 2.0)],
         ];
-        let text = svg("two", &rows, " s");
-        assert_eq!(text.matches("<path").count(), 3, "{text}");
-        assert!(text.contains(">stage 1<") && text.contains(">4.000 s<"), "{text}");
-        // A quarter of the width from a quarter of it on.
-        assert!(text.contains("M284.0 77h219.7v18"), "{text}");
+        let text = drawn("two", &rows, 1.0, "seconds");
+        assert!(text.contains(">stage 1<") && text.contains(">4.000<"), "{text}");
+        // Two forward passes and one of the legend; no exchange occurs and none is in the legend.
+        assert_eq!(text.matches("#0b5394").count(), 3, "{text}");
+        assert!(text.contains(">input gradients<") && !text.contains("exchange"), "{text}");
+        // A quarter of the width from a quarter of it on, in the second lane.
+        assert!(text.contains("<rect x=\"228.0\" y=\"86.0\""), "{text}");
+        let shares = drawn("two", &rows, 4.0, "of the step");
+        assert!(shares.contains(">1.000<") && shares.contains(">of the step<"), "{shares}");
     }
 }

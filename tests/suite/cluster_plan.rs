@@ -275,6 +275,23 @@ fn what_does_not_fit_is_told_with_a_way_out() {
 }
 
 #[test]
+fn a_step_of_a_billion_rollouts_is_planned_at_once_and_without_seconds() {
+    let set = ["cluster.data=2", "stage.align.prompts=100000000"];
+    let report = report("quickstart.toml", &set);
+    let step = &report["plan"]["alignment"][1];
+    // Each of 8 rollouts of a prompt has half of 56 new tokens, and the half of one that rounding adds.
+    assert_eq!(number(&step["rollouts"]), 8e8);
+    assert!((number(&step["new_tokens"]) / 8e8 - 28.5).abs() < 0.01, "{step}");
+    let set = ["--set", "stage.align.prompts=10000000"];
+    let (ok, text) = check("smoke.toml", &[&["--set", HARDWARE][..], &set].concat());
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    assert!(
+        ok && text.contains("a step of 40000000 rollouts is too long to be simulated"),
+        "{text}"
+    );
+}
+
+#[test]
 fn layouts_and_assumptions_that_cannot_be_are_refused_with_those_that_can() {
     for (set, told) in [
         ("cluster.expert=3", "does not divide cluster.data = 8; use 1, 2, 4 or 8"),

@@ -13,7 +13,7 @@
 use super::batch::Batch;
 use super::bytes::Layouts;
 use super::load::Load;
-use super::rollouts::{Sampler, decode_passes, lengths, prompts_of, rollouts_of};
+use super::rollouts::{Sampler, decode_passes, lengths, new_tokens, prompts_of, rollouts_of};
 use super::step::{Step, links};
 use super::switch::SwitchPlan;
 use crate::cluster::mesh::cut;
@@ -51,9 +51,12 @@ pub struct AlignmentPlan {
     pub cache_copies: usize,
     /// Bytes that go to the host and come back in a step, over all ranks.
     pub offloaded_bytes: f64,
-    /// Its time; absent without `[cluster.hardware]`.
+    /// Its time; absent without `[cluster.hardware]`, and where it takes more than [`MOST_ACTS`].
     pub simulated: Option<SimulatedAlignment>,
 }
+
+/// Acts of a step that is simulated, at most: some seconds, and less than a gigabyte.
+pub const MOST_ACTS: usize = 1 << 24;
 
 /// A simulated step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -91,7 +94,8 @@ impl Alignment<'_> {
     pub fn plan(&self, stage: &str, switch: &SwitchPlan) -> Result<AlignmentPlan, Stuck> {
         let grpo = self.grpo;
         let rollouts = grpo.prompts * grpo.group_size;
-        let simulated = self.load.hardware.map(|hardware| self.simulated(hardware, switch));
+        let hardware = self.load.hardware.filter(|_| self.acts() <= MOST_ACTS);
+        let simulated = hardware.map(|hardware| self.simulated(hardware, switch));
         let data = self.layouts.training.mesh().data() as f64;
         let loads: f64 =
             (0..self.layouts.held.len()).map(|place| self.loads(place).sum::<f64>()).sum();
@@ -99,7 +103,7 @@ impl Alignment<'_> {
             stage: stage.to_string(),
             rollouts,
             prompt_tokens: prompt_tokens(self.config, grpo) as usize,
-            new_tokens: self.lengths().iter().sum(),
+            new_tokens: self.new_tokens(),
             models: others(grpo),
             switch: switch.clone(),
             cache_copies: self.cache_copies(),
@@ -108,8 +112,23 @@ impl Alignment<'_> {
         })
     }
 
+    /// About as many acts as the ranks' lines take: passes that decode, and those of micro-batches with their messages.
+    fn acts(&self) -> usize {
+        let (ranks, sampling) = (self.layouts.training.mesh().ranks(), self.layouts.sampling);
+        let copies = sampling.tensor.max(sampling.expert);
+        let decoded = self.new_tokens().saturating_mul(copies) / self.config.engine.decode_batch;
+        let passes = others(self.grpo).len() + 3 * self.grpo.updates as usize;
+        let each = 3 * self.kind.chunks() * passes;
+        let trained = ranks.saturating_mul(self.batch.micro_batches).saturating_mul(each);
+        decoded.saturating_add(trained)
+    }
+
     fn lengths(&self) -> Vec<usize> {
         lengths(self.grpo.prompts * self.grpo.group_size, self.grpo.max_new_tokens)
+    }
+
+    fn new_tokens(&self) -> usize {
+        new_tokens(self.grpo.prompts * self.grpo.group_size, self.grpo.max_new_tokens)
     }
 
     /// The latents of MLA are whole on each rank of a tensor group, heads of grouped attention are cut as far as there are.
@@ -150,7 +169,7 @@ impl Alignment<'_> {
         });
         let seconds: Vec<(&'static str, f64)> = seconds.collect();
         let ranks = self.layouts.training.mesh().ranks();
-        let new_tokens: usize = self.lengths().iter().sum();
+        let new_tokens = self.new_tokens();
         let prompts = (self.grpo.prompts as u64 * prompt_tokens(self.config, self.grpo)) as f64;
         let forward = forward_flops_per_token(self.load.model, self.batch.sequence);
         let passes = 1.0 + 3.0 * self.grpo.updates as f64;

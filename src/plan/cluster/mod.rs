@@ -246,7 +246,7 @@ impl Planner<'_> {
             gpu_hours_per_trillion_tokens: hours,
             published_gpu_hours_per_trillion_tokens: published,
             relative_error: hours.zip(published).map(|(hours, published)| hours / published - 1.0),
-            notes: self.notes(&filled),
+            notes: self.notes(&filled, &alignment),
             bytes: filled.stages,
             peak,
             peaks: filled.peaks,
@@ -370,7 +370,7 @@ impl Planner<'_> {
         Ok((training, alignment))
     }
 
-    fn notes(&self, filled: &Filled) -> Vec<String> {
+    fn notes(&self, filled: &Filled, alignment: &[AlignmentPlan]) -> Vec<String> {
         let cluster = &self.config.cluster;
         let mut notes = Vec::new();
         if let Some(hardware) = &cluster.hardware {
@@ -387,6 +387,14 @@ impl Planner<'_> {
                     "the ranks of a node keep {host} on a host that has {room}; offload less"
                 ));
             }
+        }
+        let untimed = |step: &&AlignmentPlan| step.simulated.is_none();
+        for step in alignment.iter().filter(untimed).filter(|_| cluster.hardware.is_some()) {
+            notes.push(format!(
+                "stage {}: a step of {} rollouts is too long to be simulated, so that it has no seconds; fewer prompts \
+                 or a larger micro_batch would have some",
+                step.stage, step.rollouts
+            ));
         }
         let samples = self.config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
         let RolloutLayout { tensor, expert } = cluster.rollout;

@@ -35,6 +35,19 @@ pub fn lengths(count: usize, most: usize) -> Vec<usize> {
     lengths
 }
 
+/// The sum of [`lengths`], whatever their number.
+pub fn new_tokens(count: usize, most: usize) -> usize {
+    // Of a length and its mirror image one is rounded up by as much as the other lacks, unless both are whole: those are odd
+    // multiples of `step` among the 2 count parts.
+    let (mut divisor, mut rest) = (2 * count, most);
+    while rest > 0 {
+        (divisor, rest) = (rest, divisor % rest);
+    }
+    let step = 2 * count / divisor.max(1);
+    let whole = if step % 2 == 1 { divisor / 2 } else { 0 };
+    (count * (most + 1) - whole) / 2
+}
+
 /// The passes of one rank that decodes `lengths` behind prompts of `prompt` tokens, `slots` of them at once.
 pub fn decode_passes(lengths: &[usize], prompt: usize, slots: usize) -> Vec<DecodePass> {
     let mut waiting = lengths.iter();
@@ -171,6 +184,12 @@ mod tests {
         assert!((mean - 512.5).abs() < 1.0, "{mean}");
         assert_eq!((lengths.iter().min(), lengths.iter().max()), (Some(&1), Some(&1024)));
         assert!(!lengths.is_sorted() && lengths == super::lengths(1024, 1024));
+        for count in [1, 2, 3, 6, 50, 128, 1000] {
+            for most in [1, 2, 3, 7, 40, 64, 100, 1024] {
+                let sum: usize = super::lengths(count, most).iter().sum();
+                assert_eq!(new_tokens(count, most), sum, "{count} {most}");
+            }
+        }
         // Neighbours are unlike each other: no rank gets the long ones alone.
         let eighths: Vec<usize> = lengths.chunks(128).map(|part| part.iter().sum()).collect();
         assert!(eighths.iter().all(|sum| sum.abs_diff(65_600) < 10_000), "{eighths:?}");

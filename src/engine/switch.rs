@@ -336,6 +336,7 @@ mod tests {
     use crate::cluster::{Link, Local};
     use crate::config::cluster::PipelineSchedule;
     use crate::config::load_model;
+    use crate::model::weight_bytes::{rope_bytes, weight_bytes};
     use crate::train::ranks::part_of;
     use rehearsal_kernels::{Arena, CpuKernels};
     use std::path::Path;
@@ -422,6 +423,47 @@ mod tests {
             let moved = results[0].map_or(0, |switched| switched.moved_bytes);
             assert_eq!([sum(|s| s.sent_bytes), sum(|s| s.received_bytes)], [moved; 2]);
             assert!(moved > 0 || !moves);
+        }
+    }
+
+    #[test]
+    fn a_switch_takes_no_more_of_a_rank_than_its_two_parts() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/model/smoke.json");
+        let config = load_model(&path).unwrap();
+        let load = Load { layers: config.num_hidden_layers, experts: config.n_routed_experts };
+        let whole = weight_bytes(&Layout::new(&config, false));
+        let switched = |team: &Team| {
+            let layout = Arc::new(Layout::of_part(&config, false, part_of(team, &config)));
+            let part = Part::in_sampling(&config, &team.sampling, team.place());
+            let parts =
+                weight_bytes(&layout) + weight_bytes(&Layout::of_part(&config, false, part));
+            assert!(parts < 2 * whole, "the model is nowhere whole twice");
+            let declared = parts + rope_bytes(&config);
+            let kernels = CpuKernels::new(1, Arena::new(Some(declared)));
+            let held = Params::new(&kernels, layout.clone(), "held").unwrap();
+            let timeline = Arc::new(Timeline::since(Instant::now()));
+            let switch = Switch::new(&kernels, team, &config, &layout, &timeline).unwrap().unwrap();
+            let mut wanted = Params::new(&kernels, switch.model.layout.clone(), "wanted").unwrap();
+            let (from, to) = (Some(&held.slab), Some(&mut wanted.slab));
+            switch.way.run(&kernels, 3, from, to).unwrap();
+            assert_eq!(kernels.arena().most_used(), declared, "what it declared and no byte more");
+            // What is under way beside the arena.
+            assert!(switch.way.plan.widest() <= BUCKET);
+        };
+        for (sizes, expert) in [([2, 2, 2], 4), ([4, 1, 4], 2), ([1, 2, 1], 2)] {
+            let mesh = Mesh::new(sizes, sizes[0] * sizes[1], load).unwrap();
+            let sampling = Sampling { ranks: mesh.ranks(), tensor: 1, expert };
+            thread::scope(|scope| {
+                for link in Local::new(mesh.ranks()) {
+                    let link: Arc<dyn Link> = Arc::new(link);
+                    let deadline = Duration::from_secs(20);
+                    let team = Team { link, mesh, sampling, deadline, ..Team::alone() };
+                    scope.spawn(|| {
+                        let team = team;
+                        switched(&team)
+                    });
+                }
+            });
         }
     }
 }

@@ -6,17 +6,15 @@
 //!
 //! Invariant: its size is bounded, however long the run is.
 
+use super::alive::{host, is_alive};
 use super::event::{Event, now};
 use super::journal::read_events;
 use super::next_steps::resume_command;
 use crate::config::Fault;
 use crate::config::fault::START_AGAIN;
 use anyhow::{Context, Result};
-use rustix::fs::{FlockOperation, flock};
-use rustix::process::{Pid, test_kill_process};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -61,8 +59,10 @@ pub struct Board {
     pub reason: Option<String>,
     /// The command that goes on with it, if it can go on.
     pub resume: Option<String>,
-    /// Its process.
+    /// Its process, and the host of that.
     pub pid: u32,
+    /// See `pid`.
+    pub host: String,
     /// Seconds since 1970 at the start, and of the last change.
     pub started: f64,
     /// See `started`.
@@ -247,7 +247,8 @@ impl Board {
         let time = now();
         let run =
             run_dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        Board { run, pid: std::process::id(), started: time, updated: time, ..Board::default() }
+        let (pid, host) = (std::process::id(), host());
+        Board { run, pid, host, started: time, updated: time, ..Board::default() }
     }
 
     /// Enters what an event says.
@@ -300,17 +301,25 @@ impl Board {
             Some(board) => board,
             None => Board::from_journal(run_dir)?,
         };
-        if board.state == RunState::Running && !is_alive(run_dir, board.pid) {
+        if board.state == RunState::Running && !is_alive(run_dir, board.pid, &board.host) {
             board.state = RunState::Lost;
             board.rest();
-            let number = if board.pid == 0 { String::new() } else { format!(" {}", board.pid) };
-            board.reason = Some(format!("its process{number} is gone without a word"));
+            board.reason = Some(format!("its {}is gone without a word", board.process()));
         }
         let starts_over = board.reason.as_ref().is_some_and(|why| why.contains(START_AGAIN));
         if !matches!(board.state, RunState::Running | RunState::Finished) && !starts_over {
             board.resume = resume_command(run_dir);
         }
         Ok(board)
+    }
+
+    /// Its process, by number, and by host where that is another.
+    pub(super) fn process(&self) -> String {
+        match self.pid {
+            0 => "process ".to_string(),
+            pid if self.host.is_empty() || self.host == host() => format!("process {pid} "),
+            pid => format!("process {pid} on {} ", self.host),
+        }
     }
 
     /// What the journal alone tells: no actors, no process.
@@ -324,7 +333,7 @@ impl Board {
             )));
         }
         let events = read_events(&path)?;
-        let mut board = Board { pid: 0, ..Board::new(run_dir) };
+        let mut board = Board { pid: 0, host: String::new(), ..Board::new(run_dir) };
         board.started = events.first().map_or(board.started, Event::time);
         board.updated = board.started;
         for event in &events {
@@ -429,21 +438,6 @@ pub(super) fn replies_of(event: &Event) -> Vec<ReplyRow> {
 fn keep_last<T>(list: &mut Vec<T>, count: usize) {
     let surplus = list.len().saturating_sub(count);
     list.drain(..surplus);
-}
-
-/// True if the run's process lives: there is one of its number, and somebody holds the run's lock.
-/// The lock is only tried if that number exists, so that a look at a dead run can never stand in
-/// the way of one that starts.
-fn is_alive(run_dir: &Path, pid: u32) -> bool {
-    let exists = i32::try_from(pid).ok().and_then(Pid::from_raw).map(|pid| {
-        // A process of another user may not be signalled, but it exists.
-        test_kill_process(pid) != Err(rustix::io::Errno::SRCH)
-    });
-    if exists == Some(false) {
-        return false;
-    }
-    let Ok(lock) = File::open(run_dir.join(LOCK_FILE)) else { return false };
-    flock(&lock, FlockOperation::NonBlockingLockShared).is_err()
 }
 
 /// Writes the board's file, seldom enough to cost nothing.

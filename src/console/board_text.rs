@@ -13,7 +13,8 @@ impl Display for Board {
         let phase =
             if self.phase.is_empty() { String::new() } else { format!("  phase {}", self.phase) };
         let elapsed = duration(self.updated - self.started);
-        let process = if self.pid == 0 { String::new() } else { format!("  process {}", self.pid) };
+        let process =
+            if self.pid == 0 { String::new() } else { format!("  {}", self.process().trim_end()) };
         line(f, &format!("run {}  {state}{phase}  {elapsed}{process}", fitted(&self.run, 24)))?;
         if let Some(reason) = &self.reason {
             for part in super::text::wrapped(reason, WIDTH - 2) {

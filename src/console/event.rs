@@ -15,7 +15,7 @@
 //!     version), `stale_gap_max` (of the sampler and a policy that has changed since), `rollout_dtype`, `sampler_kl`, with importance weights `importance_weight_mean` and
 //!     `truncated_share`, and of the machine `rfu` (useful-FLOP utilisation), `rollout_bandwidth`, `tail_factor`,
 //!     `padding_share` and `exposed_seconds` (of `reward`, `reference`, `sync`, `offload`, `compare`); where models or moments moved,
-//!     `offload_exposed_share` (of the step) and `offload`: `seconds`, `exposed_seconds`, `overlap_share`, `bytes_in`,
+//!     `offload_exposed_share` (of the step) and `offload`, of rank 0 where there are several: `seconds`, `exposed_seconds`, `overlap_share`, `bytes_in`,
 //!     `bytes_out`, `computed` (lists of phase, start, end), `waited` (start, end), `moved` (item, `read` or `write`, the
 //!     copy's tier, start, end, bytes), all in seconds since the step began;
 //!     of a run over ranks, in steps 1, 2, 4, 8 and so on, `ranks` (lists of rank, pass, start, end, micro-batch, piece);

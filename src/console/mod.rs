@@ -8,6 +8,7 @@ pub mod event;
 pub mod journal;
 
 // The present.
+mod alive;
 pub mod board;
 mod board_text;
 

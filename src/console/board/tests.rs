@@ -1,7 +1,9 @@
 //! Tests of the board: what events make of it, its file, its text.
 
 use super::*;
+use rustix::fs::{FlockOperation, flock};
 use serde_json::json;
+use std::fs::File;
 
 fn events() -> Vec<Event> {
     let mut events = vec![
@@ -188,6 +190,27 @@ fn a_run_whose_process_is_gone_or_holds_no_lock_is_lost() {
     board.state = RunState::Finished;
     writer.write(&board).expect("written");
     assert_eq!(Board::read(run.path()).expect("a board").state, RunState::Finished);
+}
+
+#[test]
+fn a_process_of_another_host_lives_for_as_long_as_it_writes() {
+    let run = tempfile::tempdir().expect("a temporary folder");
+    // A process of this number is here, too, and nobody holds a lock.
+    let board = Board { pid: std::process::id(), host: "node-3".to_string(), ..filled() };
+    BoardWriter::new(run.path()).write(&board).expect("written");
+    let number = std::process::id();
+    let found = Board::read(run.path()).expect("a board");
+    assert_eq!(found, board);
+    assert!(found.to_string().contains(&format!("process {number} on node-3\n")), "{found}");
+    let file = File::options().append(true).open(run.path().join(BOARD_FILE)).expect("the board");
+    let hour = Duration::from_secs(3600);
+    file.set_modified(std::time::SystemTime::now() - hour).expect("another time");
+    let found = Board::read(run.path()).expect("a board");
+    assert_eq!(found.state, RunState::Lost);
+    let told = format!("its process {number} on node-3 is gone without a word");
+    assert_eq!(found.reason.as_deref(), Some(&*told));
+    file.set_modified(std::time::SystemTime::now() + hour).expect("another time");
+    assert_eq!(Board::read(run.path()).expect("a board").state, RunState::Running);
 }
 
 #[test]

@@ -4,7 +4,7 @@
 //! `.ci/run` fetches that MPI into `target/openmpi`. Where it is not there the tests say so and pass. The program is the one that
 //! was built with the MPI of the system: both have the same binary interface.
 
-use crate::mpirun::{checked, mpirun_at, text};
+use crate::mpirun::{checked, mpirun_at, skipped, text};
 use crate::process_runs::{check_failed, check_is_the_run_of_one, program, rank};
 use crate::processes::check_passed;
 use crate::runs::{done, events, steps};
@@ -19,7 +19,7 @@ fn launcher() -> Option<PathBuf> {
     let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("it is in target");
     let launcher = target.join("openmpi/bin/mpirun");
     if !launcher.exists() {
-        eprintln!("SKIPPED: no Open MPI 5 at {}; .ci/run fetches it", launcher.display());
+        skipped(&format!("no Open MPI 5 at {}; .ci/run fetches it", launcher.display()));
         return None;
     }
     Some(launcher)

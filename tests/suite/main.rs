@@ -43,6 +43,8 @@ mod process_nccl;
 #[cfg(feature = "mpi")]
 mod process_runs;
 #[cfg(feature = "mpi")]
+mod process_srun;
+#[cfg(feature = "mpi")]
 mod process_starts;
 #[cfg(feature = "mpi")]
 mod processes;

@@ -1,7 +1,7 @@
 //! Runs whose exchanges go over NCCL: the run that they make over MPI, to the bit; or, where there are not GPUs enough, why they
 //! are none, on all ranks and before anything is trained.
 
-use crate::mpirun::text;
+use crate::mpirun::{skipped, text};
 use crate::process_runs::{check_failed, over};
 use crate::runs::{done, events, steps};
 use serde_json::Value;
@@ -36,6 +36,5 @@ fn a_process_run_over_nccl_is_the_one_over_mpi_or_is_refused_and_skipped_aloud()
     check_failed(&output, &out, &["cluster.backend", "exchanges", "over MPI"]);
     assert!(!said.contains(" is gone"), "a rank left before the others knew why: {said}");
     assert!(!out.exists(), "a run that is refused leaves no folder");
-    use std::io::Write;
-    let _ = writeln!(std::io::stderr(), "SKIPPED: no run went over NCCL: {reason}");
+    skipped(&format!("no run went over NCCL: {reason}"));
 }

@@ -3,7 +3,7 @@
 //!
 //! Needs a privileged user and `ip`; where the machine allows no namespaces the tests say so and pass.
 
-use crate::mpirun::{mpirun, text};
+use crate::mpirun::{mpirun, skipped, text};
 use crate::process_runs::process_of;
 use crate::runs::{done, finished, steps, wait_for};
 use rustix::process::{Pid, Signal, kill_process};
@@ -43,7 +43,7 @@ impl Hosts {
         };
         let made = hosts.names.iter().all(|name| ip(&format!("netns add {name}")));
         if !made || !hosts.connect() {
-            eprintln!("SKIPPED: this machine allows no network namespaces");
+            skipped("this machine allows no network namespaces");
             return None;
         }
         let [a, b] = &hosts.names;

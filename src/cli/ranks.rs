@@ -320,7 +320,7 @@ mod tests {
         let other = said(1).unwrap();
         assert_eq!(other.to_string(), "rank 2 failed");
         assert_eq!(super::super::failure::exit_code(&other), 4);
-        let gone = Broken::Gone { rank: 0, gone: 2, call: "its control link".to_string() };
+        let gone = Broken::Gone { rank: 0, gone: 2, found: "its control link closed".to_string() };
         assert!(echoed(1, Some(gone)).is_none() && echoed(1, None).is_none());
     }
 

@@ -233,8 +233,8 @@ fn carried(word: &Word) -> Vec<u8> {
 
 impl Shared {
     fn gone(&self, peer: &Peer) -> Broken {
-        let call = format!("its control link with {}, which closed", peer.name);
-        Broken::Gone { rank: self.rank, gone: peer.rank, call }
+        let found = format!("the control link of {} with rank {} closed", peer.name, self.rank);
+        Broken::Gone { rank: self.rank, gone: peer.rank, found }
     }
 
     /// Reads what a peer says until it goes.

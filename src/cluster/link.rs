@@ -141,14 +141,14 @@ pub enum Broken {
         theirs: String,
     },
     /// A rank is no longer there.
-    #[error("rank {gone} is gone; rank {rank} was at {call}")]
+    #[error("rank {gone} is gone: {found}")]
     Gone {
         /// Who found it.
         rank: usize,
         /// Who is gone.
         gone: usize,
-        /// Its call.
-        call: String,
+        /// How that is known.
+        found: String,
     },
     /// A rank could not do its part.
     #[error("rank {rank}: {why}")]

@@ -45,6 +45,11 @@ impl Local {
         ends.map(rank).collect()
     }
 
+    fn gone(&self, other: usize, call: &Call) -> Broken {
+        let found = format!("rank {} was at {call}", self.rank);
+        Broken::Gone { rank: self.rank, gone: other, found }
+    }
+
     /// Takes the first frame of a lane out of those that came early.
     fn early(&self, from: usize, lane: Lane) -> Option<Frame> {
         let mut early = self.early[from].lock().unwrap_or_else(|e| e.into_inner());
@@ -85,9 +90,9 @@ impl Link for Local {
 
     fn send(&self, to: usize, frame: Frame) -> Result<(), Broken> {
         self.to[to].send(frame).map_err(|unsent| {
-            let call = unsent.into_inner().call.to_string();
+            let call = unsent.into_inner().call;
             // Whoever stops says why before it goes.
-            self.stopped().unwrap_or(Broken::Gone { rank: self.rank, gone: to, call })
+            self.stopped().unwrap_or_else(|| self.gone(to, &call))
         })
     }
 
@@ -109,8 +114,7 @@ impl Link for Local {
                     early.lock().unwrap_or_else(|e| e.into_inner()).push_back(frame);
                 }
                 Err(RecvTimeoutError::Disconnected) => {
-                    let gone = Broken::Gone { rank: self.rank, gone: from, call: call.to_string() };
-                    return Err(self.stopped().unwrap_or(gone));
+                    return Err(self.stopped().unwrap_or_else(|| self.gone(from, call)));
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }

@@ -459,7 +459,7 @@ mod tests {
             importance_limit: None,
         };
         let job = TrainJob::Grpo { groups: vec![], settings, micro_batch: 0, share_prompts: true };
-        let gone = Broken::Gone { rank: 0, gone: 2, call: "figures".to_string() };
+        let gone = Broken::Gone { rank: 0, gone: 2, found: "it was at figures".to_string() };
         let error = ended(PassError::Ranks(gone.clone()), &job);
         assert_eq!(error.downcast_ref(), Some(&gone));
         let arena = Arena::new(Some(1 << 12));

@@ -182,7 +182,7 @@ fn stop_when(
     disturbances: &[Disturbance],
     is_time: impl Fn(&Seats) -> Box<dyn FnOnce() + Send> + Sync,
 ) {
-    let gone = Broken::Gone { rank: 0, gone: 1, call: "its control link".to_string() };
+    let gone = Broken::Gone { rank: 0, gone: 1, found: "its control link closed".to_string() };
     let ranks = run_ranks(place, disturbances, |rank, seats, stop| {
         if rank == 0 {
             let (wait, stop, gone) = (is_time(seats), Arc::clone(stop), gone.clone());

@@ -248,7 +248,7 @@ fn a_rank_that_works_before_it_comes_is_waited_for_and_told_of() {
 #[test]
 fn an_error_of_nccl_gives_way_to_a_link_that_knows_who_is_gone() {
     let broken = |_| Fault::Broken;
-    let gone = Broken::Gone { rank: 0, gone: 1, call: "its control link".to_string() };
+    let gone = Broken::Gone { rank: 0, gone: 1, found: "its control link closed".to_string() };
     let (errors, _) = on_ranks(2, PATIENCE, broken, |group, link| {
         if group.own() == 1 {
             // Its frame comes, and then no more of it.

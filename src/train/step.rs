@@ -268,9 +268,11 @@ fn all_routings(
         (0..=last).flat_map(of_place).collect::<Vec<Routing>>()
     };
     let routings: Vec<Vec<Routing>> = (0..batches).map(of_batch).collect();
-    // Micro-batches that only fill up the schedule have no tokens.
+    // Micro-batches that only fill up the schedule have no tokens; a step of nothing has one.
     let has_tokens = |routing: &Vec<Routing>| routing.iter().any(|layer| layer.tokens > 0);
-    Ok(routings.into_iter().filter(has_tokens).collect())
+    let (full, mut empty): (Vec<_>, Vec<_>) = routings.into_iter().partition(has_tokens);
+    empty.truncate(usize::from(full.is_empty()));
+    Ok([full, empty].concat())
 }
 
 /// Atoms that go through the model at once if the budget allows: those of `asked` examples, or if that is 0 as many as

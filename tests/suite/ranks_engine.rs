@@ -226,6 +226,32 @@ fn ranks_sample_and_score_as_one_to_the_bit_and_take_the_same_steps() {
     }
 }
 
+/// An update by groups of which none teaches anything.
+fn taught_nothing(sizes: [usize; 3], schedule: PipelineSchedule) -> StepReport {
+    let layouts = Layouts { sizes, schedule, sampling_expert: 1, tensor: 1 };
+    let mut reports = on_engines(layouts, |engine, _| {
+        let balance = Balance::NONE;
+        engine.prepare(&PrepareStage { balance, ..stage(None) }).unwrap();
+        engine.enter_phase(Phase::Train).unwrap();
+        let settings = GrpoSettings { kl_weight: 0.0, ..settings() };
+        let (groups, micro_batch, share_prompts) = (Vec::new(), 0, true);
+        engine.train(&TrainJob::Grpo { groups, settings, micro_batch, share_prompts }).unwrap()
+    });
+    reports.remove(0)
+}
+
+#[test]
+fn a_step_that_trains_on_nothing_tells_as_much_of_its_layers_over_ranks() {
+    let one = taught_nothing([1, 1, 1], OneForwardOneBackward);
+    assert!(!one.routing.is_empty() && one.rows == 0 && one.gradient_norm == 0.0, "{one:?}");
+    for (sizes, schedule) in
+        [([2, 1, 2], OneForwardOneBackward), ([2, 2, 1], ZeroBubbleH2), ([1, 2, 1], ZeroBubbleV)]
+    {
+        let many = taught_nothing(sizes, schedule);
+        assert_eq!((many.routing, many.rows), (one.routing.clone(), 0), "{sizes:?}");
+    }
+}
+
 /// Three updates, each by rollouts of the version before the one that it changes (the first by its own): those of the next
 /// step are asked for before the update.
 fn updates(

@@ -154,7 +154,13 @@ impl Board {
         if !self.notes.is_empty() {
             heading(f, "notes")?;
         }
-        self.notes.iter().try_for_each(|note| line(f, &format!("  {note}")))
+        // The end of a note is what to do.
+        for note in &self.notes {
+            for (number, part) in super::text::wrapped(note, WIDTH - 4).iter().enumerate() {
+                line(f, &format!("{}{part}", if number == 0 { "  " } else { "    " }))?;
+            }
+        }
+        Ok(())
     }
 }
 

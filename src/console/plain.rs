@@ -93,7 +93,7 @@ impl Plain {
             }
             "eval" => self.eval_line(event),
             "stage-end" => self.before_and_after(&stage),
-            "note" => self.line(&format!("note: {}", event.text("text").unwrap_or_default())),
+            "note" => self.all_of(&format!("note: {}", event.text("text").unwrap_or_default())),
             "end" => self.summary(),
             _ => match event.remark() {
                 Some(remark) => self.warn(&remark),
@@ -212,7 +212,12 @@ impl Plain {
     }
 
     fn warn(&mut self, remark: &str) {
-        wrapped(&format!("!! {remark}"), WIDTH).iter().for_each(|line| self.line(line));
+        self.all_of(&format!("!! {remark}"));
+    }
+
+    /// What says what to do is not cut.
+    fn all_of(&mut self, text: &str) {
+        wrapped(text, WIDTH).iter().for_each(|line| self.line(line));
     }
 
     /// The table of the stages, and what to do next.

@@ -146,7 +146,7 @@ fn a_rank_that_hangs_in_a_job_is_shown_as_busy_and_whoever_waits_for_it_names_it
     let mut disturbances = undisturbed();
     let script = Script { stuck_in_train: Some(2), ..Script::default() };
     disturbances[2].script = script.clone();
-    disturbances[0].deadline = Some(Duration::from_secs(4));
+    disturbances[0].deadline = Some(Duration::from_secs(20));
     let desks = OnceLock::new();
     let ranks = thread::scope(|scope| {
         let looker = scope.spawn(|| {

@@ -95,6 +95,16 @@ fn what_the_last_switch_moved_stays_told() {
 }
 
 #[test]
+fn a_note_is_told_to_its_end() {
+    let mut board = filled();
+    let note = "those ranks wait while the others train; set stage.align.max_staleness = 1 to have both at once";
+    board.take(&Event::new("note").with("text", note));
+    let text = board.to_string();
+    let told = text.lines().rev().take(2).map(str::trim).collect::<Vec<_>>();
+    assert_eq!(format!("{} {}", told[1], told[0]), note, "{text}");
+}
+
+#[test]
 fn the_text_is_ascii_of_at_most_eighty_columns_whatever_a_model_says() {
     let mut board = filled();
     let long = "x\u{1b}]52;c;\u{202e}é".repeat(40);

@@ -192,6 +192,14 @@ fn a_launcher_s_terminal_is_told_from_a_file() {
 }
 
 #[test]
+fn a_note_is_shown_to_its_end() {
+    let note = "those ranks wait while the others train; set stage.align.max_staleness = 1 to have both at once";
+    let text = shown(false, &[Event::new("note").with("text", note)]);
+    assert_eq!(text.replace('\n', " ").trim(), format!("note: {note}"));
+    assert!(text.lines().all(|line| line.len() <= WIDTH), "{text}");
+}
+
+#[test]
 fn a_failed_run_says_why() {
     let mut events = events();
     events.pop();

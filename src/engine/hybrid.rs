@@ -186,6 +186,7 @@ impl HybridEngine {
             config.rope_scaling = yarn.clone();
             config.max_position_embeddings = *positions;
         }
+        self.compare_sources(stage)?;
         let (model, ranks) = self.policy_model(&config, stage.value_head)?;
         let kernels = self.kernels.as_ref();
         let mut policy =

@@ -66,7 +66,7 @@ pub fn require_policy(source: &ModelSource) -> Result<()> {
 }
 
 impl Resident {
-    /// Loads or initialises a model. A scalar head is zero if the source has none.
+    /// Loads or initialises a model; a folder was compared with its manifest. A scalar head is zero if the source has none.
     pub(super) fn load(
         kernels: &dyn Kernels,
         role: &Role,
@@ -112,7 +112,7 @@ fn load_weights(
     params: &mut Params,
     folder: &Path,
 ) -> Result<()> {
-    let tensors = TensorFolder::open(folder)?;
+    let tensors = TensorFolder::open_checked(folder)?;
     // The folder has all of the model, also where this rank has a part of it.
     check_weights(&Layout::new(config, params.layout.has_value_head), &tensors, folder)?;
     params.load(kernels, |spec| match tensors.shape(&spec.name) {

@@ -5,7 +5,7 @@
 //!   * a save that succeeded is on the disk as a whole, but for the manifest
 
 use super::hybrid::{HybridEngine, SavedState};
-use super::phase::Phase;
+use super::phase::{ModelSource, Phase, PrepareStage};
 use super::policy_files::{Moments, Written, join_shards, read_policy, world, write_policy};
 use super::resident::write_calibration;
 use crate::checkpoint::{TensorFolder, write_model_config};
@@ -14,7 +14,7 @@ use crate::config::fault::Fault;
 use crate::model::{Layout, Params};
 use anyhow::{Context, Result, bail, ensure};
 use rehearsal_kernels::Activity;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 impl HybridEngine {
     /// Writes the policy (and its moments) into an existing folder. All ranks that train do so at the same time.
@@ -37,6 +37,30 @@ impl HybridEngine {
         self.agree("check of a checkpoint", checked)?;
         let read = self.read_own(folder, saved);
         self.agree("restored parts", read)
+    }
+
+    /// Compares the folders that a stage loads with their manifests. Ranks that do the same read a share each, once.
+    pub(super) fn compare_sources(&self, stage: &PrepareStage) -> Result<()> {
+        let mut folders = Vec::new();
+        // Who only samples has no other model.
+        let reference = stage.reference.iter().filter(|_| !self.setup.team.is_sampler());
+        for source in std::iter::once(&stage.policy).chain(reference) {
+            if let ModelSource::Folder(folder) = source {
+                folders.push(folder);
+            }
+        }
+        let rewards = stage.rewards.iter().filter(|_| !self.setup.team.is_sampler());
+        folders.extend(rewards.map(|(_, folder)| folder));
+        folders.sort();
+        folders.dedup();
+        if folders.is_empty() {
+            return Ok(());
+        }
+        let (place, ranks) = (self.setup.team.place(), self.setup.team.peers().len());
+        let check = |folder: &&PathBuf| TensorFolder::check_share(folder, place, ranks);
+        let checked = folders.iter().try_for_each(check);
+        self.world.agree("check of what a stage starts from", checked.map(|()| Vec::new()))?;
+        Ok(())
     }
 
     /// The ranks that do the same as this one, and the policy's whole layout; `None` for a rank alone, or before anything is loaded on all of them.

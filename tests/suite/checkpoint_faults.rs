@@ -304,6 +304,7 @@ fn a_changed_byte_of_any_shard_is_found_by_the_rank_that_reads_it_and_told_by_al
     let damaged: Vec<String> =
         files(&folder).into_iter().filter(|name| name.ends_with(".safetensors")).collect();
     assert_eq!(damaged.len(), 4);
+    let mut finders = BTreeSet::new();
     for name in damaged {
         let (path, whole) = (folder.join(&name), std::fs::read(folder.join(&name)).unwrap());
         let mut bytes = whole.clone();
@@ -313,14 +314,20 @@ fn a_changed_byte_of_any_shard_is_found_by_the_rank_that_reads_it_and_told_by_al
             prepared(engine);
             let error = engine.restore(&folder, &state).unwrap_err();
             assert_eq!(error.downcast_ref().map(Fault::exit_code), Some(2));
+            // A stage that starts from it is told the same.
+            let policy = ModelSource::Folder(folder.clone());
+            let started = engine.prepare(&PrepareStage { policy, ..stage(None) }).unwrap_err();
+            assert_eq!(format!("{started:#}"), format!("{error:#}"));
             format!("{error:#}")
         });
         for error in &told {
             assert!(error.contains(&name) && error.contains("damaged"), "{error}");
             assert_eq!(error, &told[0]);
         }
+        finders.insert(told[0].split_once(": ").unwrap().0.to_string());
         std::fs::write(&path, whole).unwrap();
     }
+    assert!(finders.len() > 1, "each reads its share: {finders:?}");
 }
 
 /// Body of the process that the test below kills; does nothing otherwise.

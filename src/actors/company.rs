@@ -160,6 +160,10 @@ pub struct Seats {
 
 impl Seats {
     fn new(limits: Limits, mail: Option<Arc<Mail>>, samplers: usize) -> Seats {
+        let worker = Seat::new("worker", limits);
+        if let Some(mail) = mail.as_ref().map(Arc::downgrade) {
+            worker.desk().shows(move || mail.upgrade()?.awaits());
+        }
         Seats {
             ranks: RankSeats::new(mail, samplers, limits),
             has_samplers: samplers > 0,
@@ -170,7 +174,7 @@ impl Seats {
             rollout_generator: Seat::new("rollout-generator", limits),
             reward_scorer: Seat::new("reward-scorer", limits),
             policy_updater: Seat::new("policy-updater", limits),
-            worker: Seat::new("worker", limits),
+            worker,
             checkpointer: Seat::new("checkpointer", limits),
             monitor: Seat::new("monitor", limits),
         }

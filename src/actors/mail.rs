@@ -8,7 +8,7 @@
 //!   * what is open on either side is bounded; a process that asks for more is refused
 //!   * once the ranks stop, every wait here ends with their words
 
-use super::contents::{Failure, FailureKind, Outcome, Pulse};
+use super::contents::{Failure, FailureKind, Outcome, Pulse, Wait};
 use super::crew::{Job, Yield};
 use super::messages::WorkId;
 use super::port::Desk;
@@ -131,6 +131,13 @@ impl Mail {
     /// The other ranks and how they are called.
     pub fn others(&self) -> impl Iterator<Item = (usize, &str)> {
         self.control.peers()
+    }
+
+    /// For whom this rank's device waits, if it has waited for a while.
+    pub fn awaits(&self) -> Option<Wait> {
+        let (waited, since) = self.control.waits()?;
+        let (actor, message) = (format!("rank {}", waited.rank), waited.purpose().to_string());
+        Some(Wait { actor, message, seconds: since.elapsed().as_secs_f64() })
     }
 
     /// Shows each other rank's worker on a desk, and tells signals of any rank to `stop`.

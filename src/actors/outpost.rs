@@ -38,7 +38,12 @@ impl RankSeats {
         let others: Vec<usize> =
             lead.flat_map(|mail| mail.others().map(|(rank, _)| rank)).collect();
         let courier = |rank: &usize| (*rank, Seat::new(&format!("courier-{rank}"), limits));
-        let mirror = |rank: &usize| (*rank, Desk::new(&format!("worker-{rank}")));
+        let mirror = |rank: &usize| {
+            let desk = Desk::new(&format!("worker-{rank}"));
+            // Its silence counts from the beginning.
+            desk.mirror(Pulse::default());
+            (*rank, desk)
+        };
         RankSeats {
             couriers: others.iter().map(courier).collect(),
             mirrors: others.iter().map(mirror).collect(),

@@ -15,10 +15,13 @@ use super::messages::{ActorState, AskStatus, Failure, FailureKind, Named, Pulse,
 use actix::dev::ToEnvelope;
 use actix::{Actor, Addr, Context, Handler, MailboxError, Message, Recipient};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::time::timeout_at;
+
+/// After so long without a word an actor of another process, which has one every second, is shown as silent.
+const SILENCE: Duration = Duration::from_secs(3);
 
 /// Numbers that bound every queue and every wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub struct Limits {
 pub struct Desk {
     name: String,
     state: Mutex<DeskState>,
+    /// What the actor's device waits for, which asks no actor.
+    device: OnceLock<Box<dyn Fn() -> Option<Wait> + Send + Sync>>,
 }
 
 struct DeskState {
@@ -51,8 +56,8 @@ struct DeskState {
     next_wait: u64,
     /// The message whose handler holds the actor's thread, and since when.
     running: Option<(&'static str, Instant)>,
-    /// What an actor of another process said of itself, where the desk shows one.
-    mirrored: Option<Pulse>,
+    /// What an actor of another process said of itself, and when, where the desk shows one.
+    mirrored: Option<(Pulse, Instant)>,
 }
 
 impl Desk {
@@ -73,7 +78,7 @@ impl Desk {
             running: None,
             mirrored: None,
         };
-        Arc::new(Desk { name: name.to_string(), state: Mutex::new(state) })
+        Arc::new(Desk { name: name.to_string(), state: Mutex::new(state), device: OnceLock::new() })
     }
 
     /// The actor's name.
@@ -83,9 +88,10 @@ impl Desk {
 
     /// What the actor is doing now.
     pub fn pulse(&self) -> Pulse {
+        let device = self.device.get().and_then(|waits| waits());
         let desk = self.lock();
-        if let Some(pulse) = &desk.mirrored {
-            return pulse.clone();
+        if let Some((pulse, heard)) = &desk.mirrored {
+            return older(pulse.clone(), heard.elapsed());
         }
         let waits = desk.waits.values().map(|(actor, message, since)| Wait {
             actor: actor.clone(),
@@ -100,7 +106,7 @@ impl Desk {
             handled: desk.handled,
             last_message: desk.last_message.map(str::to_string),
             restarts: desk.restarts,
-            waits: waits.collect(),
+            waits: waits.chain(device).collect(),
             reason: desk.reason.clone(),
             doing: desk.doing.clone(),
         }
@@ -108,7 +114,14 @@ impl Desk {
 
     /// Shows the pulse of an actor in another process, under this desk's name.
     pub fn mirror(&self, pulse: Pulse) {
-        self.lock().mirrored = Some(Pulse { actor: self.name.clone(), ..pulse });
+        let pulse = Pulse { actor: self.name.clone(), ..pulse };
+        self.lock().mirrored = Some((pulse, Instant::now()));
+    }
+
+    /// Whoever looks is shown what the actor's device waits for, too.
+    pub fn shows(&self, waits: impl Fn() -> Option<Wait> + Send + Sync + 'static) {
+        // The first stays: there is one device.
+        let _ = self.device.set(Box::new(waits));
     }
 
     /// The actor says what it is doing.
@@ -186,6 +199,17 @@ impl Desk {
     fn lock(&self) -> MutexGuard<'_, DeskState> {
         self.state.lock().expect("a desk is only read and written, which cannot panic")
     }
+}
+
+/// A pulse that was heard so long ago: all that it tells of went on since, as far as is known.
+fn older(mut pulse: Pulse, age: Duration) -> Pulse {
+    let seconds = age.as_secs_f64();
+    pulse.since += seconds;
+    pulse.waits.iter_mut().for_each(|wait| wait.seconds += seconds);
+    if age >= SILENCE {
+        pulse.reason = Some(format!("no word of it for {seconds:.0} s"));
+    }
+    pulse
 }
 
 /// An actor is busy with a message as long as this lives.

@@ -11,7 +11,7 @@
 
 use super::link::Broken;
 use super::outbox::{MOST_LETTERS, Next, Outbox, Untaken};
-use super::progress::{Board, Seen};
+use super::progress::{Board, Seen, Waited};
 use super::stop::Stop;
 use super::wait::standing;
 use super::wire::{LONGEST, Seal, WireError, decode, encode, read_frame};
@@ -151,6 +151,11 @@ impl Control {
     /// The ranks that this one is connected with, and how they are called.
     pub fn peers(&self) -> impl Iterator<Item = (usize, &str)> {
         self.shared.peers.iter().map(|peer| (peer.rank, peer.name.as_str()))
+    }
+
+    /// For whom this rank waits, in which call and since when, if it has waited for a while.
+    pub fn waits(&self) -> Option<(Waited, Instant)> {
+        self.shared.board.waits_since(self.shared.rank)
     }
 
     /// What all waits of this rank look at.

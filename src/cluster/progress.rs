@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A piece of work.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,6 +103,13 @@ pub struct Waited {
     pub call: String,
 }
 
+impl Waited {
+    /// What the call is for, which is its last word where it is a collective's.
+    pub fn purpose(&self) -> &str {
+        self.call.split_once(" for ").map_or(&self.call, |(_, name)| name)
+    }
+}
+
 /// How far a rank is, as it tells others.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {
@@ -125,7 +132,7 @@ pub struct Board {
 struct Progress {
     count: AtomicU64,
     last: AtomicU8,
-    waits: Mutex<Option<Waited>>,
+    waits: Mutex<Option<(Waited, Instant)>>,
 }
 
 impl Board {
@@ -175,12 +182,17 @@ impl Board {
 
     /// For whom a rank waits, if it has waited for a while.
     pub fn waits(&self, rank: usize) -> Option<Waited> {
+        self.waits_since(rank).map(|(waited, _)| waited)
+    }
+
+    /// The same, and since when; of a rank of another process, when it said so.
+    pub fn waits_since(&self, rank: usize) -> Option<(Waited, Instant)> {
         self.ranks[rank].waits().clone()
     }
 
     /// Tells the others for whom a rank waits, until the guard is dropped.
     pub fn wait_for(&self, rank: usize, other: usize, call: String) -> Told<'_> {
-        self.ranks[rank].waits().replace(Waited { rank: other, call });
+        self.ranks[rank].waits().replace((Waited { rank: other, call }, Instant::now()));
         Told(&self.ranks[rank])
     }
 
@@ -194,7 +206,8 @@ impl Board {
         let Some(other) = self.ranks.get(rank) else { return };
         other.last.store(seen.last as u8, Ordering::Relaxed);
         other.count.store(seen.count, Ordering::Relaxed);
-        *other.waits() = seen.waits.filter(|waited| waited.rank < self.ranks.len());
+        let waits = seen.waits.filter(|waited| waited.rank < self.ranks.len());
+        *other.waits() = waits.map(|waited| (waited, Instant::now()));
     }
 }
 
@@ -208,7 +221,7 @@ impl Drop for Told<'_> {
 }
 
 impl Progress {
-    fn waits(&self) -> MutexGuard<'_, Option<Waited>> {
+    fn waits(&self) -> MutexGuard<'_, Option<(Waited, Instant)>> {
         self.waits.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
@@ -268,7 +281,10 @@ mod tests {
         elsewhere.note(1, board.seen(1));
         assert_eq!(elsewhere.seen(1), board.seen(1));
         assert_eq!(elsewhere.last(1), Work::Hash);
-        assert_eq!(elsewhere.waits(1).map(|waited| waited.rank), Some(2));
+        let waited = elsewhere.waits(1).unwrap();
+        assert_eq!((waited.rank, waited.purpose()), (2, "a call"));
+        let call = "call 3, Pass of 8 elements of 4 bytes for tokens for 2 ranks".to_string();
+        assert_eq!(Waited { rank: 2, call }.purpose(), "tokens for 2 ranks");
         drop(waiting);
         assert_eq!(board.waits(1), None);
         // What nobody should have told harms nobody.

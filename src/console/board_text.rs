@@ -66,13 +66,10 @@ impl Board {
             for wait in &row.waits {
                 let (who, whom, since) =
                     (fitted(&row.name, 19), fitted(&wait.actor, 19), duration(wait.seconds));
-                line(
-                    f,
-                    &format!(
-                        "  {who} waits for {whom} ({}) since {since}",
-                        fitted(&wait.message, 19)
-                    ),
-                )?;
+                // Most are of few letters, and leave their room to the last.
+                let rest = format!("  {who} waits for {whom} () since {since}");
+                let what = fitted(&wait.message, WIDTH.saturating_sub(rest.len()).max(8));
+                line(f, &format!("  {who} waits for {whom} ({what}) since {since}"))?;
             }
         }
         Ok(())

@@ -293,7 +293,9 @@ fn lost(rank: Rank, signal: Signal) {
     let seconds = began.elapsed().as_secs_f64();
     let (is_named, longest) = match (signal, &why) {
         (Signal::KILL, Broken::Gone { gone, .. }) => (*gone == last, 1.0),
-        (Signal::STOP, Broken::Late { missing, .. }) => (*missing == last, 4.0),
+        (Signal::STOP, Broken::Silent { missing, .. } | Broken::Late { missing, .. }) => {
+            (*missing == last, 4.0)
+        }
         _ => (false, 0.0),
     };
     assert!(is_named && seconds < longest, "after {seconds} s: {why}");

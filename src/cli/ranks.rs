@@ -117,6 +117,11 @@ fn sampling(loaded: &Loaded, mesh: Mesh) -> Result<[Sampling; 2]> {
     })?)
 }
 
+/// Refuses layouts of sampling that the ranks do not divide into.
+pub fn require_sampling(loaded: &Loaded, mesh: Mesh) -> Result<()> {
+    sampling(loaded, mesh).map(drop)
+}
+
 /// What a person is told where rollouts are to be sampled from integers and some ranks have no instructions for them.
 fn without_integers(loaded: &Loaded, lack: &[usize], names: &[String]) -> Option<String> {
     let wants = |stage: &Stage| matches!(&stage.kind, StageKind::Grpo(grpo) if grpo.rollout_dtype == Dtype::Int8);

@@ -15,7 +15,7 @@ use super::machine::{
 };
 use super::output::say;
 use super::profile::{ProfileReport, counting};
-use super::ranks::{Ranks, threads};
+use super::ranks::{Ranks, require_sampling, threads};
 use super::run_folder::{Opened, RunFolder, Wish, is_finished, is_resumed, open};
 use crate::actors::{RunRequest, start};
 use crate::cluster::Team;
@@ -112,6 +112,7 @@ pub fn run(args: RunArgs) -> Result<()> {
         let loaded = load(&args)?;
         let mesh = require_mesh(&loaded, launched.processes)?;
         require_backend(&loaded, launched.processes)?;
+        require_sampling(&loaded, mesh)?;
         Ok((loaded, mesh))
     };
     let (mut loaded, mesh) = readied().map_err(|mistake| launched.words(mistake, FIRST_WORD))?;

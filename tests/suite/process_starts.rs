@@ -46,9 +46,18 @@ fn another_binary_or_config_on_one_process_is_refused_on_all_of_them() {
 fn processes_that_the_layout_does_not_divide_are_refused_and_a_finished_run_ends_at_once() {
     let folder = TempDir::new().unwrap();
     let out = folder.path().join("run");
-    let output = over(2, &out, &["cluster.data=3"]).output().unwrap();
-    check_failed(&output, &out, &["is 3, and 2 processes were started", "set cluster.data = 2"]);
-    assert_eq!(text(&output).matches("error: ").count(), 1, "said once: {}", text(&output));
+    for (layout, words) in [
+        (&["cluster.data=3"][..], ["is 3, and 2 processes were started", "set cluster.data = 2"]),
+        (
+            &["cluster.data=2", "cluster.rollout.expert=3"],
+            ["cluster.rollout.expert = 3 does not divide the number of ranks = 2", "use 1 or 2"],
+        ),
+    ] {
+        let output = over(2, &out, layout).output().unwrap();
+        check_failed(&output, &out, &words);
+        assert_eq!(output.status.code(), Some(2));
+        assert_eq!(text(&output).matches("error: ").count(), 1, "said once: {}", text(&output));
+    }
     crate::runs::copy(finished(), &out);
     let mut again = over(2, &out, &["cluster.data=2"]);
     again.arg("--resume");

@@ -1,6 +1,7 @@
 //! What `check` and `run` say of the devices of a run that has several: what each holds, and why they are refused.
 
 use super::CheckReport;
+use crate::cli::launch::Launched;
 use crate::cli::machine::{FreeMemory, share_for_arenas};
 use crate::config::{Bytes, ModelConfig, RunConfig};
 use crate::plan::memory::total;
@@ -30,9 +31,10 @@ impl Run {
         }
     }
 
-    /// Whether one process has all devices.
+    /// Whether one process has all devices: one that mpirun did not start with others, as it may a trainer and a sampler.
     fn is_one_process(&self) -> bool {
-        self.config.cluster.data * self.config.cluster.pipeline == 1
+        let cluster = &self.config.cluster;
+        cluster.data * cluster.pipeline == 1 && Launched::from_environment().is_none()
     }
 }
 

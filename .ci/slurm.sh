@@ -56,11 +56,11 @@ fi
 slurmctld -c
 slurmd
 # The node is there in a second or two.
-for _ in $(seq 50); do
-    if [ "$(sinfo -h -o %t)" = idle ]; then
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    if [ "$(sinfo -h -o %t)" = idle ] && timeout 20 srun --mpi=pmix -n 2 true; then
         exit 0
     fi
-    sleep 0.2
+    sleep 0.5
 done
-echo "the node does not come up: $folder has the logs" >&2
+echo "the node starts nothing: $folder has the logs" >&2
 exit 1

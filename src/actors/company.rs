@@ -39,6 +39,9 @@ const FAREWELL: Duration = Duration::from_secs(10);
 /// The same where the processes of a run stop: mpirun ends who stays, and what is to be said comes last.
 const SHORT_FAREWELL: Duration = Duration::from_millis(300);
 
+/// The same where one of two devices of a process has failed.
+const FAREWELL_OF_TWO: Duration = Duration::from_secs(1);
+
 /// What a company is set up with.
 pub struct Setup {
     /// The run's config.
@@ -128,6 +131,11 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     let (ended, end) = std::sync::mpsc::channel();
     std::thread::spawn(move || ended.send(arbiter.join()));
     if let Ok(Ok(())) = end.recv_timeout(longest) {
+        let longest = match (&sampler_farewell, &outcome) {
+            // The other device may wait for what the one that failed will never send.
+            (Some(_), Outcome::Failed(_)) => longest.min(FAREWELL_OF_TWO),
+            _ => longest,
+        };
         farewell.wait(longest);
         sampler_farewell.map(|farewell| farewell.wait(longest));
     }

@@ -203,7 +203,7 @@ impl Place {
             console: Some(ConsoleMode::Off),
             machine: utilisation::machine(),
             device: fake.maker(),
-            sampler: None,
+            sampler: (fake.samples && mail.is_none()).then(|| fake.maker()),
             injection: Arc::new(Injection::parse(disturbance.inject).unwrap()),
             bench: None,
             stop: Arc::clone(&disturbance.stop),

@@ -2,6 +2,7 @@
 
 use super::utilisation::SWITCHED;
 use super::*;
+use std::time::Instant;
 
 const AHEAD: &[&str] = &["stage.align.max_staleness=1", "checkpoint.every_steps=1"];
 
@@ -59,6 +60,23 @@ fn what_comparing_did_beside_is_told_as_comparing_but_for_what_it_moved() {
         told("switch", "moved_bytes"),
         [Some(SWITCHED as f64); 2].into_iter().chain([None]).collect::<Vec<_>>()
     );
+}
+
+#[test]
+fn a_device_that_fails_to_hand_over_ends_the_run_though_the_other_one_waits_for_it() {
+    let place = Place::new();
+    let script = Script::default();
+    let set = &["stage.align.max_staleness=1", "cluster.samplers=1"];
+    let began = Instant::now();
+    let disturbance = Disturbance { script: script.clone(), set, ..Disturbance::default() };
+    let done = place.run(&disturbance);
+    // Where the process would wait until the other one gives up that is ten seconds.
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    script.release();
+    let failure = done.failure();
+    assert_eq!(failure.kind, FailureKind::Resources);
+    assert_eq!(failure.text, "a planted want of memory");
+    assert_eq!(done.steps().last(), Some(&("align".to_string(), 1)));
 }
 
 /// The policy scores what it has sampled in the first and in the second step of the stage.

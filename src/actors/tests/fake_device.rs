@@ -9,7 +9,7 @@ use crate::actors::worker::{Device, DeviceMaker};
 use crate::checkpoint::tensors::TensorEntry;
 use crate::checkpoint::{TensorFolder, write_model_config, write_tensors};
 use crate::cluster::mesh::cut;
-use crate::config::{Dtype, ModelConfig, RunConfig};
+use crate::config::{Dtype, Fault, ModelConfig, RunConfig};
 use crate::engine::hybrid::SavedState;
 use crate::engine::phase::{GenerateJob, GenerateReport, TokenGroup};
 use crate::engine::phase::{GrpoReport, StepReport, TrainJob};
@@ -60,6 +60,7 @@ pub struct Shared {
     updates: AtomicU64,
     scores_by_policy: AtomicU64,
     awaits_late: AtomicBool,
+    has_failed: AtomicBool,
 }
 
 impl Script {
@@ -118,6 +119,8 @@ impl Script {
 pub struct Fake {
     /// Which of how many ranks it stands in for.
     pub rank: [usize; 2],
+    /// Whether there is another one that only samples.
+    pub samples: bool,
     script: Script,
     model: ModelConfig,
     calls: Arc<Mutex<Vec<String>>>,
@@ -125,7 +128,8 @@ pub struct Fake {
 
 impl Fake {
     pub fn new(script: Script, config: &RunConfig) -> Fake {
-        Fake { rank: [0, 1], script, model: config.model.clone(), calls: Arc::default() }
+        let (model, samples) = (config.model.clone(), config.cluster.samplers > 0);
+        Fake { rank: [0, 1], samples, script, model, calls: Arc::default() }
     }
 
     pub fn calls(&self) -> Arc<Mutex<Vec<String>>> {
@@ -223,8 +227,12 @@ impl Device for FakeDevice {
         Ok(PhaseReport { held, high_water: 8, sampled_as, ..report })
     }
 
+    /// Of two devices the first that comes to it fails, and the other one waits for it.
     fn hand_over(&mut self, _: u64) -> Result<Switched> {
-        unreachable!("no run of the fake device has ranks that only sample")
+        if self.script.shared.has_failed.swap(true, Ordering::SeqCst) {
+            self.script.stick();
+        }
+        Err(Fault::resources("a planted want of memory"))
     }
 
     fn generate(

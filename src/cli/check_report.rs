@@ -4,19 +4,17 @@ mod cluster;
 mod devices;
 mod text;
 
-use super::machine::{FreeMemory, share_for_arenas};
-use crate::config::{
-    Attention, Bytes, ConfigError, Loaded, ModelConfig, Stage, StageKind, idle_samplers,
-};
+use super::machine::FreeMemory;
+use crate::config::{Attention, ConfigError, Loaded, ModelConfig, Stage, StageKind, idle_samplers};
 use crate::model::{Parameters, flops_per_token, parameters};
 use crate::plan::comparison::PAPER;
 use crate::plan::cost::CACHE_DTYPE;
 use crate::plan::estimate::{generated_lines, sequence};
-use crate::plan::memory::Owners;
+use crate::plan::memory::{Owners, total};
 use crate::plan::{
-    ClusterPlan, Comparison, DeviceMemory, Estimate, Memory, OffloadPlan, PlanError, Utilisation,
+    ClusterPlan, Comparison, DeviceMemory, Estimate, OffloadPlan, PlanError, Utilisation,
     cache_bytes_per_token, cache_elements_per_token, cluster_picture, cluster_plan, compare,
-    device_memory, estimate, host_bytes, memory, model_memory, offload, utilisation,
+    device_memory, estimate, host_bytes, model_memory, offload, utilisation,
 };
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -70,15 +68,12 @@ pub struct CheckReport {
     /// Of each stage with rollouts, where everything is in each phase of a step under the budget, and what moves when.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub offload: Vec<OffloadPlan>,
-    /// Bytes of the ranks of a run of several on machines like this one, or of the two devices of one process, by stage,
-    /// phase and owner: as asked for, and at least.
+    /// Bytes of the devices of a run on machines like this one, by stage, phase and owner: as asked for, and at least.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub devices: Vec<DeviceMemory>,
     /// What the devices are planned from.
     #[serde(skip)]
     run: Option<devices::Run>,
-    #[serde(skip)]
-    planned: Option<Memory>,
     /// Stage that holds most outside the arenas, and its bytes.
     #[serde(skip)]
     host: Option<(String, u64)>,
@@ -117,7 +112,6 @@ impl CheckReport {
     ) -> Result<CheckReport, ConfigError> {
         let config = &loaded.config;
         let models = stage_models(loaded)?;
-        let plan = memory(config, &models);
         let unplanned = |error| unplannable(loaded, error);
         let devices = match config.cluster.hardware {
             // Those machines are elsewhere.
@@ -128,6 +122,7 @@ impl CheckReport {
         if let Some(plan) = cluster.as_mut().filter(|_| !devices.is_empty()) {
             plan.hold(&devices);
         }
+        let is_alone = config.cluster.data * config.cluster.pipeline + config.cluster.samplers == 1;
         let has_rollouts = config.stages.iter().any(|s| matches!(s.kind, StageKind::Grpo(_)));
         let is_ahead =
             |s: &Stage| matches!(&s.kind, StageKind::Grpo(grpo) if grpo.max_staleness > 0);
@@ -135,7 +130,7 @@ impl CheckReport {
         let mut known = generated_lines(config);
         known.extend(lines.clone());
         Ok(CheckReport {
-            memory: plan.by_phase(),
+            memory: by_phase(&devices, cluster.as_ref()),
             budget_bytes: config.engine.budget.map(|budget| budget.0),
             exact: has_rollouts.then_some(config.engine.exact),
             sampled_ahead: config.stages.iter().filter(|s| is_ahead(s)).map(name).collect(),
@@ -144,11 +139,10 @@ impl CheckReport {
             host: host_bytes(config, &known).map(|(stage, bytes)| (stage.to_string(), bytes)),
             lines,
             // Each rank plans its own.
-            offload: match devices.is_empty() {
-                true => offload(config, &models, &plan, products),
-                false => Vec::new(),
+            offload: match devices.first().filter(|_| is_alone) {
+                Some(device) => offload(config, &models, &device.memory, products),
+                None => Vec::new(),
             },
-            planned: Some(plan),
             cluster,
             run: (!devices.is_empty()).then(|| devices::Run::new(config, &models, threads)),
             devices,
@@ -193,29 +187,10 @@ impl CheckReport {
             offload: Vec::new(),
             devices: Vec::new(),
             run: None,
-            planned: None,
             cluster: None,
             host: None,
             free: None,
         }
-    }
-
-    /// Why the run cannot fit into its budget, if it cannot even with one example at a time.
-    pub fn over_budget(&self) -> Option<String> {
-        let (budget, plan) = (self.budget_bytes?, self.planned.as_ref()?);
-        if self.run.is_some() {
-            return self.devices_over_budget(budget);
-        }
-        let (stage, phase, least) = plan.least()?;
-        (least > budget).then(|| {
-            format!(
-                "engine.budget = {} is too small: stage {stage} holds {} in phase {phase} with one example at a time; \
-                 raise engine.budget, offload more{}, or take a smaller model\n{self}",
-                Bytes(budget),
-                Bytes(least),
-                unshare(plan, budget)
-            )
-        })
     }
 
     /// The same report, on a machine with so much free.
@@ -223,55 +198,33 @@ impl CheckReport {
         CheckReport { free: Some(free), ..self }
     }
 
-    /// Why the run cannot fit into this machine, if it cannot even with one example at a time.
-    pub fn over_memory(&self) -> Option<String> {
-        let (free, plan) = (self.free?, self.planned.as_ref()?);
-        if self.run.is_some() {
-            return self.devices_over_memory(free);
-        }
-        let free = free.of_each(1)?;
-        let (stage, phase, least) = plan.least()?;
-        // Without a budget the arenas keep to their share; what stands outside them comes on top in any case.
-        let arenas = if self.budget_bytes.is_some() { free } else { share_for_arenas(free) };
-        if least > arenas {
-            return Some(format!(
-                "this machine has {} free, of which a run may take {}, and stage {stage} holds {} in phase {phase} with \
-                 one example at a time; free memory, raise the process's limit{}, or take a smaller model\n{self}",
-                Bytes(free),
-                Bytes(arenas),
-                Bytes(least),
-                unshare(plan, arenas)
-            ));
-        }
-        self.over_host(least, free).then(|| self.host_refused(least, free)).flatten()
-    }
-
-    /// Whether so many free bytes hold no arena of `least` bytes with the examples of a step beside it.
-    fn over_host(&self, least: u64, free: u64) -> bool {
-        self.host.as_ref().is_some_and(|(_, host)| least.saturating_add(*host) > free)
-    }
-
-    /// Why they do not.
-    fn host_refused(&self, least: u64, free: u64) -> Option<String> {
-        let (stage, host) = self.host.as_ref()?;
-        Some(format!(
-            "this machine has {} free for a process, and stage {stage} holds {} of examples at once beside the {} that its model \
-             takes; lower its batch (or prompts, group_size, steps)\n{self}",
-            Bytes(free),
-            Bytes(*host),
-            Bytes(least)
-        ))
-    }
-
     /// Most bytes that a run is planned to hold at once.
     pub fn peak_bytes(&self) -> u64 {
-        self.planned.as_ref().and_then(Memory::peak).map_or(0, |(_, _, bytes)| bytes)
+        let peaks = self.devices.iter().filter_map(|device| Some(device.memory.peak()?.2));
+        peaks.max().unwrap_or(0)
     }
 
     /// Most bytes that the run folder takes.
     pub fn disk_bytes(&self) -> u64 {
         self.estimate.as_ref().map_or(0, |estimate| estimate.disk_bytes)
     }
+}
+
+/// For each phase the owners of the stage and device that holds most in it: of devices here, or of those of a plan.
+fn by_phase(
+    devices: &[DeviceMemory],
+    plan: Option<&ClusterPlan>,
+) -> BTreeMap<&'static str, Owners> {
+    let here = devices.iter().map(|device| device.memory.by_phase());
+    let elsewhere = plan.into_iter().flat_map(|plan| plan.bytes.iter().map(|of| of.phases.clone()));
+    let mut largest: BTreeMap<&'static str, Owners> = BTreeMap::new();
+    for (phase, owners) in here.chain(elsewhere.filter(|_| devices.is_empty())).flatten() {
+        let held = largest.entry(phase).or_default();
+        if total(&owners) > total(held) {
+            *held = owners;
+        }
+    }
+    largest
 }
 
 /// The timeline of a step of a run's first stage that trains on text, as SVG.
@@ -288,12 +241,6 @@ fn stage_models(loaded: &Loaded) -> Result<Vec<ModelConfig>, ConfigError> {
 fn unplannable(loaded: &Loaded, error: PlanError) -> ConfigError {
     let path: Vec<&str> = std::iter::once("cluster").chain(error.path).collect();
     loaded.fault(&path, error.message)
-}
-
-/// The way out for groups of rollouts that are too large to go through at once, to be put between two others.
-fn unshare(plan: &Memory, bytes: u64) -> String {
-    let set = |stage| format!(", set stage.{stage}.share_prompts = false");
-    plan.stages_to_unshare(bytes).into_iter().map(set).collect()
 }
 
 fn cache_bytes_by_type(model: &ModelConfig) -> BTreeMap<&'static str, u64> {
@@ -383,7 +330,8 @@ mod tests {
     fn a_budget_below_the_least_is_refused_with_the_plan() {
         assert_eq!(run(&[]).over_budget(), None);
         let refusal = run(&["engine.budget=\"8 MiB\""]).over_budget().unwrap();
-        assert!(refusal.starts_with("engine.budget = 8.00 MiB is too small: stage "), "{refusal}");
+        assert!(refusal.starts_with("the run needs ") && !refusal.contains("rank"), "{refusal}");
+        assert!(refusal.contains(" and engine.budget leaves it 8.00 MiB; set engine.budget = "));
         assert!(refusal.contains("policy/moments"), "the plan is printed: {refusal}");
     }
 
@@ -393,7 +341,7 @@ mod tests {
         let set = ["stage.align.group_size=1024", "stage.align.prompts=1"];
         let least = |more: &[&str]| {
             let report = run(&[&set[..], more].concat());
-            let (stage, phase, bytes) = report.planned.as_ref().and_then(Memory::least).unwrap();
+            let (stage, phase, bytes) = report.devices[0].least().unwrap();
             (stage.to_string(), phase, bytes)
         };
         let (stage, phase, shared) = least(&[]);
@@ -405,7 +353,7 @@ mod tests {
             let budget = format!("engine.budget={bytes}");
             let report = run(&[&set[..], &[&*budget], more].concat());
             let text = report.over_budget()?;
-            assert!(text.contains("raise engine.budget") && text.contains("policy/moments"));
+            assert!(text.contains("set engine.budget = ") && text.contains("policy/moments"));
             Some(text.contains("set stage.align.share_prompts = false"))
         };
         assert_eq!(told(shared, &[]), None);
@@ -413,8 +361,9 @@ mod tests {
         assert_eq!(told(shared - 1, &[unshare]), None, "the advice is right");
         assert_eq!(told(unshared / 2, &[]), Some(false), "it would not help");
         assert_eq!(told(unshared / 2, &[unshare]), Some(false), "it is so already");
-        let text = run(&set).on_machine(machine(shared - 1)).over_memory().unwrap();
-        assert!(text.contains("limit, set stage.align.share_prompts = false, or take"), "{text}");
+        let report = run(&[&set[..], &["engine.budget=\"8 GiB\""]].concat());
+        let text = report.on_machine(machine(shared - 1)).over_memory().unwrap();
+        assert!(text.contains("(ulimit), or set stage.align.share_prompts = false, "), "{text}");
     }
 
     #[test]
@@ -424,7 +373,8 @@ mod tests {
         assert_eq!(over(&[], 4 << 30), None);
         let small = over(&[], 8 << 20).unwrap();
         assert!(
-            small.contains("with one example at a time") && small.contains("policy/moments"),
+            small.contains("its part of what this machine has free")
+                && small.contains("policy/moments"),
             "{small}"
         );
         let batch = over(&["stage.base.batch=1000000000"], 64 << 30).unwrap();

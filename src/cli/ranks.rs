@@ -50,7 +50,7 @@ impl Ranks {
     /// Refuses a run that the plan of its ranks does not fit into: whoever's plan that is, the first of them says why and all end.
     /// `has_work` is rank 0's to say: a finished run needs no room.
     pub fn require_room(&self, report: &CheckReport, has_work: bool) -> Result<()> {
-        let lack = report.devices_lack(self.free);
+        let lack = report.lack(self.free);
         let team = &self.processes.team;
         let ranks = team.mesh.ranks() + team.samplers;
         let group = team.group((0..ranks).collect());
@@ -61,7 +61,7 @@ impl Ranks {
             return Ok(());
         };
         let lack = lack.filter(|_| self.rank() == refuses);
-        if let Some(why) = lack.and_then(|lack| report.devices_refused(lack)) {
+        if let Some(why) = lack.and_then(|lack| report.refusal(lack)) {
             let _ = writeln!(std::io::stderr(), "error: {}", visible(&why));
         }
         Err(Said { code: 4 }.into())

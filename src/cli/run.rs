@@ -133,12 +133,16 @@ fn require_room(args: &RunArgs, loaded: &Loaded, ranks: &Ranks) -> Result<()> {
     let out = out_folder(args);
     // Of a folder that cannot be used `lead` says why.
     let has_work = ranks.rank() == 0 && !is_finished(&out, loaded, wish(args)).unwrap_or(true);
-    let mut here = loaded.clone();
-    // The run is on this machine, whatever others are described.
-    here.config.cluster.hardware = None;
-    let threads = here.config.engine.threads.max(1);
-    let report = CheckReport::of_run(&here, Default::default(), threads, 1.0)?;
+    let threads = loaded.config.engine.threads.max(1);
+    let report = CheckReport::of_run(&here(loaded), Default::default(), threads, 1.0)?;
     ranks.require_room(&report, has_work)
+}
+
+/// The run on this machine, whatever others are described.
+fn here(loaded: &Loaded) -> Loaded {
+    let mut here = loaded.clone();
+    here.config.cluster.hardware = None;
+    here
 }
 
 fn wish(args: &RunArgs) -> Wish {
@@ -270,7 +274,7 @@ fn require_resources(out: &Path, loaded: &Loaded, wish: Wish, is_alone: bool) ->
     let threads = warned(configured.unwrap_or_else(cores));
     let free = FreeMemory::here();
     let products = measured_products(threads);
-    let plan = CheckReport::of_run(loaded, check_files(loaded)?, threads, products)?;
+    let plan = CheckReport::of_run(&here(loaded), check_files(loaded)?, threads, products)?;
     let plan = plan.on_machine(free);
     // What one of several ranks holds is a part of that, and was planned for.
     let refusal = plan.over_budget().or_else(|| plan.over_memory());

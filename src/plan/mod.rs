@@ -24,6 +24,6 @@ pub use comparison::{Comparison, compare};
 pub use cost::{Utilisation, cache_bytes_per_token, cache_elements_per_token, utilisation};
 pub use estimate::{Estimate, StageEstimate, estimate};
 pub use host::host_bytes;
-pub use memory::{Memory, StageMemory, memory, model_memory};
+pub use memory::{Memory, StageMemory, model_memory};
 pub use offload::{OffloadPlan, offload};
 pub use ranks::{DeviceMemory, device_memory};

@@ -11,7 +11,8 @@ use crate::engine::offload_plan::{
     Bandwidth, Item, PhaseNeeds, Plan, Problem, Tier, Transfer, least_device_bytes, plan_elastic,
 };
 use crate::engine::{RATE, Role, Stretch, changes, needs};
-use crate::model::{flops_per_token, forward_flops_per_token, parameters};
+use crate::model::weight_bytes::{moment_bytes, weight_bytes};
+use crate::model::{Layout, flops_per_token, forward_flops_per_token};
 use serde::Serialize;
 use std::collections::BTreeMap;
 
@@ -69,7 +70,7 @@ pub fn offload(
     let stages = config.stages.iter().zip(models).zip(&memory.stages);
     let planned = stages.filter_map(|((stage, model), held)| {
         let StageKind::Grpo(grpo) = &stage.kind else { return None };
-        let sized = |sizes| problem(config, model, grpo, sizes, (budget.0, products));
+        let sized = |sizes| problem((config, model, grpo), sizes, (budget.0, products));
         let (problem, least) = (sized(&held.phases), sized(&held.least));
         let working: Vec<u64> = least.phases.iter().map(|phase| phase.working_bytes).collect();
         let (plan, working) = plan_elastic(&problem, &working).ok()?;
@@ -111,9 +112,7 @@ fn told(
 
 /// A step of `grpo`, with the working memory that `sizes` tells of each phase.
 fn problem(
-    config: &RunConfig,
-    model: &ModelConfig,
-    grpo: &GrpoStage,
+    (config, model, grpo): (&RunConfig, &ModelConfig, &GrpoStage),
     sizes: &BTreeMap<&'static str, Owners>,
     (device_bytes, products): (u64, f64),
 ) -> Problem {
@@ -126,10 +125,14 @@ fn problem(
     scored.sort_by_key(|role| *role == Role::Reference);
     let between = scored.iter().cloned().map(Stretch::Score).collect();
     let stretches = [vec![Stretch::Generate], between, vec![Stretch::Train]].concat();
-    let weights = 4 * parameters(model).total;
+    let layout = |role: &Role| Layout::new(model, matches!(role, Role::Reward(_)));
+    let bytes = |role: &Role, is_moment: bool| match is_moment {
+        true => moment_bytes(layout(role).elements()) / 2,
+        false => weight_bytes(&layout(role)),
+    };
     let item = |role: &Role, kind: &str, is_moment: bool| Item {
         name: format!("{}/{kind}", role.name()),
-        bytes: weights,
+        bytes: bytes(role, is_moment),
         needed: stretches.iter().map(|stretch| needs(role, is_moment, stretch)).collect(),
         changed: stretches.iter().map(|stretch| changes(role, stretch)).collect(),
     };
@@ -162,7 +165,8 @@ fn working(sizes: &BTreeMap<&'static str, Owners>, stretch: &Stretch) -> u64 {
         Stretch::Score(_) => "score",
         Stretch::Train => "train",
     };
-    let lasts = |owner: &str| owner.ends_with("/weights") || owner.ends_with("/moments");
+    let is_model = |owner: &str| owner.ends_with("/weights") && owner != "rope/weights";
+    let lasts = |owner: &str| is_model(owner) || owner.ends_with("/moments");
     let owners = sizes.get(phase).into_iter().flatten();
     owners.filter(|(owner, _)| !lasts(owner)).map(|(_, bytes)| bytes).sum()
 }
@@ -186,13 +190,18 @@ fn operations(config: &RunConfig, model: &ModelConfig, grpo: &GrpoStage, stretch
 #[cfg(test)]
 mod tests {
     use super::super::estimate::tests::{models, quickstart};
-    use super::super::memory::{memory, total};
+    use super::super::memory::total;
+    use super::super::ranks::device_memory;
     use super::*;
 
     fn planned(assignment: &str) -> Vec<OffloadPlan> {
         let config = quickstart(&[assignment]);
         let models = models(&config);
         offload(&config, &models, &memory(&config, &models), 2e11)
+    }
+
+    fn memory(config: &RunConfig, models: &[ModelConfig]) -> Memory {
+        device_memory(config, models, 1).unwrap().remove(0).memory
     }
 
     #[test]

@@ -378,7 +378,7 @@ fn planned(loaded: &Loaded) -> Result<()> {
     let models: Result<Vec<_>, _> = (0..loaded.config.stages.len())
         .map(|index| loaded.config.stage_model(&loaded.folder, index))
         .collect();
-    plan::memory(&loaded.config, &models?).peak();
+    plan::device_memory(&loaded.config, &models?, 1).map(drop).unwrap_or_default();
     Ok(())
 }
 

@@ -132,7 +132,12 @@ fn a_budget_that_is_too_small_without_offload_is_refused_and_completes_with_it()
     check_refused(
         smoke_with(&refused, &[&settings[..], &without].concat()),
         4,
-        &["engine.budget", "too small", "policy/moments", "reward helpful/weights", "offload"],
+        &[
+            "engine.budget leaves it",
+            "leave engine.offload out",
+            "policy/moments",
+            "reward helpful/weights",
+        ],
     );
     assert!(!refused.exists(), "a refused run writes nothing");
 

@@ -284,7 +284,8 @@ fn planned(device: &DeviceMemory, stage: &str) -> [u64; 2] {
 /// The stages whose plan is held against arenas.
 const STAGES: [&str; 4] = ["base", "sft", "helpful", "align"];
 
-const LAYOUTS: [&[&str]; 10] = [
+const LAYOUTS: [&[&str]; 11] = [
+    &[],
     &["cluster.data=2"],
     &["cluster.data=2", "cluster.expert=2"],
     // All scores are equal, so that all tokens go to the first experts: those of one rank.
@@ -400,6 +401,23 @@ fn a_commit_after_an_eval_has_room_for_moments_beside_what_the_eval_made() {
             });
         }
     });
+}
+
+#[test]
+fn a_process_alone_gets_what_it_needs_or_is_refused() {
+    let folder = TempDir::new().unwrap();
+    let least = least_budget(&["engine.threads=2"]);
+    let run = |budget: u64, name: &str| {
+        let out = folder.path().join(name);
+        (smoke_with(&out, &["engine.threads=2", &format!("engine.budget={budget}")]), out)
+    };
+    let why = format!("set engine.budget = {least} (");
+    let (refused, out) = run(least - 1, "refused");
+    check_refused(refused, 4, &["the run needs", "engine.budget leaves it", &why]);
+    assert!(!out.exists(), "nothing was begun");
+    let (allowed, out) = run(least, "allowed");
+    done(allowed);
+    assert!(weights(&out) == weights(finished()), "no bit is another");
 }
 
 #[test]

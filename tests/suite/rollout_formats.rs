@@ -14,7 +14,7 @@ use rehearsal::config::{Dtype, EngineConfig, Offload, RunConfig, load_model};
 use rehearsal::data::example::Prompt;
 use rehearsal::engine::hybrid::{EngineSetup, HybridEngine};
 use rehearsal::engine::phase::*;
-use rehearsal::plan::memory;
+use rehearsal::plan::device_memory;
 use rehearsal::rl::grpo::GrpoSettings;
 use rehearsal::rl::rollout::{Group, ScoredGroup};
 use serde_json::Value;
@@ -146,10 +146,11 @@ fn the_plan_of_a_stage_counts_what_its_rollouts_are_packed_in() {
         }
         let held = held(&engine.holdings(), "policy/packed") as f64;
         let config = aligned_in(dtype);
-        let plan = memory(&config, std::slice::from_ref(&config.model));
-        let planned = plan.stages[0].phases["generate"]["policy/packed"] as f64;
-        // On top come scales, which have pages of their own, and widths that are no multiple of a panel's.
-        assert!((1.0..1.2).contains(&(held / planned)), "{dtype:?}: {held} of {planned}");
+        let plan = device_memory(&config, std::slice::from_ref(&config.model), 1).unwrap();
+        let planned = plan[0].memory.stages[0].phases["generate"]["policy/packed"] as f64;
+        // A processor without instructions for integers samples from f32 in place of int8, and is planned for.
+        let is_planned = if dtype == Dtype::Int8 { held < planned } else { held == planned };
+        assert!(is_planned, "{dtype:?}: {held} of {planned}");
     }
 }
 

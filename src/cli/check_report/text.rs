@@ -7,8 +7,7 @@ use super::{Against, CheckReport};
 use crate::config::Bytes;
 use crate::engine::offload_plan::Tier;
 use crate::plan::cost::PEAK_FLOPS;
-use crate::plan::memory::total;
-use crate::plan::{Estimate, Memory, OffloadPlan};
+use crate::plan::{Estimate, OffloadPlan};
 use std::fmt;
 
 /// What `engine.exact` means for rollouts.
@@ -69,13 +68,7 @@ impl fmt::Display for CheckReport {
         for (name, lines) in &self.lines {
             writeln!(out, "data      {name}: {} examples", grouped(*lines))?;
         }
-        self.write_devices(out)?;
-        for (phase, owners) in self.memory.iter().filter(|_| self.devices.is_empty()) {
-            writeln!(out, "memory    {phase}: {}", Bytes(total(owners)))?;
-            for (owner, bytes) in owners {
-                writeln!(out, "            {owner:<24} {:>12}", Bytes(*bytes).to_string())?;
-            }
-        }
+        self.write_memory(out)?;
         self.write_run(out)
     }
 }
@@ -109,14 +102,7 @@ impl CheckReport {
         if let Some(text) = &self.idle_samplers {
             writeln!(out, "samplers  {text}")?;
         }
-        let planned = self.planned.as_ref().filter(|_| self.devices.is_empty());
-        if let Some((stage, phase, bytes)) = planned.and_then(Memory::peak) {
-            writeln!(
-                out,
-                "peak      {} in stage {stage}, phase {phase} (activations and cache estimated)",
-                Bytes(bytes)
-            )?;
-        }
+        self.write_peak(out)?;
         self.offload.iter().try_for_each(|plan| write_offload(out, plan))?;
         self.estimate.as_ref().map_or(Ok(()), |estimate| write_estimate(out, estimate))
     }

@@ -1,6 +1,6 @@
 //! The batch of a step, cut into micro-batches of each data rank.
 
-use crate::config::{ModelConfig, RunConfig, StageKind};
+use crate::config::{RunConfig, StageKind};
 use crate::plan::estimate::{example_tokens, prompt_tokens, reply_tokens};
 use crate::plan::memory::tokens_at_once;
 
@@ -22,13 +22,7 @@ pub struct Batch {
 impl Batch {
     /// The batch of a stage over so many data ranks, each with `least` micro-batches at least: the last ones are then empty,
     /// which the mean takes in.
-    pub fn new(
-        config: &RunConfig,
-        model: &ModelConfig,
-        kind: &StageKind,
-        data: usize,
-        least: usize,
-    ) -> Batch {
+    pub fn new(config: &RunConfig, kind: &StageKind, data: usize, least: usize) -> Batch {
         let example = example_tokens(config);
         // Sequences of a step, those that go through together at least, tokens of one in the mean and at most.
         let (sequences, together, mean, most) = match kind {
@@ -44,7 +38,7 @@ impl Batch {
                 (stage.prompts * stage.group_size, together, each, example)
             }
         };
-        let held = tokens_at_once(config, model, kind) as usize;
+        let held = tokens_at_once(config, kind) as usize;
         let at_once = (held / most.max(1)).max(together).min(sequences.max(1));
         let each_rank = sequences.div_ceil(data);
         let micro_batches = each_rank.div_ceil(at_once).max(least).max(1);

@@ -180,7 +180,7 @@ pub fn cluster_picture(
         matches!(stage.kind, StageKind::Pretrain(_) | StageKind::LongContext(_))
     });
     Ok(text.map(|(stage, model)| {
-        let (load, batch) = (planner.load(model), planner.batch(&stage.kind, model));
+        let (load, batch) = (planner.load(model), planner.batch(&stage.kind));
         let step = Step { load, layouts: &planner.layouts, kind: planner.kind(), batch };
         step.picture(&format!("{}, {}", stage.name, planner.schedule_name()))
     }))
@@ -261,10 +261,10 @@ impl Planner<'_> {
         Load { model, hardware, expert: self.layouts.training.mesh().expert() }
     }
 
-    fn batch(&self, kind: &StageKind, model: &ModelConfig) -> Batch {
+    fn batch(&self, kind: &StageKind) -> Batch {
         let mesh = self.layouts.training.mesh();
         let least = self.kind().least_micro_batches(mesh.pipeline());
-        Batch::new(self.config, model, kind, mesh.data(), least)
+        Batch::new(self.config, kind, mesh.data(), least)
     }
 
     fn schedule_name(&self) -> &'static str {
@@ -297,7 +297,7 @@ impl Planner<'_> {
         let mut peaks = Vec::new();
         let mut host = vec![0; mesh.pipeline()];
         for (stage, model) in self.config.stages.iter().zip(self.models) {
-            let batch = self.batch(&stage.kind, model);
+            let batch = self.batch(&stage.kind);
             let schedule = self.schedule(&batch);
             let (config, layouts, load) = (self.config, &self.layouts, self.load(model));
             let sizes = Sizes { config, stage, load, layouts, batch, schedule: &schedule };
@@ -350,7 +350,7 @@ impl Planner<'_> {
         let (mut training, mut alignment) = (Vec::new(), Vec::new());
         let (kind, layouts) = (self.kind(), &self.layouts);
         for (stage, model) in self.config.stages.iter().zip(self.models) {
-            let (load, batch) = (self.load(model), self.batch(&stage.kind, model));
+            let (load, batch) = (self.load(model), self.batch(&stage.kind));
             match (&stage.kind, switch) {
                 (StageKind::Pretrain(_) | StageKind::LongContext(_), _) => {
                     training.push(Step { load, layouts, kind, batch }.plan(&stage.name));

@@ -288,7 +288,7 @@ mod tests {
         let (mesh, hardware) = (layouts.training.mesh(), config.cluster.hardware.clone().unwrap());
         let load = Load { model: &config.model, hardware: Some(&hardware), expert: mesh.expert() };
         let (kind, stage) = (config.cluster.schedule, &config.stages[0].kind);
-        let batch = Batch::new(&config, &config.model, stage, mesh.data(), 1);
+        let batch = Batch::new(&config, stage, mesh.data(), 1);
         check(&Step { load, layouts: &layouts, kind, batch }, &hardware);
     }
 

@@ -1,5 +1,5 @@
-//! What each device of a run of several holds in each phase, and whether it fits: the ranks of a cluster, and the two devices
-//! of one process that samples beside training.
+//! What each device of a run holds in each phase, and whether it fits: the device of one process, or the two of one that
+//! samples beside training, and the ranks of a cluster.
 //!
 //! Asks the code that the run uses: `cluster::layout` for slices, `train::step` and `train::pipeline` for micro-batches and the
 //! order of their passes, `model::{weight_bytes, pass_bytes}` for what the arena is asked for, `engine` for pages of the cache and
@@ -47,17 +47,13 @@ pub struct DeviceMemory {
     pub memory: Memory,
 }
 
-/// What the devices of a run hold, those with the same work together; `models` are those of its stages. Empty for a run of one
-/// device, which `memory` is for.
+/// What the devices of a run hold, those with the same work together; `models` are those of its stages.
 pub fn device_memory(
     config: &RunConfig,
     models: &[ModelConfig],
     threads: usize,
 ) -> Result<Vec<DeviceMemory>, PlanError> {
     let team = team(config)?;
-    if team.is_alone() && team.samplers == 0 {
-        return Ok(Vec::new());
-    }
     let planner = Planner { config, models, team: &team, threads };
     let trainers = (0..team.mesh.pipeline()).map(|place| planner.device(Some(place)));
     let samplers = (team.samplers > 0).then(|| planner.device(None));
@@ -101,7 +97,6 @@ impl Planner<'_> {
                 stage: stage.name.clone(),
                 phases: of(Extent::Asked),
                 least: of(Extent::Least),
-                least_unshared: None,
             }
         });
         DeviceMemory {

@@ -72,12 +72,14 @@ pub fn refusal(
     is_shared: bool,
 ) -> Option<Refusal> {
     let have = room.bytes(is_shared);
+    let ranks = config.cluster.data * config.cluster.pipeline + config.cluster.samplers;
     let Need { device, stage, phase, bytes } =
         need(devices).filter(|_| exceeds(devices, room, is_shared))?;
     let least_bytes = if is_shared { 2 * bytes } else { bytes };
     let who = match (is_shared, device.samples) {
         (true, false) => "the device that trains".to_string(),
         (true, true) => "the device that samples".to_string(),
+        (false, _) if ranks == 1 => "the run".to_string(),
         (false, _) => format!("rank {}", device.first_rank),
     };
     let mut text = format!("{who} needs {} in phase {phase} of stage {stage}, and ", Bytes(bytes));
@@ -93,34 +95,34 @@ pub fn refusal(
             format!("set engine.budget = {least_bytes} ({}) or more", Bytes(least_bytes))
         }
         Room::Memory(_) => {
-            let (part, way) = match is_shared {
-                true => ("half of what this machine has free", "set cluster.samplers = 0"),
-                false => (
+            let (part, way) = match (is_shared, ranks == 1) {
+                (true, _) => {
+                    ("half of what this machine has free", ", or set cluster.samplers = 0")
+                }
+                (false, true) => ("its part of what this machine has free", ""),
+                (false, false) => (
                     "its part of what is free on the host that has least",
-                    "start fewer processes on a host",
+                    ", or start fewer processes on a host",
                 ),
             };
             let _ = write!(text, "{} are there for it, {part}; ", Bytes(have));
-            format!("free memory, raise the limit of a process (ulimit), or {way}")
+            format!("free memory, or raise the limit of a process (ulimit){way}")
         }
     };
     text += &ways;
-    for (set, need) in
-        in_parts(config, stage, phase, &fits).into_iter().chain(in_layout(config, &fits))
-    {
-        let _ = write!(text, ", or set {set}, which needs {}", Bytes(need));
+    let ways = [in_parts(config, stage, phase, &fits), in_turn(config, stage, phase, &fits)];
+    let ways = ways.into_iter().chain([by_plan(config, &fits), in_layout(config, &fits)]);
+    for (way, need) in ways.flatten() {
+        let _ = write!(text, ", or {way}, which needs {}", Bytes(need));
     }
     text += "; or take a smaller model";
     Some(Refusal { text, least_bytes })
 }
 
+type Fits<'a> = &'a dyn Fn(&RunConfig) -> Option<u64>;
+
 /// One example at a time, if that fits.
-fn in_parts(
-    config: &RunConfig,
-    stage: &str,
-    phase: &str,
-    fits: &dyn Fn(&RunConfig) -> Option<u64>,
-) -> Option<(String, u64)> {
+fn in_parts(config: &RunConfig, stage: &str, phase: &str, fits: Fits<'_>) -> Option<(String, u64)> {
     let mut parts = config.clone();
     let kind = parts.stages.iter_mut().find(|other| other.name == stage).map(|s| &mut s.kind)?;
     let micro_batch = match kind {
@@ -132,14 +134,30 @@ fn in_parts(
     };
     *micro_batch = 1;
     let need = fits(&parts).filter(|_| phase == "train")?;
-    Some((format!("stage.{stage}.micro_batch = 1"), need))
+    Some((format!("set stage.{stage}.micro_batch = 1"), need))
+}
+
+/// Rollouts that go through one by one and not together with those of their prompt, if that fits.
+fn in_turn(config: &RunConfig, stage: &str, phase: &str, fits: Fits<'_>) -> Option<(String, u64)> {
+    let mut turns = config.clone();
+    match turns.stages.iter_mut().find(|other| other.name == stage).map(|s| &mut s.kind)? {
+        StageKind::Grpo(grpo) if grpo.share_prompts => grpo.share_prompts = false,
+        _ => return None,
+    }
+    let need = fits(&turns).filter(|_| phase == "train")?;
+    Some((format!("set stage.{stage}.share_prompts = false"), need))
+}
+
+/// Whatever need not be there left elsewhere, if that fits.
+fn by_plan(config: &RunConfig, fits: Fits<'_>) -> Option<(String, u64)> {
+    config.engine.offload.as_ref()?;
+    let mut planned = config.clone();
+    planned.engine.offload = None;
+    Some(("leave engine.offload out".to_string(), fits(&planned)?))
 }
 
 /// The layout of as many ranks that fits and has the fewest keys changed; of several the one that needs least.
-fn in_layout(
-    config: &RunConfig,
-    fits: &dyn Fn(&RunConfig) -> Option<u64>,
-) -> Option<(String, u64)> {
+fn in_layout(config: &RunConfig, fits: Fits<'_>) -> Option<(String, u64)> {
     let own = &config.cluster;
     let ranks = own.data * own.pipeline;
     let divisors = |of: usize| (1..=of).filter(move |size| of.is_multiple_of(*size));
@@ -175,5 +193,5 @@ fn in_layout(
             }
         }
     }
-    found.map(|(_, need, set)| (set, need))
+    found.map(|(_, need, set)| (format!("set {set}"), need))
 }

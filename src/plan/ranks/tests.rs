@@ -23,7 +23,7 @@ fn refused(config: &RunConfig, room: Room, is_shared: bool) -> Option<Refusal> {
 #[test]
 fn ranks_of_a_stage_are_planned_once_however_many_they_are() {
     let count = |set: &[&str]| planned(set).1.len();
-    assert_eq!(count(&[]), 0, "one device is for `memory`");
+    assert_eq!(count(&[]), 1);
     for data in ["cluster.data=2", "cluster.data=4", "cluster.data=8"] {
         assert_eq!(count(&[data, "stage.base.batch=32"]), 1);
         assert_eq!(count(&[data, "cluster.pipeline=3", "cluster.samplers=4"]), 4);
@@ -121,4 +121,60 @@ fn more_micro_batches_in_flight_and_less_computed_again_hold_more() {
     let kept = held(&[]);
     assert!(held(&["engine.recompute=1"]) < kept);
     assert!(held(&["cluster.schedule=zb-h2"]) > kept);
+}
+
+/// Owners of a phase of a run of one device, of the stage that holds most in it.
+fn alone(set: &[&str], phase: &str) -> Owners {
+    planned(set).1[0].memory.by_phase()[phase].clone()
+}
+
+#[test]
+fn one_device_holds_gradients_and_moments_in_training_and_neither_in_sampling() {
+    let (train, generate) = (alone(&[], "train"), alone(&[], "generate"));
+    let weights = train["policy/weights"];
+    // 896 208 parameters, in whole pages.
+    assert!((4 * 896_208..4 * 896_208 + 8192).contains(&weights), "{weights}");
+    assert_eq!([train["policy/gradients"], train["policy/moments"] / 2], [weights; 2]);
+    assert!(train["policy/packed"] > generate["policy/packed"]);
+    assert!(!train.contains_key("policy/cache") && generate["policy/cache"] > 0);
+    assert!(!generate.contains_key("policy/gradients"));
+    assert!(!generate.contains_key("policy/moments"), "under a budget they leave");
+    let stays = ["engine.offload=[]"];
+    assert_eq!(alone(&stays, "generate")["policy/moments"], 2 * weights);
+    assert!(alone(&stays, "train").contains_key("reward safety/weights"));
+    assert!(alone(&stays, "generate").contains_key("reference/weights"));
+}
+
+#[test]
+fn rollouts_that_need_not_be_exact_pack_kv_b_for_both_forms_and_in_few_bits_less() {
+    let packed = |set: &[&str]| {
+        let mut config = quickstart(set);
+        config.stages.iter_mut().for_each(|stage| stage.eval.clear());
+        let devices = device_memory(&config, &models(&config), 1).unwrap();
+        devices[0].memory.stages[5].phases["generate"]["policy/packed"]
+    };
+    let (exact, fast) = (packed(&[]), packed(&["engine.exact=false"]));
+    let kv_b = 4 * crate::model::parameters::keys_and_values(&quickstart(&[]).model);
+    assert!(((kv_b..kv_b + (64 << 10)).contains(&(fast - exact))), "{exact} {fast} {kv_b}");
+    // The head has 16 bits; a processor without instructions for integers samples from f32.
+    for (dtype, share) in [("bf16", 0.5), ("fp8", 0.25), ("int8", 1.0)] {
+        let dtype = format!("stage.align.rollout_dtype={dtype}");
+        let few = packed(&["engine.exact=false", &dtype]) as f64 / fast as f64;
+        assert!((share..share + 0.08).contains(&few), "{dtype}: {few}");
+    }
+}
+
+#[test]
+fn a_list_of_what_is_offloaded_is_told_to_be_left_out_where_that_is_enough() {
+    let stays = ["engine.offload=[]"];
+    let (config, devices) = planned(&stays);
+    let (need, by_plan) = (least(&devices), least(&planned(&[]).1));
+    assert!(by_plan < need);
+    let text = refused(&config, Room::Budget(by_plan), false).unwrap().text;
+    assert!(
+        text.starts_with("the run needs ") && text.contains("leave engine.offload out"),
+        "{text}"
+    );
+    let text = refused(&config, Room::Budget(by_plan - 1), false).unwrap().text;
+    assert!(!text.contains("leave engine.offload out"), "{text}");
 }

@@ -129,7 +129,8 @@ pub fn run(setup: Setup, visit: impl FnOnce(&Seats)) -> Result<Outcome> {
     let is_broken = setup.mail.as_ref().is_some_and(|mail| mail.why().is_some());
     let longest = if is_broken { SHORT_FAREWELL } else { FAREWELL.min(setup.limits.deadline) };
     let (ended, end) = std::sync::mpsc::channel();
-    std::thread::spawn(move || ended.send(arbiter.join()));
+    // Without a thread for it nobody is waited for.
+    let _ = std::thread::Builder::new().spawn(move || ended.send(arbiter.join()));
     if let Ok(Ok(())) = end.recv_timeout(longest) {
         let longest = match (&sampler_farewell, &outcome) {
             // The other device may wait for what the one that failed will never send.

@@ -180,7 +180,9 @@ impl Joining<'_> {
                 Ok((stream, address)) => {
                     // Apart: whoever connects and says nothing holds up nobody.
                     let (terms, found) = (terms.clone(), found.clone());
-                    std::thread::spawn(move || greet(stream, address, &terms, &found));
+                    let greet = move || greet(stream, address, &terms, &found);
+                    // Without a thread the stream closes, and whoever it was tries again.
+                    let _ = std::thread::Builder::new().spawn(greet);
                 }
                 Err(_) => std::thread::sleep(LOOK),
             }

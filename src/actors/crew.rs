@@ -194,7 +194,13 @@ fn steps(mut whole: StepReport, part: &StepReport, rank: usize) -> Result<StepRe
     whole.memory_high_water = whole.memory_high_water.max(part.memory_high_water);
     whole.micro_batch = whole.micro_batch.min(part.micro_batch);
     whole.ran.extend(part.ran.iter().cloned());
+    whole.exchanged = added(whole.exchanged, part.exchanged);
     Ok(whole)
+}
+
+/// Seconds of one and of another.
+pub(super) fn added(one: [f64; 2], other: [f64; 2]) -> [f64; 2] {
+    [one[0] + other[0], one[1] + other[1]]
 }
 
 fn apart(rank: usize, its: &str, others: &str) -> Failure {
@@ -238,12 +244,17 @@ mod tests {
     fn a_step_has_the_passes_of_each_rank_once() {
         let of = |rank: u32| {
             let span = Span { doing: Doing::Update, start: 1.0, end: 2.0 };
-            Yield::Stepped(StepReport { ran: vec![(rank, vec![span])], ..StepReport::default() })
+            Yield::Stepped(StepReport {
+                ran: vec![(rank, vec![span])],
+                exchanged: [2.0, 0.5],
+                ..StepReport::default()
+            })
         };
         let Yield::Stepped(whole) = together("Train", vec![of(0), of(1), of(2)]).unwrap() else {
             panic!()
         };
         assert_eq!(whole.ran.iter().map(|(rank, _)| *rank).collect::<Vec<_>>(), [0, 1, 2]);
+        assert_eq!(whole.exchanged, [6.0, 1.5]);
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub(super) fn step_event(
         .with("routing", report.routing.iter().map(routing).collect::<Vec<_>>())
         .with("dropped", dropped(report))
         .with("ranks", (!report.ran.is_empty()).then(|| passes(report)))
+        .with("all_to_all", exchanges(report.exchanged))
 }
 
 /// What each rank did when: its number, the pass, start and end in seconds since the first of them began, to the microsecond,
@@ -54,6 +55,12 @@ fn passes(report: &StepReport) -> Vec<serde_json::Value> {
         Some(serde_json::json!([rank, name, start, end, micro_batch, piece]))
     };
     all().filter_map(told).collect()
+}
+
+/// Seconds under way of all-to-all exchanges, and the share of them that shared experts' computation was beside.
+fn exchanges([seconds, covered]: [f64; 2]) -> Option<serde_json::Value> {
+    let told = || serde_json::json!({ "seconds": seconds, "covered": covered / seconds });
+    (seconds > 0.0).then(told)
 }
 
 /// A layer's routing in figures; the loads of its experts stand in a list of their own.

@@ -2,6 +2,7 @@
 //!
 //! Knows no reward's origin and no optimizer: the loss is `rl::grpo`'s, the step the device's.
 
+use super::crew::added;
 use super::messages::*;
 use super::port::Port;
 use super::post::{Post, answers_for_itself};
@@ -84,6 +85,7 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
     } else {
         last.report.ran.clone()
     };
+    let exchanged = added(before.report.exchanged, last.report.exchanged);
     let gap = |grpo: &GrpoReport| (grpo.logprob_gap_max, grpo.logprob_gap_mean, grpo.sampler_kl);
     let gap = before.report.grpo.as_ref().map(gap);
     let shown = if last.report.skipped { before.report } else { last.report };
@@ -101,6 +103,7 @@ fn join(before: PolicyUpdate, last: PolicyUpdate) -> PolicyUpdate {
             useful_flops,
             seconds,
             ran,
+            exchanged,
             policy_version,
             grpo,
             ..shown

@@ -93,6 +93,12 @@ impl Timeline {
         passes.map(at).collect()
     }
 
+    /// Seconds under way of all-to-all exchanges, and of them those beside the computation of shared experts.
+    pub fn exchanged(&self) -> [f64; 2] {
+        let spans = self.spans.lock().unwrap_or_else(|e| e.into_inner());
+        beside(&spans, Doing::AllToAll, Doing::SharedExperts)
+    }
+
     /// Takes all intervals out, in the order of their ends.
     pub fn take(&self) -> Vec<Span> {
         std::mem::take(&mut *self.spans.lock().unwrap_or_else(|e| e.into_inner()))
@@ -102,11 +108,17 @@ impl Timeline {
 /// The share of the seconds of `hidden` that lies within intervals of `by`; `None` if there are none. Intervals of `by`
 /// do not overlap each other, as one thread makes them.
 pub fn overlap(spans: &[Span], hidden: Doing, by: Doing) -> Option<f64> {
+    let [all, covered] = beside(spans, hidden, by);
+    (all > 0.0).then(|| covered / all)
+}
+
+/// The seconds of `hidden`, and of them those within intervals of `by`.
+fn beside(spans: &[Span], hidden: Doing, by: Doing) -> [f64; 2] {
     let of = |doing| spans.iter().filter(move |span: &&Span| span.doing == doing);
     let all: f64 = of(hidden).map(|span| span.end - span.start).sum();
     let both = |a: &Span, b: &Span| (a.end.min(b.end) - a.start.max(b.start)).max(0.0);
     let covered: f64 = of(hidden).map(|a| of(by).map(|b| both(a, b)).sum::<f64>()).sum();
-    (all > 0.0).then(|| covered / all)
+    [all, covered]
 }
 
 #[cfg(test)]

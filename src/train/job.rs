@@ -80,6 +80,8 @@ pub struct StepReport {
     pub routing: Vec<LayerRouting>,
     /// Of a step over several ranks, whose number is a power of two, from 1: what each of them did, in seconds since 1970.
     pub ran: Vec<(u32, Vec<Span>)>,
+    /// Seconds under way of its all-to-all exchanges, those of all ranks together, and of them those beside shared experts.
+    pub exchanged: [f64; 2],
     /// Preference loss: share of pairs whose chosen reply scores higher.
     pub accuracy: Option<f64>,
     /// GRPO only.

@@ -131,6 +131,7 @@ pub fn train_step(
         policy_version: 0,
         routing: layer_routing(&routings),
         ran: own.into_iter().collect(),
+        exchanged: ranks.timeline.exchanged(),
         accuracy: scalar_head.then(|| tally.ordered as f64 / items.len().max(1) as f64),
         grpo: match items {
             Items::Rollouts(rollouts) => Some(tally.grpo(rollouts)),

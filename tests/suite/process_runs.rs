@@ -160,6 +160,12 @@ fn runs_of_two_and_four_and_eight_processes_are_the_run_of_one() {
         check_is_the_run_of_one(&out);
         check_nothing_is_left(&out);
         check_passes_are_taken_down(&out, if ranks == 3 { 1 } else { ranks });
+        let has_exchanges = settings.iter().any(|setting| setting.starts_with("cluster.expert="));
+        for step in steps(&out) {
+            let covered = step["all_to_all"]["covered"].as_f64();
+            assert_eq!(covered.is_some(), has_exchanges, "{step}");
+            assert!(covered.is_none_or(|covered| (0.0..=1.0).contains(&covered)), "{step}");
+        }
         // Where layouts of training and sampling differ, each alignment step tells what the switch moved: no byte too much.
         let differ = settings.contains(&"cluster.pipeline=2") || ranks == 8 || ranks == 3;
         for step in steps(&out).iter().filter(|step| step["kind"] == "grpo") {

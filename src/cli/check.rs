@@ -47,7 +47,7 @@ pub struct CheckArgs {
     /// Draw the timeline of a step of the first stage that trains on text, an SVG: what each stage of the pipeline does when
     #[arg(long, value_name = "FILE.svg")]
     pub timeline: Option<PathBuf>,
-    /// Read no data file
+    /// Read no data file; so it is, and is said, where [cluster.hardware] describes other machines and a file is not on this one
     #[arg(long)]
     pub plan_only: bool,
     /// One JSON object instead of text
@@ -133,11 +133,17 @@ fn report_alone(args: &CheckArgs) -> Result<(CheckReport, ModelConfig)> {
     if let Some(file) = &args.timeline {
         draw(&loaded, file)?;
     }
-    let lines = if args.plan_only { BTreeMap::new() } else { check_files(&loaded)? };
+    let unread = elsewhere(&loaded).filter(|_| !args.plan_only);
+    let lines = match args.plan_only || unread.is_some() {
+        true => BTreeMap::new(),
+        false => check_files(&loaded)?,
+    };
     let configured = Some(loaded.config.engine.threads).filter(|threads| *threads > 0);
     let threads = warned(args.threads.given().or(configured).unwrap_or_else(cores));
     let products = measured_products(threads);
-    Ok((CheckReport::of_run(&loaded, lines, threads, products)?, loaded.config.model))
+    let mut report = CheckReport::of_run(&loaded, lines, threads, products)?;
+    report.unread = unread;
+    Ok((report, loaded.config.model))
 }
 
 fn draw(loaded: &Loaded, file: &Path) -> Result<()> {
@@ -149,6 +155,15 @@ fn draw(loaded: &Loaded, file: &Path) -> Result<()> {
     std::fs::write(file, picture).map_err(|error| {
         Fault::user(format!("--timeline {}: cannot be written: {error}", file.display()))
     })
+}
+
+/// Where a run is planned for other machines, the first of its data files that is not on this one.
+fn elsewhere(loaded: &Loaded) -> Option<String> {
+    let Loaded { config, .. } = loaded;
+    let given = config.data.sets.iter().filter(|(name, _)| config.data.is_given(name));
+    let mut absent = given.filter(|(_, set)| !loaded.resolve(&set.file).exists());
+    let (name, _) = absent.next().filter(|_| config.cluster.hardware.is_some())?;
+    Some(format!("data.sets.{name} is not here: no data were read"))
 }
 
 /// True for JSON: by its extension, or by its first character if it has another.

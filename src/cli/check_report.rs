@@ -60,6 +60,9 @@ pub struct CheckReport {
     pub idle_samplers: Option<String>,
     /// Steps, tokens, seconds and disk of a run.
     pub estimate: Option<Estimate>,
+    /// Why no file of the run was looked at.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub unread: Option<String>,
     /// Examples of the data sets that were read.
     pub lines: BTreeMap<String, u64>,
     /// Of a run on many processes, or for machines that its config describes.
@@ -182,6 +185,7 @@ impl CheckReport {
             exact: None,
             sampled_ahead: Vec::new(),
             idle_samplers: None,
+            unread: None,
             estimate: None,
             lines: BTreeMap::new(),
             offload: Vec::new(),

@@ -17,7 +17,7 @@ use std::sync::OnceLock;
 fn check(config: &str, extra: &[&str]) -> (bool, String) {
     let file = format!("{}/configs/{config}", env!("CARGO_MANIFEST_DIR"));
     let output = Command::new(env!("CARGO_BIN_EXE_rehearsal"))
-        .args(["check", &file, "--plan-only"])
+        .args(["check", &file])
         .args(extra)
         .output()
         .unwrap();
@@ -48,6 +48,20 @@ fn dense() -> &'static Value {
 
 fn number(value: &Value) -> f64 {
     value.as_f64().unwrap_or_else(|| panic!("{value} is no number"))
+}
+
+#[test]
+fn data_of_other_machines_need_not_be_here_and_those_of_this_one_must() {
+    let unread = "data.sets.code-and-mathematics is not here: no data were read";
+    assert_eq!(report(V2, &[])["unread"], unread);
+    let told = |more: &[&str]| {
+        let (ok, text) = check(V2, more);
+        assert!(ok, "{text}");
+        text.contains(&format!("\nnote      {unread}\n"))
+    };
+    assert_eq!([told(&[]), told(&["--plan-only"])], [true, false]);
+    let (ok, text) = check("smoke.toml", &["--set", "data.sets.pages.file=nowhere.txt"]);
+    assert!(!ok && text.contains("cannot be read"), "{text}");
 }
 
 #[test]

@@ -68,7 +68,7 @@ pub fn write_cluster(
         );
         line(out, "assumed", &text)?;
     }
-    plan.notes.iter().try_for_each(|note| line(out, "note", note))
+    report.unread.iter().chain(&plan.notes).try_for_each(|note| line(out, "note", note))
 }
 
 fn write_bytes(out: &mut Formatter<'_>, plan: &ClusterPlan) -> fmt::Result {

@@ -56,9 +56,7 @@ impl Presence {
         deadline: Duration,
         [job, name]: [String; 2],
     ) -> Presence {
-        let stem = out.file_name().unwrap_or_default().to_string_lossy();
-        let folder = out.with_file_name(format!(".{stem}.starting"));
-        let files = Files { folder, rank, ranks, job, name };
+        let files = Files { folder: folder_of(out), rank, ranks, job, name };
         let (end, ended) = channel();
         let kept = files.clone();
         let keep = move || {
@@ -112,9 +110,14 @@ impl Drop for Presence {
 
 /// Takes away what is left of all starts; rank 0 does once all are connected.
 pub fn clear(out: &Path) {
-    let stem = out.file_name().unwrap_or_default().to_string_lossy();
     // It may never have been there.
-    std::fs::remove_dir_all(out.with_file_name(format!(".{stem}.starting"))).unwrap_or_default();
+    std::fs::remove_dir_all(folder_of(out)).unwrap_or_default();
+}
+
+/// Where the files of a run in the folder `out` are.
+fn folder_of(out: &Path) -> PathBuf {
+    let stem = out.file_name().unwrap_or_default().to_string_lossy();
+    out.with_file_name(format!(".{stem}.starting"))
 }
 
 fn beat_of(deadline: Duration) -> Duration {

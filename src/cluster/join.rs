@@ -175,6 +175,7 @@ impl Joining<'_> {
         listener.set_nonblocking(true).map_err(unready)?;
         let (found, connections) = channel();
         let mut by_rank: Vec<Option<Connection>> = (1..self.ranks).map(|_| None).collect();
+        let mut absent = None;
         while let Some(at) = by_rank.iter().position(Option::is_none) {
             match listener.accept() {
                 Ok((stream, address)) => {
@@ -195,13 +196,11 @@ impl Joining<'_> {
             }
             if Instant::now() >= self.until {
                 let what = format!("the control link of {}", terms.names[at + 1]);
-                return Ok((
-                    by_rank.into_iter().flatten().collect(),
-                    Some(self.absent(at + 1, what)),
-                ));
+                absent = Some(self.absent(at + 1, what));
+                break;
             }
         }
-        Ok((by_rank.into_iter().flatten().collect(), None))
+        Ok((by_rank.into_iter().flatten().collect(), absent))
     }
 
     /// Another rank's part up to the verdict.
